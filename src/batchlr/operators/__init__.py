@@ -1,0 +1,1 @@
+"""Learning rates and momentum measured from the batch Hessian."""

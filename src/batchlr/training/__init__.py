@@ -1,0 +1,1 @@
+"""The training programs: configuration, data, models, checkpoints and the loop."""
