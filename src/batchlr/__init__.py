@@ -1,1 +1,38 @@
-"""Learning rates and momentum measured from the batch Hessian."""
+"""Learning rates and momentum measured from the batch Hessian, at any batch size."""
+
+# Curvature matrices, known through their products
+# When to measure while training, and what to apply
+from batchlr.controller import CurvatureController as CurvatureController
+from batchlr.controller import CurvatureUpdate as CurvatureUpdate
+
+# What curvature says about any batch size
+from batchlr.curvature import measure_curvature as measure_curvature
+from batchlr.curvature_report import CurvatureReport as CurvatureReport
+from batchlr.curvature_report import LRBound as LRBound
+
+# Spectra
+from batchlr.lanczos import Eigenpairs as Eigenpairs
+from batchlr.lanczos import Tridiagonal as Tridiagonal
+from batchlr.lanczos import lanczos as lanczos
+from batchlr.lanczos import top_eigenpairs as top_eigenpairs
+
+# Formulas on plain floats
+from batchlr.learning_rates import StepSize as StepSize
+from batchlr.learning_rates import heavy_ball as heavy_ball
+from batchlr.learning_rates import max_adam_lr as max_adam_lr
+from batchlr.learning_rates import max_sgd_lr as max_sgd_lr
+from batchlr.learning_rates import min_damping as min_damping
+from batchlr.operators import DenseOperator as DenseOperator
+from batchlr.operators import GGNOperator as GGNOperator
+from batchlr.operators import HessianOperator as HessianOperator
+from batchlr.operators import LinearOperator as LinearOperator
+from batchlr.operators import PreconditionedOperator as PreconditionedOperator
+from batchlr.operators import supervised as supervised
+from batchlr.random_matrix import SpikedMarchenkoPastur as SpikedMarchenkoPastur
+from batchlr.random_matrix import SpikedWigner as SpikedWigner
+from batchlr.scaling_rules import rescale_lr as rescale_lr
+
+# A torch scheduler with a movable peak
+from batchlr.schedulers import BatchAwareLR as BatchAwareLR
+from batchlr.slq import SpectralMeasure as SpectralMeasure
+from batchlr.slq import stochastic_lanczos_quadrature as stochastic_lanczos_quadrature

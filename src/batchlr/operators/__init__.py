@@ -1,1 +1,8 @@
-"""Learning rates and momentum measured from the batch Hessian."""
+"""Symmetric matrices known through their products with vectors."""
+
+from batchlr.operators.base import LinearOperator as LinearOperator
+from batchlr.operators.dense import DenseOperator as DenseOperator
+from batchlr.operators.ggn import GGNOperator as GGNOperator
+from batchlr.operators.hessian import HessianOperator as HessianOperator
+from batchlr.operators.preconditioned import PreconditionedOperator as PreconditionedOperator
+from batchlr.operators.supervised import supervised as supervised

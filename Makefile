@@ -1,0 +1,52 @@
+# Every target sets up .venv by itself, once; it is brought up to date when pyproject.toml changes.
+# Another interpreter: make PYTHON=python3.13 demo
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+BENCHMARKS := $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench slow
+.NOTPARALLEL:  # two installations must not meet in one .venv
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-6s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.installed  ## install, then train a small network whose learning rate is measured
+	$(BIN)/batchlr train configs/demo/digits_vgg.yaml --out runs/demo
+
+test: $(VENV)/.installed-dev  ## install with the development tools, then run the tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev  ## lint, formatting and types
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+bench: $(VENV)/.installed-dev  ## run every script of benchmarks/
+	@test -n "$(BENCHMARKS)" || { echo "benchmarks/ holds no script" >&2; exit 1; }
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python "$$script"; done
+
+slow: $(VENV)/.installed-dev  ## run the tests that take more than ten seconds each
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# A stamp is the last thing its recipe writes, so an interrupted installation is taken up again.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "batchlr needs Python 3.11 or newer, but $(PYTHON) is: $$($(PYTHON) --version 2>&1)" >&2; \
+	  echo "Name another one: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/.created
+	$(BIN)/python -m pip install -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/.created
+	$(BIN)/python -m pip install -e '.[dev]'
+	@touch $(VENV)/.installed $@

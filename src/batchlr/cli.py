@@ -1,0 +1,186 @@
+"""The ``batchlr`` command: argument parsing, messages and exit codes, nothing else.
+
+Exit codes: 0 done, 2 usage or configuration, 3 data missing or corrupt, 4 diverged or numerically
+failed, 130 interrupted.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from batchlr.training.config import LoadedConfig, TrainConfig
+
+USAGE, DATA, NUMERICS, INTERRUPTED = 2, 3, 4, 130
+
+app = typer.Typer(
+    help="Learning rates measured from the batch Hessian.",
+    epilog="After an error, BATCHLR_TRACEBACK=1 in the environment shows where it arose.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(config_app, name="config", help="Show or check configurations.")
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration file (YAML).")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[A.B=VALUE]...", help="Changes, such as train.epochs=5."),
+]
+Out = Annotated[Path | None, typer.Option(help="Folder of the run.  [default: runs/NAME]")]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="Where to measure.  [default: at the initial weights]")
+]
+
+
+@app.command("train")
+def train_command(config: ConfigPath, overrides: Overrides = None, out: Out = None) -> None:
+    """Train."""
+    with _exit_codes():
+        loaded = _load(config, overrides)
+        from batchlr.training.loop import train
+
+        train(loaded.config, _folder(out, loaded.config), loaded.notes)
+
+
+@app.command("lr")
+def lr_command(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    out: Out = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write JSON here.")] = None,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Tabulate the maximal SGD and Adam rates over batch sizes."""
+    with _exit_codes():
+        config_ = _load(config, overrides).config
+        from batchlr.training.analysis import measure_rates
+
+        folder = _folder(out, config_)
+        measure_rates(config_, out=folder, json_file=json_file, checkpoint=checkpoint)
+
+
+@app.command("spectrum")
+def spectrum_command(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    out: Out = None,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Measure the spectrum of the batch Hessian."""
+    with _exit_codes():
+        config_ = _load(config, overrides).config
+        from batchlr.training.analysis import measure_spectrum
+
+        measure_spectrum(config_, out=_folder(out, config_), checkpoint=checkpoint)
+
+
+@app.command("env")
+def env_command() -> None:
+    """Print versions and devices as JSON."""
+    from batchlr.training.environment import describe_environment
+
+    typer.echo(json.dumps(describe_environment(), indent=2))
+
+
+@config_app.command("show")
+def show_command(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Print the effective configuration, defaults included."""
+    with _exit_codes():
+        from batchlr.training.config import dump_config
+
+        typer.echo(dump_config(_load(config, overrides).config), nl=False)
+
+
+@config_app.command("check")
+def check_command(
+    configs: Annotated[list[Path], typer.Argument(metavar="CONFIG...", help="Files (YAML).")],
+) -> None:
+    """Check configuration files, all of them."""
+    from batchlr.training.config import ConfigError, load_config
+
+    failed = False
+    for path in configs:
+        try:
+            load_config(path)
+            typer.echo(f"{path}: ok")
+        except ConfigError as error:
+            failed = True
+            typer.echo(error, err=True)
+    raise typer.Exit(USAGE if failed else 0)
+
+
+@config_app.command("schema")
+def schema_command() -> None:
+    """Print the JSON Schema of a configuration, for editors."""
+    from batchlr.training.config import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line, by default the process's own, and exits."""
+    app(args=None if arguments is None else list(arguments), prog_name="batchlr")
+
+
+def _load(path: Path, overrides: Sequence[str] | None) -> "LoadedConfig":
+    from batchlr.training.config import load_config
+
+    loaded = load_config(path, overrides or ())
+    if _rank() == 0:
+        for note in loaded.notes:
+            typer.echo(f"note: {note}", err=True)
+    return loaded
+
+
+def _folder(out: Path | None, config: "TrainConfig") -> Path:
+    return out if out is not None else Path("runs") / config.name
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))  # set by torchrun
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Expected failures end in one message on stderr and their exit code; bugs, in a traceback."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        code = _exit_code(error)
+        if code is None or os.environ.get("BATCHLR_TRACEBACK"):
+            raise
+        rank = _rank()
+        if rank == 0:
+            typer.echo(str(error) or "interrupted", err=True)
+        elif code != USAGE:  # a usage error is the same everywhere; others may be this rank's own
+            typer.echo(f"rank {rank}: {error}", err=True)
+        raise typer.Exit(code) from None
+
+
+def _exit_code(error: BaseException) -> int | None:
+    from batchlr.training.config import ConfigError
+
+    if isinstance(error, ConfigError | typer.Exit):
+        return USAGE if isinstance(error, ConfigError) else None
+    from batchlr.training.checkpoint import CheckpointError
+    from batchlr.training.data import DataError
+    from batchlr.training.loop import DivergedError, InterruptedRun
+
+    codes: dict[type[BaseException], int] = {  # the first that fits
+        InterruptedRun: INTERRUPTED,
+        KeyboardInterrupt: INTERRUPTED,
+        DivergedError: NUMERICS,
+        DataError: DATA,
+        CheckpointError: DATA,
+        OSError: DATA,
+        ValueError: USAGE,
+    }
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), None)

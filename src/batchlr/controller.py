@@ -1,0 +1,261 @@
+"""When to measure curvature while training, and what to make of it."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from batchlr.curvature import measure_curvature
+from batchlr.curvature_report import CurvatureReport, LRBound
+from batchlr.lanczos import default_generator
+from batchlr.learning_rates import balanced_momentum
+from batchlr.operators.batches import count_samples
+from batchlr.operators.curvature_matrix import NormMode
+from batchlr.operators.supervised import LossFunction
+from batchlr.schedulers import BatchAwareLR
+
+logger = logging.getLogger("batchlr")
+
+_UNBOUNDED = 2**31  # stands for a data set of unknown size: without-replacement effects vanish
+
+
+@dataclass(frozen=True)
+class CurvatureUpdate:
+    """One measurement during training and what was made of it."""
+
+    step: int  # optimizer steps made before it
+    peak: float  # of the scheduler, after it
+    momentum: float  # of the optimizer, after it
+    failure: str | None  # why the last good rate was kept; None if the measurement succeeded
+    bound: LRBound | None  # None after a failure
+    report: CurvatureReport | None  # likewise
+
+    @property
+    def largest_eigenvalue(self) -> float:
+        """Of the matrix that limits the optimizer (Adam's is preconditioned); NaN on failure."""
+        if self.report is None:
+            return math.nan
+        return float(self.report.largest if self.report.adam is None else self.report.adam.largest)
+
+    @property
+    def smallest_eigenvalue(self) -> float:
+        """The lower end of the Hessian, as far as Lanczos came; NaN on failure."""
+        return math.nan if self.report is None else float(self.report.smallest)
+
+
+@final
+class CurvatureController:
+    """Keeps a scheduler's peak at the largest stable rate of the batch size trained with.
+
+    Measurements are dense while curvature moves fast, before steps 0, 1, 2, 4, 8, ..., then every
+    ``total_steps / refreshes``. Each starts from the last one's eigenvectors. A lower limit applies
+    at once, a higher one raises the peak by at most ``growth``. When a measurement fails the last
+    good rate is kept and the failure reported.
+
+    Args:
+        scheduler: whose peak to set, and through it the optimizer's rates.
+        loss_fn: ``loss_fn(model, batch)``, the scalar mean loss trained with.
+        total_steps: optimizer steps of the run; None measures every 100 steps after the first.
+        batch_size: of one optimizer step; by default the scheduler's, else that of the batches.
+        dataset_size: what batches are drawn from without replacement; None is unbounded.
+        refreshes: sparse measurements over the run (measured: 15 suffice on digits).
+        growth: largest rise of the peak per measurement (measured: 1.5).
+        safety: fraction of the limit to apply, in (0, 1]; 1 because the limit has the noise in it.
+        adjust_momentum: set the momentum too, to where batch noise and curvature limit the rate
+            alike (`balanced_momentum`).
+        apply: False measures and reports only.
+        norm_mode: of the measurements.
+        tol: relative residual at which Lanczos stops (measured: 0.1 gives lambda_1 to about 1 %).
+        max_products: of one Lanczos run.
+        generator: for start vectors; without one the seed is 0.
+
+    Raises:
+        ValueError: an argument is illegal.
+    """
+
+    def __init__(
+        self,
+        scheduler: BatchAwareLR,
+        loss_fn: LossFunction,
+        *,
+        total_steps: int | None = None,
+        batch_size: int | None = None,
+        dataset_size: int | None = None,
+        refreshes: int = 15,
+        growth: float = 1.5,
+        safety: float = 1.0,
+        adjust_momentum: bool = False,
+        apply: bool = True,
+        norm_mode: NormMode = "train",
+        tol: float = 0.1,
+        max_products: int = 20,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if not 0 < safety <= 1:
+            msg = f"safety must lie in (0, 1], got {safety}"
+            raise ValueError(msg)
+        if not growth > 1:
+            msg = f"growth must be above 1, got {growth}"
+            raise ValueError(msg)
+        if refreshes < 1 or (total_steps is not None and total_steps < 1):
+            msg = f"refreshes and total_steps must be positive, got {refreshes} and {total_steps}"
+            raise ValueError(msg)
+        self.scheduler = scheduler
+        self.loss_fn = loss_fn
+        self.batch_size = batch_size if batch_size is not None else scheduler.batch_size
+        self.dataset_size = _UNBOUNDED if dataset_size is None else dataset_size
+        self.growth = growth
+        self.safety = safety
+        self.adjust_momentum = adjust_momentum
+        self.apply = apply
+        self.norm_mode: NormMode = norm_mode
+        self.tol = tol
+        self.max_products = max_products
+        self.interval = 100 if total_steps is None else max(1, total_steps // refreshes)
+        self.num_products = 0
+        self.seconds = 0.0
+        self._generator = default_generator(generator)
+        self._step = 0
+        self._next = 0
+        self._has_rate = False
+        self._vectors: tuple[Tensor, ...] = ()
+
+    @property
+    def due(self) -> bool:
+        """Whether the next `maybe_update` measures."""
+        return self._step >= self._next
+
+    def maybe_update(
+        self, model: nn.Module, batches: Sequence[Any] | Callable[[], Sequence[Any]]
+    ) -> CurvatureUpdate | None:
+        """Measure if due; call it once before every optimizer step.
+
+        Args:
+            model: at the weights the step starts from.
+            batches: one batch ``(x, y)``, a list of disjoint batches, or a function that makes the
+                list, called only when a measurement is due.
+
+        Returns:
+            What was measured and applied, or None if nothing was due.
+
+        Raises:
+            ArithmeticError: the very first measurement failed, so that there is no good rate.
+        """
+        if not self.due:
+            self._step += 1
+            return None
+        made = batches() if callable(batches) else batches
+        listed = [made] if isinstance(made, (tuple, dict, Tensor)) else list(made)
+        update = self._update(model, listed)
+        self._next = self._step + min(max(self._step, 1), self.interval)
+        self._step += 1
+        return update
+
+    def _update(self, model: nn.Module, batches: list[Any]) -> CurvatureUpdate:
+        batch_size = self.batch_size or count_samples(batches[0])
+        try:
+            report = self._measure(model, batches)
+            bound = self._bound(report, batch_size)
+        except (ArithmeticError, ValueError) as error:
+            if not self._has_rate:
+                raise
+            logger.warning("step %d: keeping the last good rate: %s", self._step, error)
+            return self._record(failure=str(error))
+        if self.apply:
+            self._apply(bound, report)
+        self._has_rate = True
+        return self._record(bound=bound, report=report)
+
+    def _measure(self, model: nn.Module, batches: list[Any]) -> CurvatureReport:
+        report = measure_curvature(
+            model,
+            self.loss_fn,
+            batches,
+            dataset_size=self.dataset_size,
+            optimizer=self.scheduler.optimizer,
+            norm_mode=self.norm_mode,
+            num_eigenpairs=1,
+            tol=self.tol,
+            max_products=self.max_products,
+            tracking=True,
+            start_vectors=self._vectors,
+            generator=self._generator,
+        )
+        self.num_products += report.num_products
+        self.seconds += report.seconds
+        self._vectors = report.top_vectors
+        return report
+
+    def _bound(self, report: CurvatureReport, batch_size: int) -> LRBound:
+        kind: Literal["sgd", "adam"] = "sgd" if report.adam is None else "adam"
+        momentum = None
+        if self.adjust_momentum:
+            inverse = report.inverse_effective_batch_size(batch_size)
+            part = report if report.adam is None else report.adam
+            variance = report.noise.total if report.adam is None else report.adam.total
+            momentum = balanced_momentum(part.largest, variance * inverse / part.largest)
+        return report.max_lr(batch_size, optimizer=kind, momentum=momentum)
+
+    def _apply(self, bound: LRBound, report: CurvatureReport) -> None:
+        peak = self.safety * bound.value
+        if self._has_rate:
+            peak = min(peak, self.growth * self.scheduler.peak)
+        self.scheduler.set_peak(peak)
+        if self.adjust_momentum:
+            _set_momentum(self.scheduler.optimizer, bound.momentum)
+
+    def _record(
+        self,
+        *,
+        failure: str | None = None,
+        bound: LRBound | None = None,
+        report: CurvatureReport | None = None,
+    ) -> CurvatureUpdate:
+        return CurvatureUpdate(
+            step=self._step,
+            peak=self.scheduler.peak,
+            momentum=get_momentum(self.scheduler.optimizer),
+            failure=failure,
+            bound=bound,
+            report=report,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers, lists and tensors; with it a resumed controller goes on bit-identically."""
+        return {
+            "step": self._step,
+            "next": self._next,
+            "has_rate": self._has_rate,
+            "num_products": self.num_products,
+            "seconds": self.seconds,
+            "vectors": [vector.clone() for vector in self._vectors],
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` saved; the scheduler keeps its own state."""
+        self._step = state_dict["step"]
+        self._next = state_dict["next"]
+        self._has_rate = state_dict["has_rate"]
+        self.num_products = state_dict["num_products"]
+        self.seconds = state_dict["seconds"]
+        self._vectors = tuple(state_dict["vectors"])
+        self._generator.set_state(state_dict["generator"].cpu())
+
+
+def get_momentum(optimizer: torch.optim.Optimizer) -> float:
+    """SGD's momentum or Adam's beta1, of the first group; 0 if it has neither."""
+    group = optimizer.param_groups[0]
+    return float(group["betas"][0] if "betas" in group else group.get("momentum", 0.0))
+
+
+def _set_momentum(optimizer: torch.optim.Optimizer, momentum: float) -> None:
+    for group in optimizer.param_groups:
+        if "betas" in group:
+            group["betas"] = (momentum, group["betas"][1])
+        else:
+            group["momentum"] = momentum

@@ -1,0 +1,421 @@
+"""Measuring curvature at one point of training: where the theory meets the tensors."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from batchlr.curvature_noise import DirectionalNoise, directional_noise
+from batchlr.curvature_report import AdamCurvature, CurvatureNoise, CurvatureReport
+from batchlr.gradient_noise import gradient_moments
+from batchlr.lanczos import default_generator, first_vector, top_eigenpairs
+from batchlr.measured import Measured
+from batchlr.operators import GGNOperator, HessianOperator, PreconditionedOperator
+from batchlr.operators.base import BatchedOperator
+from batchlr.operators.batches import check_batches, count_samples, join, recut, take
+from batchlr.operators.curvature_matrix import (
+    CurvatureMatrix,
+    NormMode,
+    normalises_over_batches,
+    trainable_parameters,
+)
+from batchlr.operators.supervised import LossFunction, SupervisedLoss
+
+Matrix = Literal["hessian", "ggn"]
+
+_SMALL_BATCH = 4  # assumed: small enough to lie below most critical sizes, and batch norm's 2
+_DEGENERATE = 0.01  # assumed: relative gap below which two eigenvalues count as one
+_ADAM_EPS = 1e-8  # torch's default, for when there is no optimizer to ask
+_ADAM_GRID = 41  # batch sizes at which Adam's preconditioner is tabulated; interpolated between
+
+
+def measure_curvature(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    batches: Sequence[Any],
+    *,
+    batch_size: int | None = None,
+    dataset_size: int | None = None,
+    optimizer: torch.optim.Optimizer | Literal["sgd", "adam"] | None = None,
+    norm_mode: NormMode = "train",
+    matrix: Matrix = "hessian",
+    num_eigenpairs: int = 3,
+    tol: float = 1e-3,
+    max_products: int = 100,
+    num_small_batches: int = 8,
+    tracking: bool = False,
+    start_vectors: Sequence[Tensor] = (),
+    generator: torch.Generator | None = None,
+) -> CurvatureReport:
+    """Extremal curvature of the mean loss, how it fluctuates between batches, and what follows.
+
+    Weights, ``.grad``, buffers, flags and global random state are bit-identical afterwards. Costs
+    one Lanczos run (10-40 products from a random start, 2-5 from an earlier report's vectors) and three
+    products for the noise; twice that with Adam.
+
+    Args:
+        model: see `HessianOperator`.
+        loss_fn: ``loss_fn(model, batch)``, the scalar mean loss.
+        batches: disjoint batches of training data. Four or more give the noise a meaningful
+            error; a single one is cut into four.
+        batch_size: cut the samples anew into batches of this size. It matters for models that
+            normalise over the batch: measure at the size trained with.
+        dataset_size: ``N``, what batches are drawn from; by default the samples given are all.
+        optimizer: the optimizer itself (its momentum, weight decay, Adam's second moments and the
+            ratios of its groups' rates are used), ``"sgd"``, or ``"adam"`` to estimate second
+            moments from the batches' gradients; None measures for both kinds.
+        norm_mode: ``"train"`` measures the loss a training step descends, ``"eval"`` the one that
+            is a sum over samples.
+        matrix: ``"ggn"`` needs a loss from `supervised`.
+        num_eigenpairs: at each end; further ones sharpen ``kappa``.
+        tol: relative residual at which Lanczos stops.
+        max_products: of one Lanczos run.
+        num_small_batches: batches of 4 whose largest eigenvalue caps the law for small batches;
+            0 leaves the cap out.
+        tracking: leave out what only the report's other batch sizes need (small batches, the
+            random direction, the lower end's noise).
+        start_vectors: the ``top_vectors`` of an earlier report, to start from.
+        generator: for start vectors and subsamples; without one the seed is 0.
+
+    Raises:
+        ValueError: an argument is illegal, or there are fewer than two samples.
+        ArithmeticError: loss, gradients or products are not finite.
+    """
+    began = time.perf_counter()
+    generator = default_generator(generator)
+    batches = _disjoint(check_batches(batches), batch_size)
+    operator = _operator(matrix, model, loss_fn, batches, norm_mode)
+    total = sum(operator.samples)
+    size = _population(dataset_size, total)
+    loss = float(operator.loss())
+    if not math.isfinite(loss):
+        msg = f"the loss is {loss} on the batches given; curvature has no meaning there"
+        raise ArithmeticError(msg)
+    search = _Search(num_eigenpairs, tol, max_products, generator, 1 / total - 1 / size)
+    ratios = _rate_ratios(model, optimizer)
+    metric: BatchedOperator = operator
+    if ratios is not None:
+        metric = PreconditionedOperator(operator, ratios.sqrt())
+    edges = _edges(metric, search, start_vectors[0] if start_vectors else None, tracking)
+    random_direction = Measured(math.nan)
+    small_batch = None
+    if not tracking:
+        probe = first_vector(operator, None, generator)
+        noise = directional_noise(metric, probe)
+        random_direction = Measured(noise.total, noise.orthogonal.stderr)
+        small_batch = _small_batch(
+            matrix, model, loss_fn, batches, norm_mode, num_small_batches, generator
+        )
+    adam, adam_vector = None, None
+    if _is_adam(optimizer):
+        start = start_vectors[1] if len(start_vectors) > 1 else None
+        adam, adam_vector = _adam_curvature(
+            operator, model, optimizer, ratios, search, start, size
+        )
+    return CurvatureReport(
+        largest=edges.largest,
+        smallest=edges.smallest,
+        noise=CurvatureNoise(edges.noise.parallel, edges.noise.orthogonal, random_direction),
+        kappa=edges.kappa,
+        kappa_smallest=edges.kappa_smallest,
+        ritz_values=edges.ritz_values,
+        loss=loss,
+        num_params=operator.shape[0],
+        num_samples=total,
+        num_batches=len(batches),
+        batch_size=round(total / len(batches)),
+        dataset_size=size,
+        small_batch=small_batch,
+        matrix=matrix,
+        norm_mode=norm_mode if normalises_over_batches(model) else None,
+        coupled=norm_mode == "train" and normalises_over_batches(model),
+        momentum=_group_value(optimizer, "momentum"),
+        weight_decay=_group_value(optimizer, "weight_decay"),
+        adam=adam,
+        converged=edges.converged,
+        num_products=operator.num_products,
+        seconds=time.perf_counter() - began,
+        top_vectors=(edges.vector,) if adam_vector is None else (edges.vector, adam_vector),
+    )
+
+
+@dataclass(frozen=True)
+class _Search:
+    num_eigenpairs: int
+    tol: float
+    max_products: int
+    generator: torch.Generator
+    sampling: float  # 1/n - 1/N: what the n samples at hand have of one sample's variance
+
+
+@dataclass(frozen=True)
+class _Edges:
+    largest: Measured
+    smallest: Measured
+    noise: DirectionalNoise  # along the top vector
+    kappa: float
+    kappa_smallest: float
+    ritz_values: tuple[float, ...]
+    vector: Tensor  # (P,) top eigenvector
+    converged: bool
+
+
+def _edges(
+    operator: BatchedOperator, search: _Search, start: Tensor | None, tracking: bool
+) -> _Edges:
+    """Both ends of the spectrum and their noise, corrected for the samples being a subsample."""
+    size = operator.shape[0]
+    k = max(1, min(search.num_eigenpairs, size // 2))
+    pairs = top_eigenpairs(
+        operator,
+        k,
+        which="both" if size > 1 else "largest",
+        settle="largest" if tracking else None,
+        tol=search.tol,
+        max_steps=min(size, max(search.max_products, 2 * k)),
+        start=start,
+        generator=search.generator,
+    )
+    top, bottom = pairs.vectors[:, :k], pairs.vectors[:, k:]
+    noise = directional_noise(operator, top[:, 0].contiguous(), others=top[:, 1:])
+    kappa = _kappa(pairs.values[:k], noise)
+    kappa_smallest = math.nan
+    smallest = Measured(float(pairs.values[-1]), float(pairs.residuals[-1]))
+    if not tracking and size > 1:
+        lower = directional_noise(operator, bottom[:, -1].contiguous(), others=bottom[:, :-1])
+        kappa_smallest = -_kappa(-pairs.values[k:].flip(0), _reversed(lower))
+        smallest = _with_errors(
+            smallest - kappa_smallest * search.sampling, pairs.residuals[-1], lower, search
+        )
+    # The samples at hand are a batch of the whole: its own edge lies outside the whole's.
+    largest = float(pairs.values[0]) - min(
+        kappa * search.sampling, 0.5 * abs(float(pairs.values[0]))
+    )
+    return _Edges(
+        largest=_with_errors(largest, pairs.residuals[0], noise, search),
+        smallest=smallest,
+        noise=noise,
+        kappa=kappa,
+        kappa_smallest=kappa_smallest,
+        ritz_values=tuple(pairs.values.tolist()),
+        vector=top[:, 0].clone(),
+        converged=pairs.converged,
+    )
+
+
+def _with_errors(
+    value: float, residual: Tensor, noise: DirectionalNoise, search: _Search
+) -> Measured:
+    """``value`` with the Lanczos residual and the sampling error of the samples at hand."""
+    return Measured(value, math.hypot(float(residual), math.sqrt(noise.parallel * search.sampling)))
+
+
+def _reversed(noise: DirectionalNoise) -> DirectionalNoise:
+    return DirectionalNoise(noise.parallel, noise.orthogonal, noise.others.flip(0))
+
+
+def _kappa(values: Tensor, noise: DirectionalNoise) -> float:
+    """Second-order coefficient: Ritz pairs at their gaps, the rest at the distance to zero.
+
+    ``values`` ``(k,)`` descend from the edge in question; those that coincide with it belong to its
+    eigenspace and do not repel it.
+    """
+    edge = float(values[0])
+    if edge <= 0:
+        return 0.0
+    kappa, rest = 0.0, float(noise.orthogonal)
+    for value, variance in zip(values[1:].tolist(), noise.others.tolist(), strict=True):
+        rest -= variance
+        if edge - value > _DEGENERATE * edge:
+            kappa += variance / (edge - value)
+    return kappa + max(rest, 0.0) / edge
+
+
+def _adam_curvature(
+    operator: CurvatureMatrix,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | str | None,
+    ratios: Tensor | None,
+    search: _Search,
+    start: Tensor | None,
+    size: int,
+) -> tuple[AdamCurvature, Tensor]:
+    """Edges of ``D^-1/2 H D^-1/2`` and how ``D`` stretches with the batch size."""
+    moments = gradient_moments(operator)
+    batch_size = sum(operator.samples) / len(operator.samples)
+    inverse = max(1 / batch_size - 1 / size, 0.0)
+    state = _adam_state(model, optimizer)
+    here = moments.second_moment(1 / inverse if inverse > 0 else math.inf)
+    second_moment = here
+    if state is not None:
+        # A young average is of few gradients, some near zero by chance; the batches at hand are
+        # as many more.
+        averaged, age = state
+        count = len(operator.samples)
+        second_moment = (age * averaged + count * here) / (age + count)
+    eps = _group_value(optimizer, "eps", default=_ADAM_EPS)
+    metric = second_moment.sqrt() + eps
+    scale = metric.rsqrt() if ratios is None else (ratios / metric).sqrt()
+    preconditioned = PreconditionedOperator(operator, scale)
+    edges = _edges(preconditioned, search, start, tracking=True)
+    sizes = torch.logspace(0, math.log10(size), _ADAM_GRID, dtype=torch.float64).tolist()
+    stretches = []
+    for other in sizes:
+        share = max(1 / other - 1 / size, 0.0)
+        there = moments.second_moment(1 / share if share > 0 else math.inf)
+        growth = torch.where(here > 0, there / here, torch.ones_like(here))
+        stretch = ((second_moment * growth).sqrt() + eps) / metric
+        stretches.append(float((edges.vector.square() * stretch).sum()))
+    return AdamCurvature(
+        largest=edges.largest,
+        parallel=edges.noise.parallel,
+        orthogonal=edges.noise.orthogonal,
+        batch_size=round(batch_size),
+        beta1=_beta1(optimizer),
+        converged=edges.converged,
+        source="gradients" if state is None else "state",
+        batch_sizes=tuple(sizes),
+        stretch=tuple(stretches),
+    ), edges.vector
+
+
+def _small_batch(
+    matrix: Matrix,
+    model: nn.Module,
+    loss_fn: LossFunction,
+    batches: list[Any],
+    norm_mode: NormMode,
+    count: int,
+    generator: torch.Generator,
+) -> tuple[int, float] | None:
+    """Mean largest eigenvalue of ``count`` random batches of 4; None if they cannot be cut."""
+    try:
+        whole = join(batches)
+    except TypeError:
+        return None
+    total = count_samples(whole)
+    if count == 0 or total < 2 * _SMALL_BATCH:
+        return None
+    values = []
+    for _ in range(count):
+        rows = torch.randperm(total, generator=generator, device=generator.device)[:_SMALL_BATCH]
+        operator = _operator(matrix, model, loss_fn, [take(whole, rows.cpu())], norm_mode)
+        steps = min(operator.shape[0], 20)
+        pairs = top_eigenpairs(operator, tol=1e-2, max_steps=steps, generator=generator)
+        values.append(float(pairs.values[0]))
+    return _SMALL_BATCH, sum(values) / count
+
+
+def _operator(
+    matrix: Matrix,
+    model: nn.Module,
+    loss_fn: LossFunction,
+    batches: list[Any],
+    norm_mode: NormMode,
+) -> CurvatureMatrix:
+    if matrix == "hessian":
+        return HessianOperator(model, loss_fn, batches, norm_mode=norm_mode)
+    if matrix == "ggn":
+        halves: SupervisedLoss = loss_fn  # type: ignore[assignment]  # GGNOperator checks it
+        return GGNOperator(model, halves, batches, norm_mode=norm_mode)
+    msg = f"matrix must be 'hessian' or 'ggn', got {matrix!r}"
+    raise ValueError(msg)
+
+
+def _disjoint(batches: list[Any], batch_size: int | None) -> list[Any]:
+    """At least two batches, of ``batch_size`` if given."""
+    total = sum(count_samples(batch) for batch in batches)
+    if total < 2:
+        msg = "curvature noise needs at least two samples, got 1"
+        raise ValueError(msg)
+    if batch_size is not None:
+        halved = total // 2 < batch_size <= total  # the noise needs two batches
+        return recut(batches, total // 2 if halved else batch_size)
+    if len(batches) == 1:
+        return recut(batches, max(1, total // 4))
+    return batches
+
+
+def _population(dataset_size: int | None, total: int) -> int:
+    if dataset_size is not None and dataset_size < total:
+        msg = f"dataset_size must be at least the {total} samples given, got {dataset_size}"
+        raise ValueError(msg)
+    return total if dataset_size is None else dataset_size
+
+
+def _is_adam(optimizer: torch.optim.Optimizer | str | None) -> bool:
+    if isinstance(optimizer, str) and optimizer not in ("sgd", "adam"):
+        msg = f"optimizer must be 'sgd', 'adam' or a torch optimizer, got {optimizer!r}"
+        raise ValueError(msg)
+    if optimizer is None or isinstance(optimizer, str):
+        return optimizer != "sgd"
+    if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        return True
+    if isinstance(optimizer, torch.optim.SGD):
+        return False
+    msg = (
+        f"learning rates are known for SGD, Adam and AdamW, got {type(optimizer).__name__}; "
+        "pass optimizer='sgd' or 'adam' for the nearer one"
+    )
+    raise ValueError(msg)
+
+
+def _group_value(
+    optimizer: torch.optim.Optimizer | str | None, key: str, *, default: float = 0.0
+) -> float:
+    """The largest value of ``key`` over the optimizer's groups."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return default
+    if key == "weight_decay" and not isinstance(optimizer, torch.optim.SGD):
+        return 0.0  # Adam's decay does not add to the preconditioned curvature by itself
+    return max(float(group.get(key, default)) for group in optimizer.param_groups)
+
+
+def _beta1(optimizer: torch.optim.Optimizer | str | None) -> float:
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return max(float(group["betas"][0]) for group in optimizer.param_groups)
+    return 0.9
+
+
+def _adam_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer | str | None
+) -> tuple[Tensor, float] | None:
+    """Adam's bias-corrected second moments ``(P,)`` and age; None before its first step."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return None
+    betas = {
+        id(p): float(group["betas"][1]) for group in optimizer.param_groups for p in group["params"]
+    }
+    moments = []
+    age = 0.0
+    for parameter in trainable_parameters(model):
+        state = optimizer.state.get(parameter, {})
+        if "exp_avg_sq" not in state:
+            return None
+        age = float(state["step"])
+        correction = 1 - betas[id(parameter)] ** age
+        moments.append((state["exp_avg_sq"] / correction).reshape(-1))
+    return torch.cat(moments), age
+
+
+def _rate_ratios(
+    model: nn.Module, optimizer: torch.optim.Optimizer | str | None
+) -> Tensor | None:
+    """Each parameter's rate over the largest ``(P,)``; None if all are equal."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return None
+    rates = {
+        id(p): float(group.get("initial_lr", group["lr"]))
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    parameters = trainable_parameters(model)
+    largest = max((rates.get(id(p), 0.0) for p in parameters), default=0.0)
+    if largest <= 0 or all(rates.get(id(p), 0.0) == largest for p in parameters):
+        return None
+    return torch.cat([torch.full_like(p, rates.get(id(p), 0.0) / largest).reshape(-1).detach()
+                      for p in parameters])

@@ -1,0 +1,73 @@
+"""How a batch's curvature fluctuates around the mean, along one direction."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from batchlr.measured import Measured
+from batchlr.operators.base import BatchedOperator
+
+
+@dataclass(frozen=True)
+class DirectionalNoise:
+    """Per-sample variances of ``H_i v`` for a unit vector ``v``; unit: curvature squared.
+
+    A batch of ``B`` out of ``N`` samples has these over ``b = B / (1 - B/N)``. Along the top
+    eigenvector they decide stability. Along a random direction ``total`` is ``P sigma^2`` of the
+    spiked Wigner model, which in networks is tens to hundreds of times smaller.
+    """
+
+    parallel: Measured  # r1: variance of v' H_i v
+    orthogonal: Measured  # c1: variance of the part of H_i v orthogonal to v
+    others: Tensor  # (k,) float64, variance of u_j' H_i v for the further directions u_j
+
+    @property
+    def total(self) -> float:
+        """``E_i |(H_i - H) v|^2``."""
+        return self.parallel + self.orthogonal
+
+
+def directional_noise(
+    operator: BatchedOperator, vector: Tensor, *, others: Tensor | None = None
+) -> DirectionalNoise:
+    """Variances of ``H_i v`` over samples, from how the batches' products differ; one product.
+
+    For disjoint batches drawn without replacement from ``N`` samples the estimate is unbiased for
+    the variance with divisor ``N - 1``, whatever the sizes of the batches (one-way analysis of
+    variance). Two batches of ``n`` give ``n/2 |(H_1 - H_2) v|^2``.
+
+    Args:
+        operator: of at least two batches.
+        vector: ``(P,)`` of unit norm.
+        others: ``(P, k)`` orthonormal, orthogonal to ``vector``.
+
+    Raises:
+        ValueError: there is only one batch, or ``vector`` is not of unit norm.
+    """
+    count = len(operator.samples)
+    if count < 2:
+        msg = "the noise of the curvature needs at least two disjoint batches, got 1"
+        raise ValueError(msg)
+    if abs(float(vector.double().norm()) - 1) > 1e-3:
+        msg = f"vector must have unit norm, got {float(vector.norm()):.6g}"
+        raise ValueError(msg)
+    products = torch.stack(list(operator.batch_products(vector)))  # (K, P)
+    samples = torch.tensor(operator.samples, dtype=torch.float64, device=products.device)
+    weights = (samples / samples.sum()).to(products.dtype)
+    deviations = products - weights @ products
+    parallel = (deviations @ vector).double() ** 2
+    total = deviations.double().square().sum(1)
+    directions = vector.new_zeros(vector.numel(), 0) if others is None else others
+    return DirectionalNoise(
+        parallel=_variance(samples * parallel),
+        orthogonal=_variance(samples * (total - parallel).clamp(min=0)),
+        others=(samples @ (deviations @ directions).double() ** 2) / (count - 1),
+    )
+
+
+def _variance(terms: Tensor) -> Measured:
+    """Per-sample variance from the batches' terms ``n_k (deviation)^2`` ``(K,)``."""
+    count = len(terms)
+    stderr = terms.std() * count**0.5 / (count - 1)
+    return Measured(float(terms.sum() / (count - 1)), float(stderr))

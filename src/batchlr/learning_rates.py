@@ -1,0 +1,230 @@
+"""The largest stable learning rate, from curvature and its batch noise.
+
+Every ``max_*`` and ``paper_*`` rate here is an *upper limit of stability* on a local quadratic,
+not a recommendation: beyond it the iterates grow, well below it training is merely slower.
+Curvatures, noise and weight decay share one unit (loss per squared parameter); rates have its
+inverse.
+"""
+
+import math
+from dataclasses import dataclass
+
+
+def max_sgd_lr(
+    largest: float, noise: float = 0.0, *, momentum: float = 0.0, weight_decay: float = 0.0
+) -> float:
+    """Mean-square stability limit of SGD with heavy-ball momentum.
+
+    ``2 (1 + m) / (largest + weight_decay + (1 + m) / (1 - m) noise)``, in PyTorch's convention
+    ``v <- m v + g``, ``w <- w - lr v``. Without momentum and noise it is the classical
+    ``2 / largest``; without momentum it is Granziol, Zohren & Roberts (2022) with
+    ``largest + noise`` as the batch's largest eigenvalue.
+
+    Exact where the curvature along the top direction is drawn afresh each step with mean
+    ``largest`` and variance ``s^2 = largest * noise``, because there the second moments of weight
+    and velocity stop contracting; with both noise and weight decay a little on the safe side.
+    In several dimensions it is an estimate. Over 1,800 random least-squares problems it lay 13 %
+    below to 1 % above the exact limit (Mulayoff & Michaeli 2024) from batch size 8 on; at 1 to 4
+    it was up to 50 % too high in a few, mostly where the second eigenvalue is close to the first.
+
+    Args:
+        largest: Largest eigenvalue of the empirical matrix, free of batch noise.
+        noise: ``s^2 / largest = (r1 + c1) / (b largest)``: ``r1`` and ``c1`` are the per-sample
+            variances of the curvature product with the top eigenvector, along and orthogonal to
+            it, and ``1/b = 1/B - 1/N``. With ``r1`` alone it is only a necessary bound.
+        momentum: In [0, 1).
+        weight_decay: Coupled L2 strength; it shifts the curvature, not the noise.
+
+    Raises:
+        ValueError: ``largest`` is not positive, or another argument is out of range.
+
+    >>> max_sgd_lr(4.0)
+    0.5
+    >>> max_sgd_lr(4.0, noise=4.0)
+    0.25
+    >>> max_sgd_lr(1.0, noise=1.0, momentum=0.5)
+    0.75
+    """
+    _require_curvature(largest=largest)
+    _require_non_negative(noise=noise, weight_decay=weight_decay)
+    _require_fraction(momentum=momentum)
+    amplified_noise = (1.0 + momentum) / (1.0 - momentum) * noise
+    return 2.0 * (1.0 + momentum) / (largest + weight_decay + amplified_noise)
+
+
+def max_adam_lr(largest: float, noise: float = 0.0, *, beta1: float = 0.9) -> float:
+    """Mean-square stability limit of Adam, whose momentum is an average.
+
+    `max_sgd_lr` on the *preconditioned* matrix ``D^-1/2 H D^-1/2`` (``D`` the diagonal Adam
+    divides by), over ``1 - beta1`` as ``m <- beta1 m + (1 - beta1) g`` shrinks each gradient.
+    The preconditioner counts as frozen. Without noise and at ``beta1 = 0.9`` it is
+    ``38 / largest`` (Cohen et al. 2022).
+
+    Args:
+        largest: Largest eigenvalue of the preconditioned matrix.
+        noise: As in `max_sgd_lr`, of the preconditioned matrix.
+        beta1: Decay rate of the gradient average, in [0, 1).
+
+    Raises:
+        ValueError: ``largest`` is not positive, or another argument is out of range.
+
+    >>> round(max_adam_lr(1.0), 9)
+    38.0
+    """
+    _require_fraction(beta1=beta1)
+    return max_sgd_lr(largest, noise, momentum=beta1) / (1.0 - beta1)
+
+
+def paper_sgd_lr(largest: float, *, weight_decay: float = 0.0) -> float:
+    """Maximal SGD rate ``2 / (largest + weight_decay)`` of Granziol, Zohren & Roberts (2022).
+
+    Assumes plain gradient descent on the batch's own quadratic, without momentum; batch noise
+    enters only through the batch's eigenvalue.
+
+    Args:
+        largest: Largest eigenvalue of the *batch* matrix, noise included.
+        weight_decay: Coupled L2 strength.
+
+    Raises:
+        ValueError: ``largest`` is not positive, or ``weight_decay`` is negative.
+
+    >>> paper_sgd_lr(8.0)
+    0.25
+    """
+    _require_curvature(largest=largest)
+    _require_non_negative(weight_decay=weight_decay)
+    return 2.0 / (largest + weight_decay)
+
+
+def paper_adam_lr(largest: float, *, damping: float = 0.0) -> float:
+    """Maximal rate ``2 (sqrt(largest) + damping) / largest`` for Adam-like preconditioning.
+
+    Assumes that the preconditioner is the square root of the curvature plus ``damping``, the
+    route by which Granziol, Zohren & Roberts (2022) arrive at square-root scaling for small
+    damping and linear scaling for large.
+
+    Args:
+        largest: Largest eigenvalue of the *batch* matrix, not preconditioned.
+        damping: Added to the preconditioner, hence in the unit of ``sqrt(largest)``; Adam's
+            ``eps``.
+
+    Raises:
+        ValueError: ``largest`` is not positive, or ``damping`` is negative.
+
+    >>> paper_adam_lr(4.0)
+    1.0
+    """
+    _require_curvature(largest=largest)
+    _require_non_negative(damping=damping)
+    return 2.0 * (math.sqrt(largest) + damping) / largest
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """A learning rate and the momentum that belongs to it."""
+
+    lr: float  # inverse curvature
+    momentum: float  # in [0, 1)
+
+
+def heavy_ball(largest: float, smallest: float) -> StepSize:
+    """Fastest-converging heavy-ball pair for curvatures in [smallest, largest] (Polyak 1964).
+
+    ``lr = (2 / (sqrt(largest) + sqrt(smallest)))^2`` and
+    ``momentum = ((sqrt(largest) - sqrt(smallest)) / (sqrt(largest) + sqrt(smallest)))^2``: optimal
+    on a quadratic without noise, where this rate is within the limit ``2 (1 + momentum) / largest``
+    and the error shrinks by ``sqrt(momentum)`` a step.
+
+    Args:
+        largest: Largest eigenvalue.
+        smallest: Smallest *non-trivial, positive* eigenvalue, in (0, largest]; not that of the
+            near-zero bulk.
+
+    Raises:
+        ValueError: ``largest`` is not positive, or ``smallest`` is outside (0, largest].
+
+    >>> heavy_ball(largest=9.0, smallest=1.0)
+    StepSize(lr=0.25, momentum=0.25)
+    """
+    _require_curvature(largest=largest)
+    if not 0.0 < smallest <= largest:
+        message = (
+            f"smallest must lie in (0, {largest}], got {smallest}: "
+            "take the smallest positive curvature outside the near-zero bulk"
+        )
+        raise ValueError(message)
+    root_sum = math.sqrt(largest) + math.sqrt(smallest)
+    root_difference = math.sqrt(largest) - math.sqrt(smallest)
+    return StepSize(lr=(2.0 / root_sum) ** 2, momentum=(root_difference / root_sum) ** 2)
+
+
+def min_damping(lr: float, noise: float) -> float:
+    """Least damping ``lr noise / 2`` that keeps a second-order step stable.
+
+    Along a direction whose curvature the preconditioner missed, the update ``lr (C + damping)^-1
+    g`` is a gradient step of rate ``lr / damping``, stable up to ``2 / noise``. Proportional to
+    ``lr / B``, as in Granziol, Zohren & Roberts (2022); the constant is this derivation's.
+
+    Args:
+        lr: Dimensionless rate of the second-order step.
+        noise: Curvature that batch noise alone creates, by default ``kappa / b`` (the shift of the
+            largest eigenvalue).
+
+    Raises:
+        ValueError: An argument is negative or not finite.
+
+    >>> min_damping(lr=0.5, noise=8.0)
+    2.0
+    """
+    _require_non_negative(lr=lr, noise=noise)
+    return lr / 2.0 * noise
+
+
+def _require_curvature(*, largest: float) -> None:
+    if not 0.0 < largest < math.inf:
+        message = (
+            f"largest must be positive and finite, got {largest}: there is no stability limit "
+            "along non-positive curvature, so keep the present rate or measure again"
+        )
+        raise ValueError(message)
+
+
+def _require_non_negative(**values: float) -> None:
+    for name, value in values.items():
+        if not 0.0 <= value < math.inf:
+            message = f"{name} must be finite and at least 0, got {value}"
+            raise ValueError(message)
+
+
+def _require_fraction(**values: float) -> None:
+    for name, value in values.items():
+        if not 0.0 <= value < 1.0:
+            message = f"{name} must lie in [0, 1), got {value}"
+            raise ValueError(message)
+
+
+def balanced_momentum(largest: float, noise: float, *, limit: float = 0.95) -> float:
+    """Momentum at which curvature and batch noise limit SGD's rate alike.
+
+    In the mean-square limit of `max_sgd_lr` the noise counts ``(1 + m) / (1 - m)`` times. More
+    momentum always allows a larger effective rate ``lr / (1 - m)``; from where
+    ``(1 + m) / (1 - m) = largest / noise`` on, at most twice as large. Derived from that limit,
+    without regard to the condition number.
+
+    Args:
+        largest: Largest eigenvalue of the empirical matrix.
+        noise: As in `max_sgd_lr`.
+        limit: Largest momentum returned, in [0, 1); 0.95 is assumed.
+
+    Raises:
+        ValueError: ``largest`` is not positive, or another argument is out of range.
+
+    >>> round(balanced_momentum(1.9, 0.1), 9)
+    0.9
+    >>> balanced_momentum(1.0, 2.0)
+    0.0
+    """
+    _require_curvature(largest=largest)
+    _require_non_negative(noise=noise)
+    _require_fraction(limit=limit)
+    return max(0.0, min(limit, (largest - noise) / (largest + noise)))

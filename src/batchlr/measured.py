@@ -1,0 +1,31 @@
+"""A number that knows its standard error."""
+
+import math
+from typing import final
+
+
+@final
+class Measured(float):
+    """A float with the standard error of its measurement, in the same unit.
+
+    It computes and prints like any float; errors are not propagated.
+
+    >>> curvature = Measured(12.5, stderr=0.5)
+    >>> 2 / curvature
+    0.16
+    >>> curvature.stderr
+    0.5
+    """
+
+    stderr: float
+
+    def __new__(cls, value: float, stderr: float = math.nan) -> "Measured":
+        number = super().__new__(cls, value)
+        number.stderr = float(stderr)
+        return number
+
+    def __getnewargs__(self) -> tuple[float, float]:  # type: ignore[override]
+        return (float(self), self.stderr)
+
+    def __str__(self) -> str:
+        return f"{float(self):.4g} +- {self.stderr:.2g}"

@@ -1,0 +1,209 @@
+"""The whole configuration: every key with its type, bounds, default and meaning.
+
+A default of the ``curvature`` section states where it comes from: cited, measured or assumed.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from batchlr.training.config.fields import (
+    AboveOne,
+    Count,
+    CountFromTwo,
+    CountFromZero,
+    CountOrAuto,
+    CountOrNull,
+    Flag,
+    FlagOrNull,
+    FolderName,
+    Fraction,
+    Interior,
+    Options,
+    PositiveOrNull,
+    Resume,
+    Seed,
+    Share,
+    refusal,
+)
+from batchlr.training.config.variants import (
+    VARIANTS,
+    CosineOptions,
+    DataOptions,
+    DigitsOptions,
+    ModelOptions,
+    OptimOptions,
+    ScheduleOptions,
+    SGDOptions,
+    VGGOptions,
+    default_name,
+)
+
+
+class BatchOptions(Options):
+    """How many samples one update of the weights sees, and how they reach the device."""
+
+    global_size: Count = Field(default=128, description="samples in one update, over all devices")
+    micro_size: CountOrAuto = Field(
+        default="auto",
+        description="samples in one forward pass; gradients accumulate up to global_size; "
+        "auto = as many as one device's share",
+    )
+
+    @field_validator("micro_size")
+    @classmethod
+    def _check(cls, micro: int | str, info: ValidationInfo) -> int | str:
+        total = info.data.get("global_size")
+        if not isinstance(micro, int) or total is None or total % micro == 0:
+            return micro
+        divisors = [d for d in range(1, total + 1) if total % d == 0]
+        micros = sorted(sorted(divisors, key=lambda d: abs(d - micro))[:2])
+        below = total // micro * micro
+        totals = " or ".join(str(size) for size in (below, below + micro) if size)
+        near = " or ".join(map(str, micros))
+        words = f"must divide global_size {total}; use {near}, or global_size {totals}"
+        raise refusal(words)
+
+
+class CurvatureOptions(Options):
+    """When and how the curvature is measured. ``optim.lr: auto`` applies what is found."""
+
+    measure: FlagOrNull = Field(
+        default=None, description="measure while training; null = only when optim.lr is auto"
+    )
+    samples: CountFromTwo = Field(default=256, description="samples in one measurement (assumed)")
+    refreshes: CountFromZero = Field(
+        default=15,
+        description="sparse measurements over the run, after the dense early ones (assumed)",
+    )
+    tolerance: Interior = Field(
+        default=0.1, description="relative residual at which an eigenvalue search stops (assumed)"
+    )
+    max_products: Count = Field(
+        default=20, description="matrix-vector products one eigenvalue search may cost (assumed)"
+    )
+    growth: AboveOne = Field(
+        default=1.5,
+        description="largest factor by which one measurement may raise the rate (assumed)",
+    )
+    safety: Share = Field(
+        default=1.0, description="share of the maximal stable rate that is used (assumed)"
+    )
+    adjust_momentum: Flag = Field(
+        default=False, description="set the momentum, too, from the measured extremes (assumed)"
+    )
+    norm_mode: Literal["train", "eval"] = Field(
+        default="train",
+        description="batch normalisation while measuring: train = statistics of the batch, the "
+        "function SGD descends; eval = running statistics (assumed)",
+    )
+
+
+class RunOptions(Options):
+    """How long, and in which arithmetic, to train."""
+
+    epochs: Count = Field(default=10, description="passes over the training set")
+    max_steps: CountOrNull = Field(
+        default=None,
+        description="stop after so many updates, schedule unchanged; null = after epochs",
+    )
+    clip_norm: PositiveOrNull = Field(
+        default=None,
+        description="largest norm of the gradient, over all weights; null = no clipping",
+    )
+    label_smoothing: Fraction = Field(
+        default=0.0, description="probability spread over all classes"
+    )
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16 = automatic mixed")
+    channels_last: Flag = Field(
+        default=False, description="memory layout NHWC, faster on recent GPUs"
+    )
+    device: str = Field(default="auto", description="auto, or a torch device such as cpu or cuda:1")
+
+
+class DistOptions(Options):
+    """How processes share the work."""
+
+    strategy: Literal["auto", "single", "ddp"] = Field(
+        default="auto", description="auto = ddp under torchrun, else single"
+    )
+
+
+class LogOptions(Options):
+    """What is written while training."""
+
+    every_steps: Count = Field(default=1, description="updates between two lines of metrics.jsonl")
+    progress: Flag = Field(default=True, description="a progress bar on a terminal")
+
+
+class CheckpointOptions(Options):
+    """When checkpoints are written, and how many stay."""
+
+    every_epochs: CountFromZero = Field(
+        default=1,
+        description="epochs between two checkpoints; 0 = only at the end or when interrupted",
+    )
+    keep: Count = Field(default=2, description="newest checkpoints that stay")
+
+
+class TrainConfig(Options):
+    """One run: everything that training depends on."""
+
+    name: FolderName = Field(
+        default="run", description="name of the run; default: the file's own name"
+    )
+    seed: Seed = Field(default=0, description="seed of weights, data order and probes")
+    deterministic: Flag = Field(
+        default=False, description="refuse nondeterministic kernels; slower"
+    )
+    data: Annotated[DataOptions, Field(discriminator="name")] = Field(
+        default=DigitsOptions(), description="what to learn"
+    )
+    model: Annotated[ModelOptions, Field(discriminator="name")] = Field(
+        default=VGGOptions(), description="the network"
+    )
+    optim: Annotated[OptimOptions, Field(discriminator="name")] = Field(
+        default=SGDOptions(), description="the optimizer"
+    )
+    batch: BatchOptions = Field(default=BatchOptions(), description="batch sizes")
+    schedule: Annotated[ScheduleOptions, Field(discriminator="name")] = Field(
+        default=CosineOptions(), description="shape of the rate over the run; its peak is optim.lr"
+    )
+    curvature: CurvatureOptions = Field(
+        default=CurvatureOptions(), description="measuring curvature"
+    )
+    train: RunOptions = Field(default=RunOptions(), description="length and arithmetic of the run")
+    dist: DistOptions = Field(default=DistOptions(), description="processes")
+    log: LogOptions = Field(default=LogOptions(), description="what is written while training")
+    checkpoint: CheckpointOptions = Field(default=CheckpointOptions(), description="checkpoints")
+    resume: Resume = Field(
+        default=False,
+        description="false = start anew; auto = from the newest checkpoint; or its path",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_names(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return values | {
+            section: {"name": default_name(section)} | values[section]
+            for section in VARIANTS
+            if isinstance(values.get(section), dict)
+        }
+
+    @field_validator("curvature")
+    @classmethod
+    def _check(cls, curvature: CurvatureOptions, info: ValidationInfo) -> CurvatureOptions:
+        optim = info.data.get("optim")
+        if curvature.measure is False and optim is not None and optim.lr == "auto":
+            raise refusal("measure must not be false when optim.lr is auto")
+        return curvature
+
+
+# The keys of TrainConfig that hold keys of their own.
+SECTIONS: dict[str, type[Options]] = {
+    key: type(field.default)
+    for key, field in TrainConfig.model_fields.items()
+    if isinstance(field.default, Options)
+}

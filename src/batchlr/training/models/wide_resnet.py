@@ -1,0 +1,82 @@
+"""Wide residual networks (Zagoruyko & Komodakis 2016)."""
+
+from functools import partial
+from typing import get_args
+
+from torch import Tensor, nn
+
+from batchlr.training.models.blocks import (
+    BasicBlock,
+    Shortcut,
+    check_dropout,
+    conv3x3,
+    initialize,
+    residual_blocks,
+)
+
+STEM_CHANNELS = 16
+STAGE_CHANNELS = (16, 32, 64)  # times the widening factor
+
+
+class WideResNet(nn.Module):
+    """WRN-``depth``-``widen_factor``: three stages of wide pre-activation basic blocks.
+
+    The defaults are the authors' network. Some reimplementations, among them the one behind many
+    published Hessian spectra, have ``conv_bias=True`` and ``shortcut="raw"``. Initial weights: see
+    ``blocks.initialize``.
+
+    Args:
+        depth: ``6 n + 4``.
+        widen_factor: Multiplies the channels 16, 32, 64 of the stages.
+        num_classes: Number of outputs.
+        dropout: Probability of dropping a value between the two convolutions of a block.
+        in_channels: Channels of the images.
+        conv_bias: Whether convolutions have a bias.
+        shortcut: Whether convolved shortcuts read the raw or the pre-activated input of a block.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        widen_factor: int,
+        *,
+        num_classes: int,
+        dropout: float = 0.0,
+        in_channels: int = 3,
+        conv_bias: bool = False,
+        shortcut: Shortcut = "preactivated",
+    ) -> None:
+        super().__init__()
+        num_blocks, rest = divmod(depth - 4, 6)
+        if rest or num_blocks < 1:
+            msg = f"WideResNet depth must be 6 n + 4 with n >= 1, got {depth}"
+            raise ValueError(msg)
+        if widen_factor < 1:
+            msg = f"widen_factor must be at least 1, got {widen_factor}"
+            raise ValueError(msg)
+        if shortcut not in get_args(Shortcut):
+            legal = ", ".join(get_args(Shortcut))
+            msg = f"shortcut must be one of {legal}, got {shortcut!r}"
+            raise ValueError(msg)
+        check_dropout(dropout)
+        self.stem = conv3x3(in_channels, STEM_CHANNELS, bias=conv_bias)
+        make_block = partial(BasicBlock, dropout=dropout, conv_bias=conv_bias, shortcut=shortcut)
+        blocks = residual_blocks(
+            make_block,
+            in_channels=STEM_CHANNELS,
+            stage_channels=[widen_factor * channels for channels in STAGE_CHANNELS],
+            num_blocks=num_blocks,
+        )
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.BatchNorm2d(blocks[-1].out_channels)
+        self.output = nn.Linear(blocks[-1].out_channels, num_classes)
+        initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(B, num_classes)`` of images ``(B, in_channels, H, W)``."""
+        x = self.norm(self.blocks(self.stem(x))).relu()
+        logits: Tensor = self.output(x.mean(dim=(2, 3)))
+        return logits

@@ -1,0 +1,247 @@
+"""The README is true: its code runs, prints what it says, and its commands succeed.
+
+The blocks are worked through in the order of the page, each once, in one folder and one namespace,
+as a reader would.
+
+- ``python``: executed. A top-level ``print(...)  # -> text`` must print exactly ``text``.
+- ``bash``, ``console``: one plain command a line (in ``console``, after ``$ ``; other lines are
+  output). ``make`` must name a target of the Makefile; ``pip install``, ``git clone`` and ``cd``
+  are taken on trust; ``batchlr``, ``python -m batchlr`` and ``torchrun`` are run, and succeed.
+  Training is cut to two steps, which is the only change.
+- ``yaml``: parsed; a whole configuration (it has a ``model``) must load.
+"""
+
+import ast
+import contextlib
+import io
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+import tokenize
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>[\w-]*)\n(?P<text>.*?)^(?P=indent)```$", re.M | re.S
+)
+DISPLAYED = {"text", "json", "bibtex", "mermaid"}  # shown, not run
+MAKE_TARGETS = re.findall(
+    r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
+)
+TRAINING = {"train", "sweep", "scripts/train.py", "scripts/sweep.py"}
+SHELL_SYNTAX = {"|", "||", ";", "&", ">", ">>", "<"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block; ``line`` is where its text starts on the page."""
+
+    language: str
+    text: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.language or 'unnamed'}-line-{self.line}"
+
+
+def find_blocks(page: str) -> list[Block]:
+    return [
+        Block(
+            match["language"],
+            textwrap.dedent(match["text"]),
+            page.count("\n", 0, match.start("text")) + 1,
+        )
+        for match in FENCE.finditer(page)
+    ]
+
+
+def expected_prints(text: str) -> dict[int, str]:
+    """What the ``# ->`` comments promise, by line of the block."""
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    comments = [token for token in tokens if token.type == tokenize.COMMENT]
+    return {
+        token.start[0]: token.string.removeprefix("# ->").strip()
+        for token in comments
+        if token.string.startswith("# ->")
+    }
+
+
+def is_print(statement: ast.stmt) -> bool:
+    match statement:
+        case ast.Expr(value=ast.Call(func=ast.Name(id="print"))):
+            return True
+    return False
+
+
+def run_python(block: Block, namespace: dict[str, Any]) -> None:
+    """Execute statement by statement, so that each print can be held to its promise."""
+    promised = expected_prints(block.text)
+    for statement in ast.parse(block.text).body:
+        last_line = statement.end_lineno
+        promise = promised.pop(last_line, None) if is_print(statement) else None
+        ast.increment_lineno(statement, block.line - 1)
+        code = compile(ast.Module([statement], []), str(README), "exec", dont_inherit=True)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(code, namespace)
+        if promise is not None:
+            assert printed.getvalue() == f"{promise}\n", f"README.md:{statement.end_lineno}"
+    astray = [block.line + line - 1 for line in promised]
+    assert not astray, f"README.md, lines {astray}: '# ->' belongs behind a top-level print"
+
+
+def commands(block: Block) -> list[list[str]]:
+    """The command lines of a block as words, ``a && b`` being two."""
+    lines = block.text.replace("\\\n", " ").splitlines()
+    if block.language == "console":
+        lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+        assert lines, f"README.md:{block.line}: no line starts with '$ '"
+    found = []
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        assert not SHELL_SYNTAX & set(words), f"not a plain command: {line}"
+        command: list[str] = []
+        for word in [*words, "&&"]:
+            if word != "&&":
+                command.append(word)
+            elif command:
+                found.append(command)
+                command = []
+    return found
+
+
+def runnable(command: list[str]) -> list[str]:
+    """The same command for this interpreter, or nothing where it is not to be run."""
+    match command:
+        case ["make", *words]:
+            unknown = [word for word in words if "=" not in word and word not in MAKE_TARGETS]
+            assert not unknown, f"the Makefile has no target {unknown}"
+            return []
+        case ["pip", "install", *_] | ["git", "clone", *_] | ["cd", _]:
+            return []
+        case ["batchlr", *words] | ["python", "-m", "batchlr", *words]:
+            module = "batchlr"
+        case ["torchrun", *words]:
+            module = "torch.distributed.run"
+        case _:
+            message = f"not a command this page may use: {shlex.join(command)}"
+            raise AssertionError(message)
+    shorter = ["train.max_steps=2"] if TRAINING & set(words) else []
+    return [sys.executable, "-m", module, *words, *shorter]
+
+
+def run_shell(block: Block, folder: Path) -> None:
+    for command in filter(None, map(runnable, commands(block))):
+        answer = subprocess.run(
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=240,  # assumed: below the time limit of a test, so that the output is shown
+        )
+        said = answer.stdout + answer.stderr
+        assert answer.returncode == 0, f"{shlex.join(command)} -> {answer.returncode}\n{said}"
+
+
+def load_yaml(block: Block, folder: Path) -> None:
+    content = yaml.safe_load(block.text)
+    if isinstance(content, dict) and "model" in content:
+        from batchlr.training.config import load_config
+
+        path = folder / "readme.yaml"
+        path.write_text(block.text, encoding="utf-8")
+        load_config(path)
+
+
+@dataclass
+class Reader:
+    """Works through blocks in order, each once, and remembers how each went."""
+
+    blocks: list[Block]
+    folder: Path
+    namespace: dict[str, Any] = field(default_factory=lambda: {"__name__": "__main__"})
+    outcomes: list[Exception | None] = field(default_factory=list)
+
+    def read(self, block: Block) -> None:
+        match block.language:
+            case "python":
+                run_python(block, self.namespace)
+            case "bash" | "console":
+                run_shell(block, self.folder)
+            case "yaml":
+                load_yaml(block, self.folder)
+            case language:
+                assert language in DISPLAYED, f"README.md:{block.line}: name the block's language"
+
+    def reach(self, index: int) -> None:
+        """Read up to block ``index``, then raise what that block raised."""
+        for block in self.blocks[len(self.outcomes) : index + 1]:
+            try:
+                self.read(block)
+                self.outcomes.append(None)
+            except Exception as problem:
+                self.outcomes.append(problem)
+        if problem := self.outcomes[index]:
+            raise problem
+
+
+PAGE = README.read_text(encoding="utf-8")
+BLOCKS = find_blocks(PAGE)
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ["configs", "scripts"]:
+        (folder / name).symlink_to(ROOT / name)
+    return Reader(BLOCKS, folder)
+
+
+@pytest.mark.parametrize("index", range(len(BLOCKS)), ids=map(str, BLOCKS))
+def test_block_is_true(index, reader, monkeypatch):
+    monkeypatch.chdir(reader.folder)
+    reader.reach(index)
+
+
+def test_readme_shows_python_and_the_command_line():
+    languages = {block.language for block in BLOCKS}
+    assert "python" in languages
+    assert languages & {"bash", "console"}
+
+
+def test_no_fence_escapes_the_reader():
+    assert len(re.findall(r"^\s*(?:```|~~~)", PAGE, re.MULTILINE)) == 2 * len(BLOCKS)
+
+
+def read(page: str, folder: Path) -> None:
+    blocks = find_blocks(textwrap.dedent(page))
+    assert blocks
+    Reader(blocks, folder).reach(len(blocks) - 1)
+
+
+def test_a_kept_promise_passes(tmp_path):
+    read("```python\nx = 0.1 + 0.2\n```\n\n```python\nprint(f'{x:.2f}')  # -> 0.30\n```", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("page", "complaint"),
+    [
+        ("```python\nprint(0.31)  # -> 0.3\n```", "README.md:2"),
+        ("```python\nfor x in [1]:\n    print(x)  # -> 1\n```", "top-level print"),
+        ("```bash\nrm -r runs\n```", "not a command this page may use"),
+        ("```bash\nbatchlr env | head\n```", "not a plain command"),
+        ("```bash\nmake world\n```", "no target"),
+        ("```\nx = 1\n```", "name the block's language"),
+    ],
+)
+def test_a_false_page_is_caught(page, complaint, tmp_path):
+    with pytest.raises(AssertionError, match=complaint):
+        read(page, tmp_path)

@@ -1,0 +1,76 @@
+"""What the files around the code say agrees with the code, and with each other."""
+
+import importlib.metadata
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+FOLDERS = ["src", "tests", "docs", "configs", "scripts", "benchmarks"]
+HOMES = re.compile(r"(?<![\w.~-])/(?:home|root|Users|work|workspace)/|\b[A-Z]:\\Users\\")
+
+
+def texts() -> list[Path]:
+    """The text files of the tree, without what tools generate into it."""
+    inside = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
+    generated = {"__pycache__", "_build"}
+    found = [path for path in inside if not generated & set(path.parts)]
+    found += [path for path in ROOT.iterdir() if path.suffix in {".md", ".toml", ".cff", ".yaml"}]
+    return sorted([*found, ROOT / "Makefile"])
+
+
+def test_citation_names_the_software_and_the_article():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "type", "authors", "version"} <= citation.keys()
+    assert citation["authors"] == [{"name": "The batchlr developers"}]
+    article = citation["preferred-citation"]
+    assert [author["family-names"] for author in article["authors"]] == [
+        "Granziol",
+        "Zohren",
+        "Roberts",
+    ]
+    assert article["title"].startswith("Learning Rates as a Function of Batch Size")
+    assert article["journal"] == "Journal of Machine Learning Research"
+    assert (article["volume"], article["issue"], article["year"]) == (23, 173, 2022)
+    assert article["identifiers"][0]["value"] == "arXiv:2006.09092"
+
+
+def test_one_version_everywhere():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert PROJECT["version"] == importlib.metadata.version("batchlr")
+    assert PROJECT["version"] == re.findall(r"^## \[(\d[^\]]*)\]", changelog, re.MULTILINE)[0]
+    assert PROJECT["version"] == str(citation["version"])
+
+
+def test_licence_is_apache_2():
+    opening = (ROOT / "LICENSE").read_text(encoding="utf-8").split(maxsplit=5)[:5]
+    assert " ".join(opening) == "Apache License Version 2.0, January"
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert PROJECT["license"] == citation["license"] == "Apache-2.0"
+
+
+@pytest.mark.parametrize("path", texts(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_path_of_somebodys_machine(path):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        pytest.skip("not a text file")
+    found = [f"line {at}: {line}" for at, line in enumerate(lines, 1) if HOMES.search(line)]
+    assert not found
+
+
+def test_every_file_in_configs_is_yaml():
+    for path in sorted(path for path in (ROOT / "configs").rglob("*") if path.is_file()):
+        assert path.suffix == ".yaml", f"{path} is not a configuration"
+        assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict), path
+
+
+def test_files_named_in_the_makefile_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for name in re.findall(r"configs/[\w/.-]+\.yaml", makefile):
+        assert (ROOT / name).is_file(), f"the Makefile names {name}"
