@@ -67,7 +67,7 @@ def mean_of_draws(draw, *args, num_draws=20):
 
 
 def mean_of_wishart_draws(spike, ratio, form):
-    """As many draws as bring the mean's relative error to 0.6 %: one strays by sqrt(2 ratio / P)."""
+    """As many draws as take the mean to 0.6 %, where one strays by ``sqrt(2 ratio / P)``."""
     num_draws = round(20 * max(1.0, ratio))
     return mean_of_draws(draw_wishart, spike, ratio, form, num_draws=num_draws)
 
@@ -382,19 +382,19 @@ def mean_extreme(diagonal, side, num_pairs=2):
 
 @pytest.mark.parametrize(("spike", "side"), [(4.0, "LA"), (2.0, "LA"), (-3.0, "SA")])
 def test_spike_beside_a_uniform_bulk_matches_random_matrices(spike, side):
-    nodes, weights = uniform_bulk(0.0, 1.5, 1200)
+    nodes, weights = uniform_bulk(0.0, 1.5, 900)
     predicted = subordinated_outlier(spike, nodes, weights, noise_variance=1.0)
     assert mean_extreme([spike, *nodes[1:]], side) == pytest.approx(predicted, rel=0.01)
 
 
 def test_spike_beside_a_uniform_bulk_uses_the_closed_form_of_its_transform():
-    nodes, weights = uniform_bulk(0.0, 1.5, 1200)
+    nodes, weights = uniform_bulk(0.0, 1.5, 900)
     expected = 4.0 + math.log(4.0 / 2.5) / 1.5  # integral of 1/(4 - x) over [0, 1.5], mean
     assert subordinated_outlier(4.0, nodes, weights, 1.0) == pytest.approx(expected, rel=1e-6)
 
 
 def test_weak_spike_beside_a_bulk_sits_at_the_bulk_edge():
-    nodes, weights = uniform_bulk(0.0, 1.5, 1200)
+    nodes, weights = uniform_bulk(0.0, 1.5, 900)
     edge = subordinated_outlier(1.51, nodes, weights, noise_variance=1.0)
     assert subordinated_outlier(1.6, nodes, weights, noise_variance=1.0) == edge
     assert mean_extreme(nodes, "LA") == pytest.approx(edge, rel=0.01)

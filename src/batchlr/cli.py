@@ -32,7 +32,7 @@ app.add_typer(config_app, name="config", help="Show or check configurations.")
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration file (YAML).")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[A.B=VALUE]...", help="Changes, such as train.epochs=5."),
+    typer.Argument(metavar="A.B=VALUE", help="Changes, such as train.epochs=5."),
 ]
 Out = Annotated[Path | None, typer.Option(help="Folder of the run.  [default: runs/NAME]")]
 Checkpoint = Annotated[
@@ -60,11 +60,11 @@ def lr_command(
 ) -> None:
     """Tabulate the maximal SGD and Adam rates over batch sizes."""
     with _exit_codes():
-        config_ = _load(config, overrides).config
+        loaded = _load(config, overrides)
         from batchlr.training.analysis import measure_rates
 
-        folder = _folder(out, config_)
-        measure_rates(config_, out=folder, json_file=json_file, checkpoint=checkpoint)
+        folder = _folder(out, loaded.config)
+        measure_rates(loaded.config, out=folder, json_file=json_file, checkpoint=checkpoint)
 
 
 @app.command("spectrum")
@@ -76,10 +76,10 @@ def spectrum_command(
 ) -> None:
     """Measure the spectrum of the batch Hessian."""
     with _exit_codes():
-        config_ = _load(config, overrides).config
+        loaded = _load(config, overrides)
         from batchlr.training.analysis import measure_spectrum
 
-        measure_spectrum(config_, out=_folder(out, config_), checkpoint=checkpoint)
+        measure_spectrum(loaded.config, out=_folder(out, loaded.config), checkpoint=checkpoint)
 
 
 @app.command("env")
@@ -101,7 +101,9 @@ def show_command(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @config_app.command("check")
 def check_command(
-    configs: Annotated[list[Path], typer.Argument(metavar="CONFIG...", help="Files (YAML).")],
+    configs: Annotated[
+        list[Path], typer.Argument(metavar="CONFIG", help="Configuration files (YAML).")
+    ],
 ) -> None:
     """Check configuration files, all of them."""
     from batchlr.training.config import ConfigError, load_config

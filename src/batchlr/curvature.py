@@ -54,8 +54,8 @@ def measure_curvature(
     """Extremal curvature of the mean loss, how it fluctuates between batches, and what follows.
 
     Weights, ``.grad``, buffers, flags and global random state are bit-identical afterwards. Costs
-    one Lanczos run (10-40 products from a random start, 2-5 from an earlier report's vectors) and three
-    products for the noise; twice that with Adam.
+    one Lanczos run (10-40 products from a random start, 2-5 from an earlier report's vectors) and
+    three products for the noise; twice that with Adam.
 
     Args:
         model: see `HessianOperator`.
@@ -113,9 +113,7 @@ def measure_curvature(
     adam, adam_vector = None, None
     if _is_adam(optimizer):
         start = start_vectors[1] if len(start_vectors) > 1 else None
-        adam, adam_vector = _adam_curvature(
-            operator, model, optimizer, ratios, search, start, size
-        )
+        adam, adam_vector = _adam_curvature(operator, model, optimizer, ratios, search, start, size)
     return CurvatureReport(
         largest=edges.largest,
         smallest=edges.smallest,
@@ -402,9 +400,7 @@ def _adam_state(
     return torch.cat(moments), age
 
 
-def _rate_ratios(
-    model: nn.Module, optimizer: torch.optim.Optimizer | str | None
-) -> Tensor | None:
+def _rate_ratios(model: nn.Module, optimizer: torch.optim.Optimizer | str | None) -> Tensor | None:
     """Each parameter's rate over the largest ``(P,)``; None if all are equal."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         return None
@@ -417,5 +413,9 @@ def _rate_ratios(
     largest = max((rates.get(id(p), 0.0) for p in parameters), default=0.0)
     if largest <= 0 or all(rates.get(id(p), 0.0) == largest for p in parameters):
         return None
-    return torch.cat([torch.full_like(p, rates.get(id(p), 0.0) / largest).reshape(-1).detach()
-                      for p in parameters])
+    return torch.cat(
+        [
+            torch.full_like(p, rates.get(id(p), 0.0) / largest).reshape(-1).detach()
+            for p in parameters
+        ]
+    )

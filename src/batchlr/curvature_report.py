@@ -82,9 +82,7 @@ class AdamCurvature:
 
     def stretch_at(self, batch_size: float) -> float:
         """``D(B)/D(batch_size)``, interpolated in the logarithms."""
-        position = np.interp(
-            math.log(batch_size), np.log(self.batch_sizes), np.log(self.stretch)
-        )
+        position = np.interp(math.log(batch_size), np.log(self.batch_sizes), np.log(self.stretch))
         return math.exp(float(position))
 
 
@@ -144,12 +142,12 @@ class CurvatureReport:
         their size.
         """
         inverse = self.inverse_effective_batch_size(batch_size)
-        value = self.largest + self.kappa * inverse
+        value = float(self.largest) + self.kappa * inverse
         if self.small_batch is None or self.kappa * inverse <= self.largest:
             return value
         size, measured = self.small_batch
         excess = max(measured - self.largest, 0.0)
-        return min(value, self.largest + excess * max(1.0, size / batch_size) ** 0.5)
+        return min(value, self.largest + excess * math.sqrt(max(1.0, size / batch_size)))
 
     def smallest_at(self, batch_size: int) -> float:
         """Expected smallest eigenvalue of a batch Hessian, to second order."""
@@ -209,8 +207,12 @@ class CurvatureReport:
                 weight_decay=self.weight_decay,
             )
             spread, exponent = _spread(
-                self.largest, self.noise.parallel, self.noise.orthogonal,
-                momentum, inverse, 1 / batch_size,
+                self.largest,
+                self.noise.parallel,
+                self.noise.orthogonal,
+                momentum,
+                inverse,
+                1 / batch_size,
             )
         else:
             value, spread, exponent = self._mean_square_adam(batch_size, momentum)
@@ -220,7 +222,11 @@ class CurvatureReport:
             low=value * math.exp(-_Z90 * spread),
             high=value * math.exp(_Z90 * spread),
             exponent=exponent,
-            regime="noise" if exponent > 2 / 3 else "curvature" if exponent < 1 / 3 else "transition",
+            regime="noise"
+            if exponent > 2 / 3
+            else "curvature"
+            if exponent < 1 / 3
+            else "transition",
             reliable=not reasons,
             reasons=reasons,
             batch_size=batch_size,
@@ -237,9 +243,7 @@ class CurvatureReport:
             return paper_sgd_lr(largest, weight_decay=self.weight_decay), spread, slope
         return paper_adam_lr(largest), spread / 2, slope / 2
 
-    def _mean_square_adam(
-        self, batch_size: int, beta1: float
-    ) -> tuple[float, float, float]:
+    def _mean_square_adam(self, batch_size: int, beta1: float) -> tuple[float, float, float]:
         adam = self.adam
         if adam is None:
             msg = (

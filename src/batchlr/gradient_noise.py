@@ -16,7 +16,7 @@ class GradientMoments:
     variance: Tensor  # (P,) per-sample variance
 
     def second_moment(self, effective_batch_size: float) -> Tensor:
-        """``E g_B^2`` ``(P,)`` of a batch with ``b = B / (1 - B/N)``: what Adam's ``v`` tends to."""
+        """``E g_B^2`` ``(P,)`` of a batch, ``b = B / (1 - B/N)``: what Adam's ``v`` tends to."""
         return (self.mean_square + self.variance / effective_batch_size).clamp(min=0)
 
 

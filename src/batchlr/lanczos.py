@@ -131,7 +131,7 @@ def top_eigenpairs(
     if which not in ("largest", "smallest", "both"):
         msg = f"which must be 'largest', 'smallest' or 'both', got {which!r}"
         raise ValueError(msg)
-    if not 1 <= k or wanted > size:
+    if k < 1 or wanted > size:
         msg = f"k = {k} pairs ({which}) are not to be had from a ({size}, {size}) matrix"
         raise ValueError(msg)
     if not 0 < tol < 1:
@@ -162,9 +162,7 @@ def top_eigenpairs(
     return pairs
 
 
-def _ritz_pairs(
-    process: "_Process", k: int, which: Which, settle: Which, tol: float
-) -> Eigenpairs:
+def _ritz_pairs(process: "_Process", k: int, which: Which, settle: Which, tol: float) -> Eigenpairs:
     tridiagonal = process.tridiagonal()
     values, vectors = tridiagonal.eigh()
     scale = values.abs().max()
@@ -197,9 +195,7 @@ class _Process:
         self.operator = operator
         self.size = operator.shape[0]
         self.count = 0
-        self.basis = torch.empty(
-            num_steps, self.size, dtype=operator.dtype, device=operator.device
-        )
+        self.basis = torch.empty(num_steps, self.size, dtype=operator.dtype, device=operator.device)
         self.diagonal = torch.zeros(num_steps, dtype=torch.float64, device=operator.device)
         self.off_diagonal = torch.zeros_like(self.diagonal)
         self.scale = torch.zeros((), dtype=torch.float64, device=operator.device)
@@ -286,4 +282,5 @@ def first_vector(
             f"{tuple(start.shape)} with norm {float(norm):.3g}"
         )
         raise ValueError(msg)
-    return (start.double() / norm).to(operator.dtype)
+    unit: Tensor = start.double() / norm
+    return unit.to(operator.dtype)

@@ -20,6 +20,7 @@ class Measured(float):
     stderr: float
 
     def __new__(cls, value: float, stderr: float = math.nan) -> "Measured":
+        """The number ``value``, carrying ``stderr``."""
         number = super().__new__(cls, value)
         number.stderr = float(stderr)
         return number

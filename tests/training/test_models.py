@@ -179,7 +179,9 @@ def test_every_parameter_has_a_gradient_and_the_hessian_is_symmetric(case, norm_
 
     u, v = ([torch.randn_like(p) for p in params] for _ in range(2))
     grads = gradient()
-    assert all(g.isfinite().all() and g.any() for g in grads)
+    assert all(g.isfinite().all() for g in grads)
+    if norm_mode == "eval":  # in train mode, biases before a batch norm have none but rounding
+        assert all(g.any() for g in grads)
     hu = torch.autograd.grad(grads, params, u, retain_graph=True, materialize_grads=True)
     hv = torch.autograd.grad(grads, params, v, materialize_grads=True)
     dots = [
@@ -247,12 +249,10 @@ def test_initial_mlp_keeps_the_scale_of_its_activation():
     ids=["vgg", "wide_resnet"],
 )
 def test_dropout_acts_in_training_only(model):
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
-            module.train = lambda mode: module  # else batch statistics change with the dropped
     x = torch.randn(2, 3, 32, 32)
-    model.train()
+    for module in model.eval().modules():  # batch norm stays as in testing
+        if isinstance(module, nn.Dropout):
+            module.train()
     assert not torch.equal(model(x), model(x))
     model.eval()
     assert torch.equal(model(x), model(x))

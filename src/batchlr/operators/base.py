@@ -71,7 +71,7 @@ class LinearOperator(ABC):
             raise ValueError(msg)
 
     def to_scipy(self) -> Any:
-        """A ``scipy.sparse.linalg.LinearOperator`` over the same matrix (copies through the CPU)."""
+        """A ``scipy.sparse.linalg.LinearOperator`` of the same matrix (copies through the CPU)."""
         from scipy.sparse.linalg import LinearOperator as ScipyOperator
 
         def multiply(array: Any) -> Any:

@@ -95,10 +95,12 @@ class CurvatureMatrix(BatchedOperator):
     @property
     @final
     def samples(self) -> tuple[int, ...]:
+        """Number of samples of each batch."""
         return tuple(self._samples)
 
     @final
     def batch_products(self, vector: Tensor) -> Iterator[Tensor]:
+        """See `BatchedOperator.batch_products`."""
         self.check(vector)
         self.num_products += 1
         for index in range(len(self._batches)):
@@ -177,7 +179,7 @@ class CurvatureMatrix(BatchedOperator):
 
     @final
     def _split(self, vector: Tensor) -> list[Tensor]:
-        pieces = vector.split([p.numel() for p in self._parameters])
+        pieces = torch.split(vector, [p.numel() for p in self._parameters])
         return [v.view_as(p) for v, p in zip(pieces, self._parameters, strict=True)]
 
 

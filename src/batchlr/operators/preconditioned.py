@@ -36,9 +36,11 @@ class PreconditionedOperator(BatchedOperator):
 
     @property
     def samples(self) -> tuple[int, ...]:
+        """Number of samples of each batch."""
         return self.operator.samples
 
     def batch_products(self, vector: Tensor) -> Iterator[Tensor]:
+        """See `BatchedOperator.batch_products`."""
         self.check(vector)
         self.num_products += 1
         for product in self.operator.batch_products(self.scale * vector):

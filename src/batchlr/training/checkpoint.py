@@ -8,6 +8,7 @@ and replaced in one go, so whatever it lists is whole.
 import hashlib
 import json
 import os
+import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -52,6 +53,8 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: 
         raise ValueError(msg)
     _check_plain(state, "state")
     folder.mkdir(parents=True, exist_ok=True)
+    for unfinished in folder.glob("step-*.pt.tmp"):  # left by a kill
+        unfinished.unlink()
     entries = _read_manifest(folder)
     path = _free_path(folder, step)
     _replace(path, lambda file: torch.save(dict(state), file))
@@ -82,7 +85,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     problem = _damage(path, entries[index].sha256 if index < len(names) else None)
     if problem:
         raise CheckpointError(problem + _way_out(path.parent, entries[:index]))
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        msg = f"checkpoint {path} holds more than tensors and plain values; it is not ours"
+        raise CheckpointError(msg) from error
     return state
 
 

@@ -51,8 +51,8 @@ Interior = Annotated[float, Field(gt=0, lt=1), legal("a number in (0, 1)")]
 Flag = Annotated[bool, Field(strict=True), legal("true or false", boolean=True)]
 FolderName = Annotated[
     str,
-    Field(pattern=r"^[\w-][\w.-]*$"),
-    legal("text of letters, digits, '-', '_' and '.', not starting with '.'"),
+    Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"),
+    legal("text of letters a-z, digits, '_', '-' and '.', starting with none of the last two"),
 ]
 UserPath = Annotated[Path, legal("a path"), AfterValidator(Path.expanduser)]
 

@@ -23,7 +23,7 @@ class Place:
 
     source: str
     line: int = 0
-    column: int = 0
+    column: int = 0  # on the command line: which argument
     on_command_line: bool = False
 
     def __str__(self) -> str:
@@ -32,7 +32,8 @@ class Place:
     @property
     def order(self) -> tuple[bool, str, int, int]:
         """Sorts as one reads: files from top to bottom, then the command line."""
-        return (self.on_command_line, self.source, self.line, self.column)
+        file = "" if self.on_command_line else self.source
+        return (self.on_command_line, file, self.line, self.column)
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class ConfigError(Exception):
     """A configuration that cannot be used, with all its problems."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
-        self.problems = tuple(sorted(set(problems), key=lambda problem: problem.place.order))
+        unique = dict.fromkeys(problems)  # a base read twice complains twice
+        self.problems = tuple(sorted(unique, key=lambda problem: problem.place.order))
         super().__init__(self.problems)
 
     def __str__(self) -> str:

@@ -102,8 +102,8 @@ class _Reading:
     def command_line(self, overrides: Sequence[str]) -> Layer:
         """All overrides as one layer; of two that disagree, the later wins."""
         merged = Layer()
-        for override in overrides:
-            place = Place(f"command line {override!r}", on_command_line=True)
+        for index, override in enumerate(overrides):
+            place = Place(f"command line {override!r}", column=index, on_command_line=True)
             path, equals, text = override.partition("=")
             keys = tuple(path.split("."))
             if not equals or not all(keys):
@@ -203,7 +203,7 @@ def _anywhere(place: Place, _: yaml.Mark | None) -> Place:
 
 def _run_name(path: Path) -> str:
     """The file's name without its ending, in characters that any file system takes."""
-    return re.sub(r"[^\w.-]+", "-", path.stem).lstrip(".") or "run"
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).strip("-.") or "run"
 
 
 def _sources(layer: Layer) -> dict[str, str]:

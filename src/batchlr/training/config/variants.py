@@ -1,7 +1,7 @@
 """The sections of a configuration that choose by ``name``: data, model, optim and schedule."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -26,6 +26,8 @@ from batchlr.training.config.fields import (
 
 # data ------------------------------------------------------------------------------------------
 
+Augment = Literal["standard", "none"]
+_AUGMENT = "standard = random crops and mirror images of the training set; none = as they are"
 Statistics = Literal["cifar10", "cifar100", "imagenet"]
 _STATISTICS = "data set whose mean and deviation normalise the pixels; the curvature scales with it"
 _ROOT = "folder that holds the files, or will hold them after a download"
@@ -36,6 +38,9 @@ class DigitsOptions(Options):
 
     name: Literal["digits"] = "digits"
     image_size: Count = Field(default=32, description="height and width, in pixels; 8 as scanned")
+    augment: Augment = Field(
+        default="none", description="standard = shift the training images; none = as they are"
+    )
 
 
 class ArraysOptions(Options):
@@ -45,23 +50,15 @@ class ArraysOptions(Options):
     path: UserPath = Field(
         description="NPZ file with x_train, y_train, x_test, y_test; x is N,C,H,W uint8 or float32"
     )
+    augment: Augment = Field(default="none", description=_AUGMENT)
 
 
-class _AugmentedOptions(Options):
-    augment: Literal["standard", "none"] = Field(
-        default="standard",
-        description="standard = random crops and mirror images of the training set; none = neither",
-    )
-
-    def options(self) -> dict[str, Any]:
-        return super().options() | {"augment": self.augment == "standard"}
-
-
-class _CifarOptions(_AugmentedOptions):
+class _CifarOptions(Options):
     root: UserPath = Field(default=Path("data"), description=_ROOT)
     download: Flag = Field(
         default=False, description="fetch the files into root when they are missing"
     )
+    augment: Augment = Field(default="standard", description=_AUGMENT)
 
 
 class Cifar10Options(_CifarOptions):
@@ -78,11 +75,12 @@ class Cifar100Options(_CifarOptions):
     statistics: Statistics = Field(default="cifar100", description=_STATISTICS)
 
 
-class FolderOptions(_AugmentedOptions):
+class FolderOptions(Options):
     """Image files, one folder a class, below ``root/train`` and ``root/val``."""
 
     name: Literal["imagefolder", "imagenet"]
     root: UserPath = Field(default=Path("data"), description="folder that holds train/ and val/")
+    augment: Augment = Field(default="standard", description=_AUGMENT)
     image_size: Count = Field(
         default=224, description="height and width fed to the network, in pixels"
     )
@@ -92,15 +90,16 @@ class FolderOptions(_AugmentedOptions):
 
 
 class SyntheticOptions(Options):
-    """A smooth image for each class, plus pixel noise; the test set has a quarter as many."""
+    """A random image for each class, plus pixel noise: a problem that learns in seconds."""
 
     name: Literal["synthetic"] = "synthetic"
-    num_samples: Count = Field(default=2048, description="images to train on")
+    num_samples: Count = Field(default=1024, description="images to train on")
+    num_test_samples: Count = Field(default=256, description="images to test on")
     num_classes: CountFromTwo = Field(default=10, description="classes")
-    image_size: Count = Field(default=32, description="height and width, in pixels")
-    in_channels: Count = Field(default=3, description="channels of an image")
+    image_size: Count = Field(default=8, description="height and width, in pixels")
+    channels: Count = Field(default=3, description="channels of an image")
     noise: NonNegative = Field(
-        default=1.0, description="standard deviation of the noise, in units of the clean images'"
+        default=1.0, description="standard deviation of the noise; that of the clean images is 1"
     )
 
 
@@ -267,7 +266,9 @@ class LinearTailOptions(Options):
     name: Literal["linear_tail"] = "linear_tail"
     warmup: Fraction = Field(default=0.0, description=_WARMUP)
     hold: Fraction = Field(default=0.5, description="share of all steps at which the decay starts")
-    end: Share = Field(default=0.9, description="share of all steps at which the decay ends")
+    end: Share = Field(
+        default=0.9, validate_default=True, description="share of all steps at which the decay ends"
+    )
     final: NonNegative = Field(default=0.01, description="last rate, as a share of the peak")
 
     @field_validator("end")

@@ -70,15 +70,15 @@ def _read(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise _error(path, "there is no such file")
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise _error(path, "it holds a single array; write it with numpy.savez")
-        with archive:
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise _error(path, "it holds a single array; write it with numpy.savez")
             missing = [key for key in KEYS if key not in archive]
             if missing:
                 raise _error(path, f"it lacks {', '.join(missing)}; it has {sorted(archive)}")
             return {key: archive[key] for key in KEYS}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise _error(path, f"it cannot be read ({error}); write it with numpy.savez") from error
 
 

@@ -62,14 +62,13 @@ def train_batches(
     _check_rank(rank, world_size)
     if batch_size % world_size or (world_size > 1 and not drop_last):
         msg = (
-            f"{world_size} processes share batches of {batch_size} equally only if it is a "
-            f"multiple and drop_last is true, got drop_last={drop_last}"
+            f"{world_size} processes share batches equally only if batch_size is a multiple and "
+            f"drop_last is true, got batch_size {batch_size}, drop_last {drop_last}"
         )
         raise ValueError(msg)
     key = EpochKey(seed, epoch)
-    index_batches = torch.split(permutation(len(data.train), key), batch_size)[
-        start_batch:num_batches
-    ]
+    order = permutation(len(data.train), key)
+    index_batches = torch.split(order, batch_size)[start_batch:num_batches]
     shards = [indices.chunk(world_size)[rank] for indices in index_batches]
     return data.train.batches(shards, augmented_for=key, device=torch.device(device))
 
@@ -97,7 +96,7 @@ def test_batches(
     """
     _check_batch_size(batch_size)
     _check_rank(rank, world_size)
-    own = torch.arange(rank, len(data.test), world_size)
+    own = torch.arange(len(data.test))[rank::world_size]
     index_batches = torch.split(own, batch_size) if len(own) else ()
     return data.test.batches(index_batches, device=torch.device(device))
 

@@ -73,7 +73,7 @@ class CropAndFlip:
             samples: Their indices ``(B,)`` in the data set, on the device of ``pixels``.
             key: The pass over the data.
         """
-        num_images, num_channels, height, width = pixels.shape
+        _, num_channels, height, width = pixels.shape
         offsets = 2 * self.padding + 1
         top = random_integers(samples, key, Stream.CROP_ROW, high=offsets)
         left = random_integers(samples, key, Stream.CROP_COLUMN, high=offsets)
@@ -83,6 +83,7 @@ class CropAndFlip:
         rows = top[:, None] + row  # (B, H)
         columns = left[:, None] + torch.where(mirrored[:, None], column.flip(0), column)  # (B, W)
         padded = functional.pad(pixels, (self.padding,) * 4)
-        image = torch.arange(num_images, device=pixels.device)[:, None, None, None]
-        channel = torch.arange(num_channels, device=pixels.device)[:, None, None]
-        return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+        chosen = rows[:, :, None] * padded.shape[3] + columns[:, None, :]  # (B, H, W), flat
+        # one gather over flat pixels is several times faster than indexing with four tensors
+        flat = chosen.flatten(1)[:, None].expand(-1, num_channels, -1)  # (B, C, H * W)
+        return padded.flatten(2).gather(2, flat).reshape(pixels.shape)

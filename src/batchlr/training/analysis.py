@@ -1,0 +1,191 @@
+"""One measurement at one point of a run: the table of rates, and the spectrum."""
+
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from batchlr.curvature import measure_curvature
+from batchlr.curvature_report import CurvatureReport, LRBound
+from batchlr.lanczos import top_eigenpairs
+from batchlr.operators import HessianOperator
+from batchlr.plotting import plot_rates, plot_spectrum, save_figure
+from batchlr.slq import stochastic_lanczos_quadrature
+from batchlr.training.checkpoint import CheckpointError, load_checkpoint
+from batchlr.training.config import TrainConfig
+from batchlr.training.config.variants import SGDOptions
+from batchlr.training.experiment import Experiment, build_experiment
+from batchlr.training.metrics import write_json
+
+_SMALLEST_BATCH = 4
+_SLQ_STEPS, _SLQ_PROBES = 40, 3  # assumed: ends converged, bulk smooth at one percent of the range
+_BETA1 = 0.9  # torch's default, for the optimizer not configured
+_MOMENTUM = 0.9  # the default of optim.momentum, likewise
+
+
+def measure_rates(
+    config: TrainConfig,
+    *,
+    out: Path,
+    json_file: Path | None = None,
+    checkpoint: Path | None = None,
+) -> dict[str, Any]:
+    """Maximal SGD and Adam rates over batch sizes, printed, as JSON and as a picture.
+
+    Measured at the initial weights or those of ``checkpoint``, on ``curvature.samples`` samples.
+    Writes ``rates.json``, ``rates.png`` and the report below ``out / "curvature"``.
+
+    Returns:
+        The content of ``rates.json``.
+    """
+    experiment = _experiment(config, checkpoint)
+    report = _measure(experiment)
+    sizes = [_SMALLEST_BATCH << k for k in range(32) if _SMALLEST_BATCH << k <= report.dataset_size]
+    beta1 = _BETA1 if isinstance(config.optim, SGDOptions) else config.optim.betas[0]
+    bounds = [report.max_lr(size, optimizer="sgd") for size in sizes]
+    bounds += [report.max_lr(size, optimizer="adam", momentum=beta1) for size in sizes]
+    content = {
+        "critical_batch_size": report.critical_batch_size,
+        "largest_eigenvalue": report.largest,
+        "largest_eigenvalue_stderr": report.largest.stderr,
+        "noise": report.noise.total,
+        "num_samples": report.num_samples,
+        "num_products": report.num_products,
+        "seconds": report.seconds,
+        "norm_mode": report.norm_mode,
+        "bounds": [asdict(bound) for bound in bounds],
+    }
+    folder = out / "curvature"
+    report.save(folder / "report.json")
+    write_json(folder / "rates.json", content)
+    if json_file is not None:
+        write_json(json_file, content)
+    save_figure(plot_rates(bounds), folder / "rates.png")
+    _print_rates(report, bounds, folder)
+    return content
+
+
+def measure_spectrum(
+    config: TrainConfig, *, out: Path, checkpoint: Path | None = None
+) -> dict[str, Any]:
+    """Spectrum of the batch Hessian: JSON, NPZ and a picture below ``out / "curvature"``.
+
+    Returns:
+        The content of ``spectrum.json``.
+    """
+    experiment = _experiment(config, checkpoint)
+    batches = experiment.measurement_batches()
+    operator = HessianOperator(
+        experiment.model, experiment.loss_fn, batches, norm_mode=config.curvature.norm_mode
+    )
+    began = time.perf_counter()
+    generator = torch.Generator().manual_seed(config.seed)
+    steps = min(_SLQ_STEPS, operator.shape[0])
+    measure = stochastic_lanczos_quadrature(
+        operator, num_steps=steps, num_probes=_SLQ_PROBES, generator=generator
+    )
+    ends = top_eigenpairs(operator, which="both", tol=1e-3, generator=generator)
+    content = {
+        "largest_eigenvalue": float(ends.values[0]),
+        "smallest_eigenvalue": float(ends.values[-1]),
+        "residuals": ends.residuals.tolist(),
+        "converged": ends.converged,
+        "mean": measure.mean,
+        "mean_stderr": measure.mean_stderr,
+        "second_moment": measure.second_moment,
+        "second_moment_stderr": measure.second_moment_stderr,
+        "num_params": operator.shape[0],
+        "num_samples": sum(operator.samples),
+        "num_products": operator.num_products,
+        "num_probes": measure.num_probes,
+        "norm_mode": operator.norm_mode,
+        "seconds": time.perf_counter() - began,
+    }
+    folder = out / "curvature"
+    write_json(folder / "spectrum.json", content)
+    arrays = {"nodes": measure.nodes, "weights": measure.weights, "probes": measure.probes}
+    np.savez(
+        folder / "spectrum.npz",
+        allow_pickle=False,
+        **{name: array.cpu().numpy() for name, array in arrays.items()},
+    )
+    save_figure(plot_spectrum(measure), folder / "spectrum.png")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(
+        f"{operator.shape[0]} parameters, {sum(operator.samples)} samples: eigenvalues from "
+        f"{ends.values[-1]:.4g} to {ends.values[0]:.4g}, mean {measure.mean:.3g} +- "
+        f"{measure.mean_stderr:.1g}\n"
+        f"{operator.num_products} products in {content['seconds']:.1f} s; record in {folder}",
+        markup=False,
+    )
+    return content
+
+
+def _experiment(config: TrainConfig, checkpoint: Path | None) -> Experiment:
+    """The configured experiment, in train mode, at its initial weights or a checkpoint's."""
+    experiment = build_experiment(config)
+    if checkpoint is not None:
+        state = load_checkpoint(checkpoint)
+        try:
+            experiment.model.load_state_dict(state["experiment"]["model"])
+        except (KeyError, RuntimeError) as error:
+            msg = f"{checkpoint} does not fit the configured model: {error}"
+            raise CheckpointError(msg) from error
+    experiment.model.train()
+    return experiment
+
+
+def _measure(experiment: Experiment) -> CurvatureReport:
+    config = experiment.config
+    report = measure_curvature(
+        experiment.model,
+        experiment.loss_fn,
+        experiment.measurement_batches(),
+        dataset_size=len(experiment.data.train),
+        norm_mode=config.curvature.norm_mode,
+        tol=min(config.curvature.tolerance, 1e-2),
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+    sgd = config.optim if isinstance(config.optim, SGDOptions) else None
+    return replace(
+        report,
+        momentum=_MOMENTUM if sgd is None else sgd.momentum,
+        weight_decay=0.0 if sgd is None else sgd.weight_decay,
+    )
+
+
+def _print_rates(report: CurvatureReport, bounds: list[LRBound], folder: Path) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table()
+    for title in ("batch", "SGD", "90 % interval", "limited by", "Adam", "90 % interval"):
+        table.add_column(title, justify="right")
+    half = len(bounds) // 2
+    for sgd, adam in zip(bounds[:half], bounds[half:], strict=True):
+        mark = "" if sgd.reliable else " *"
+        table.add_row(
+            f"{sgd.batch_size}{mark}",
+            f"{sgd.value:.3g}",
+            f"{sgd.low:.3g} - {sgd.high:.3g}",
+            sgd.regime,
+            f"{adam.value:.3g}",
+            f"{adam.low:.3g} - {adam.high:.3g}",
+        )
+    console.print(
+        f"largest eigenvalue {report.largest}, critical batch size "
+        f"{report.critical_batch_size:.3g}; SGD momentum {bounds[0].momentum:g}, "
+        f"Adam beta1 {bounds[-1].momentum:g}",
+        markup=False,
+    )
+    console.print(table)
+    for reason in dict.fromkeys(reason for bound in bounds for reason in bound.reasons):
+        console.print(f"* {reason}", markup=False)
+    console.print(
+        f"{report.num_products} products of {report.num_samples} samples in "
+        f"{report.seconds:.1f} s; record in {folder}",
+        markup=False,
+    )

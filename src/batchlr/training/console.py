@@ -1,0 +1,91 @@
+"""What a run shows on the terminal."""
+
+import os
+from collections.abc import Sequence
+from typing import final
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from batchlr.controller import CurvatureUpdate
+from batchlr.training.evaluation import TestResult
+
+
+@final
+class RunConsole:
+    """A line an epoch and for the first measurement, and a progress bar where it can be drawn.
+
+    Args:
+        total_steps: of the run.
+        first_step: already done.
+        progress: draw the bar (on a terminal, unless ``BATCHLR_PROGRESS=0``).
+        enabled: False shows nothing (every process but the first).
+    """
+
+    def __init__(self, total_steps: int, first_step: int, *, progress: bool, enabled: bool) -> None:
+        self._console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
+        wanted = progress and enabled and os.environ.get("BATCHLR_PROGRESS", "1") != "0"
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not (wanted and self._console.is_terminal),
+        )
+        self._task = self._bar.add_task("steps", total=total_steps, completed=first_step)
+        self._bar.start()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bar.stop()
+
+    def say(self, *lines: str) -> None:
+        """Print plain lines."""
+        for line in lines:
+            self._console.print(line, markup=False)
+
+    def step(self) -> None:
+        """Advance the bar."""
+        self._bar.advance(self._task)
+
+    def measurement(self, update: CurvatureUpdate) -> None:
+        """The first measurement, in words."""
+        report, bound = update.report, update.bound
+        if report is None or bound is None:
+            return
+        self.say(
+            f"measured: largest eigenvalue {update.largest_eigenvalue:.4g} from "
+            f"{report.num_samples} samples, {report.num_products} products, "
+            f"{report.seconds:.1f} s",
+            f"largest stable rate at batch {bound.batch_size} with momentum {bound.momentum:g}: "
+            f"{bound.value:.3g} (90 % interval {bound.low:.3g} to {bound.high:.3g}, "
+            f"limited by {bound.regime})",
+        )
+
+    def epoch(
+        self,
+        number: int,
+        total: int,
+        train_loss: float,
+        result: TestResult,
+        updates: Sequence[CurvatureUpdate],
+        peak: float,
+    ) -> None:
+        """One finished epoch."""
+        line = (
+            f"epoch {number:3d}/{total}  loss {train_loss:.4f}  test accuracy "
+            f"{result.accuracy:.4f}  peak rate {peak:.3g}"
+        )
+        bounds = [update.bound for update in updates if update.bound is not None]
+        if bounds:
+            line += f"  limit {bounds[-1].value:.3g} [{bounds[-1].low:.3g}, {bounds[-1].high:.3g}]"
+            line += f"  largest eigenvalue {updates[-1].largest_eigenvalue:.3g}"
+        self.say(line)

@@ -1,0 +1,241 @@
+"""What a configuration stands for: data, network, loss, optimizer, scheduler, controller."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from batchlr.controller import CurvatureController
+from batchlr.operators.supervised import SupervisedLoss, supervised
+from batchlr.schedulers import BatchAwareLR
+from batchlr.training.config import TrainConfig
+from batchlr.training.config.variants import SGDOptions
+from batchlr.training.data import (
+    Batch,
+    ImageData,
+    batches_per_epoch,
+    load_data,
+    measurement_batches,
+)
+from batchlr.training.distributed import Processes
+from batchlr.training.models import build_model
+from batchlr.training.shapes import shape_factory
+
+_MIN_BATCHES = 4  # disjoint batches a measurement of curvature noise should have
+
+
+@dataclass
+class Experiment:
+    """Everything that a run advances, built from its configuration."""
+
+    config: TrainConfig
+    processes: Processes
+    device: torch.device
+    data: ImageData
+    model: nn.Module  # as built
+    parallel: nn.Module  # the same with averaged gradients, if there are several processes
+    loss_fn: SupervisedLoss
+    optimizer: torch.optim.Optimizer
+    scheduler: BatchAwareLR
+    controller: CurvatureController | None
+    steps_per_epoch: int
+    total_steps: int
+    sampler: torch.Generator = field(default_factory=torch.Generator)  # of measured samples
+
+    def measurement_batches(self) -> list[Batch]:
+        """Fresh disjoint training batches to measure curvature on, not augmented."""
+        size, count = measurement_sizes(self.config, self.data, self.processes.world_size)
+        batches = measurement_batches(
+            self.data,
+            batch_size=size,
+            num_batches=count,
+            generator=self.sampler,
+            device=self.device,
+        )
+        return [(self.arranged(x), y) for x, y in batches]
+
+    def arranged(self, images: torch.Tensor) -> torch.Tensor:
+        """``images`` ``(B, C, H, W)`` in the configured memory layout."""
+        if not self.config.train.channels_last:
+            return images
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives from which `load_state_dict` goes on bit-identically."""
+        state: dict[str, Any] = {
+            "model": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "controller": None if self.controller is None else self.controller.state_dict(),
+            "sampler": self.sampler.get_state(),
+            "random_state": torch.get_rng_state(),
+        }
+        if self.device.type == "cuda":
+            state["cuda_random_state"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.controller is not None and state["controller"] is not None:
+            self.controller.load_state_dict(state["controller"])
+        self.sampler.set_state(state["sampler"])
+        torch.set_rng_state(state["random_state"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_random_state"], self.device)
+
+
+def build_experiment(config: TrainConfig, processes: Processes | None = None) -> Experiment:
+    """Build everything; seeds torch's global generator, as a program of its own may.
+
+    Raises:
+        DataError: data is missing or corrupt.
+        ValueError: sizes do not fit one another, or a name is unknown.
+    """
+    processes = processes or Processes()
+    device = find_device(config, processes)
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+    torch.manual_seed(config.seed)
+    data = build_data(config)
+    steps_per_epoch = batches_per_epoch(data, batch_size=config.batch.global_size)
+    _check_sharing(config, processes)
+    total_steps = steps_per_epoch * config.train.epochs
+    options = config.model.model_dump(exclude={"name"})
+    model = build_model(
+        config.model.name,
+        num_classes=data.num_classes,
+        in_channels=data.in_channels,
+        image_size=data.image_size,
+        **options,
+    ).to(device)
+    if config.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    loss_fn = supervised(nn.CrossEntropyLoss(label_smoothing=config.train.label_smoothing))
+    optimizer = _optimizer(config, model)
+    automatic = config.optim.lr == "auto"
+    scheduler = BatchAwareLR(
+        optimizer,
+        # The first measurement replaces it before the first step.
+        1.0 if config.optim.lr == "auto" else config.optim.lr,
+        shape_factory(config.schedule, total_steps),
+        batch_size=config.batch.global_size,
+    )
+    measured = automatic if config.curvature.measure is None else config.curvature.measure
+    return Experiment(
+        config=config,
+        processes=processes,
+        device=device,
+        data=data.to(device),
+        model=model,
+        parallel=processes.wrap(model, device),
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        controller=_controller(config, data, scheduler, loss_fn, total_steps) if measured else None,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        sampler=torch.Generator().manual_seed(config.seed + 1),
+    )
+
+
+def build_data(config: TrainConfig) -> ImageData:
+    """The configured data set."""
+    options = config.data.model_dump(exclude={"name"})
+    return load_data(config.data.name, seed=config.seed, **options)
+
+
+def measurement_sizes(config: TrainConfig, data: ImageData, world_size: int = 1) -> tuple[int, int]:
+    """Size and number of the batches of one measurement.
+
+    They are as large as one forward pass of training, for the sake of train-mode normalisation,
+    but at least four fit into ``curvature.samples``.
+    """
+    samples = min(config.curvature.samples, len(data.train))
+    size = max(1, min(micro_size(config, world_size), samples // _MIN_BATCHES))
+    return size, max(1, min(samples // size, len(data.train) // size))
+
+
+def micro_size(config: TrainConfig, world_size: int = 1) -> int:
+    """Samples in one forward pass of one process."""
+    share = config.batch.global_size // world_size
+    return share if config.batch.micro_size == "auto" else min(config.batch.micro_size, share)
+
+
+def find_device(config: TrainConfig, processes: Processes) -> torch.device:
+    """The configured device, or this process's accelerator if there is one.
+
+    Raises:
+        ValueError: the device is unknown or not there.
+    """
+    name = config.train.device
+    if name == "auto":
+        name = f"cuda:{processes.local_rank}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        msg = f"train.device {name!r} is not available: {str(error).splitlines()[0]}"
+        raise ValueError(msg) from None
+    return device
+
+
+def _check_sharing(config: TrainConfig, processes: Processes) -> None:
+    size, world = config.batch.global_size, processes.world_size
+    if size % (world * micro_size(config, world) or 1):
+        lower = max(world, size // world * world)
+        msg = (
+            f"batch.global_size {size} cannot be shared by {world} processes in equal "
+            f"micro-batches of {micro_size(config, world)}; the nearest "
+            f"shareable sizes are {lower} and {lower + world}"
+        )
+        raise ValueError(msg)
+
+
+def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    options = config.optim
+    if isinstance(options, SGDOptions):
+        return torch.optim.SGD(
+            model.parameters(),
+            lr=1.0,  # only ratios between groups matter to BatchAwareLR
+            momentum=options.momentum,
+            nesterov=options.nesterov,
+            weight_decay=options.weight_decay,
+        )
+    kind = torch.optim.AdamW if options.name == "adamw" else torch.optim.Adam
+    return kind(
+        model.parameters(),
+        lr=1.0,
+        betas=(options.betas[0], options.betas[1]),
+        eps=options.eps,
+        weight_decay=options.weight_decay,
+    )
+
+
+def _controller(
+    config: TrainConfig,
+    data: ImageData,
+    scheduler: BatchAwareLR,
+    loss_fn: SupervisedLoss,
+    total_steps: int,
+) -> CurvatureController:
+    options = config.curvature
+    return CurvatureController(
+        scheduler,
+        loss_fn,
+        total_steps=total_steps,
+        batch_size=config.batch.global_size,
+        dataset_size=len(data.train),
+        refreshes=max(1, options.refreshes),
+        growth=options.growth,
+        safety=options.safety,
+        adjust_momentum=options.adjust_momentum,
+        apply=config.optim.lr == "auto",
+        norm_mode=options.norm_mode,
+        tol=options.tolerance,
+        max_products=options.max_products,
+        generator=torch.Generator().manual_seed(config.seed),
+    )

@@ -1,0 +1,446 @@
+"""The training loop: a configuration and a folder become a trained network and its record."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from batchlr.controller import CurvatureUpdate, get_momentum
+from batchlr.training.checkpoint import (
+    CheckpointError,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from batchlr.training.config import TrainConfig, dump_config
+from batchlr.training.console import RunConsole
+from batchlr.training.data import Batch, train_batches
+from batchlr.training.distributed import processes
+from batchlr.training.environment import describe_environment
+from batchlr.training.evaluation import TestResult, evaluate
+from batchlr.training.experiment import Experiment, build_experiment, micro_size
+from batchlr.training.interruption import StopRequest, stop_request
+from batchlr.training.metrics import MetricsLog, read_metrics, write_json
+
+_FLUSH_EVERY = 20  # steps between two looks at the loss; each one waits for the device
+_DIVERGED = 1e3  # assumed: a loss this many times its first value does not come back
+
+# What may differ between an interrupted run and its continuation.
+_FREE_KEYS = ("name", "resume", "log", "checkpoint", "dist")
+
+
+class DivergedError(ArithmeticError):
+    """The loss has left the numbers, or grown beyond all bounds."""
+
+
+class InterruptedRun(KeyboardInterrupt):
+    """The run was asked to stop and has written a checkpoint."""
+
+
+@dataclass
+class _Progress:
+    """How far a run has come, and what it has cost."""
+
+    step: int = 0  # optimizer steps made
+    epoch: int = 0  # the one being made
+    batch: int = 0  # of that epoch, the next one
+    loss_sum: float = 0.0  # over the batches of the epoch so far
+    first_loss: float | None = None
+    wall_seconds: float = 0.0
+    result: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+
+
+def train(config: TrainConfig, out: Path, notes: Sequence[str] = ()) -> dict[str, Any]:
+    """Train as configured, in the folder ``out``; returns the content of ``summary.json``.
+
+    An earlier run in ``out`` is moved aside, unless it is resumed.
+
+    Raises:
+        DataError: data is missing or corrupt.
+        CheckpointError: the checkpoint to resume is missing or corrupt.
+        ValueError: sizes do not fit, or the run to resume was configured otherwise.
+        DivergedError: the loss is no longer finite, or the first measurement failed; the summary
+            says so and the last good checkpoint is there.
+        InterruptedRun: asked to stop, after writing a checkpoint.
+    """
+    with processes(config) as group, stop_request() as request:
+        experiment = build_experiment(config, group)
+        progress = _start(experiment, out, notes)
+        run = _Run(experiment, progress, out, request)
+        try:
+            return run.finish()
+        except ArithmeticError as error:
+            run.give_up(error)
+            checkpoint = latest_checkpoint(out / "checkpoints")
+            words = f"; the last good checkpoint is {checkpoint}" if checkpoint else ""
+            msg = f"diverged at step {progress.step}: {error}{words}"
+            raise DivergedError(msg) from error
+        finally:
+            run.console.close()
+
+
+class _Run:
+    """One run under way: the experiment, how far it is, and where it is written down."""
+
+    def __init__(
+        self, experiment: Experiment, progress: _Progress, out: Path, request: StopRequest
+    ) -> None:
+        config = experiment.config
+        first = experiment.processes.is_first
+        self.experiment = experiment
+        self.progress = progress
+        self.out = out
+        self.request = request
+        self.began = time.perf_counter() - progress.wall_seconds
+        self.log = MetricsLog(out / "metrics.jsonl", first_step=progress.step, enabled=first)
+        self.console = RunConsole(
+            self.last_step, progress.step, progress=config.log.progress, enabled=first
+        )
+        self.updates: list[CurvatureUpdate] = []
+
+    @property
+    def last_step(self) -> int:
+        """The number of steps after which the run ends."""
+        limit = self.experiment.config.train.max_steps
+        total = self.experiment.total_steps
+        return total if limit is None else min(total, limit)
+
+    def finish(self) -> dict[str, Any]:
+        """Make all the steps that are left; returns the summary."""
+        config, progress = self.experiment.config, self.progress
+        self.experiment.parallel.train()
+        if progress.step == 0 and config.checkpoint.every_epochs:
+            self.save()  # so that a run which diverges at once has a good one
+        while progress.step < self.last_step:
+            self.make_epoch()
+        if not progress.result:
+            self.evaluate()
+        self.save()
+        return self.summarize(diverged=False)
+
+    def make_epoch(self) -> None:
+        """The rest of the current epoch."""
+        experiment, progress = self.experiment, self.progress
+        for batch in self.batches():
+            self.make_step(batch)
+            if self.asked_to_stop():
+                self.check_losses()
+                self.save()
+                msg = (
+                    f"interrupted at step {progress.step}; go on with resume=auto "
+                    f"(checkpoint in {self.out / 'checkpoints'})"
+                )
+                raise InterruptedRun(msg)
+            if progress.step >= self.last_step:
+                break
+        if progress.batch < experiment.steps_per_epoch:
+            self.check_losses()
+            return
+        self.close_epoch()
+
+    def close_epoch(self) -> None:
+        """Evaluate, report and maybe save after a whole epoch."""
+        config, progress = self.experiment.config, self.progress
+        self.check_losses()
+        result = self.evaluate()
+        train_loss = progress.result["train_loss"]
+        peak = self.experiment.scheduler.peak
+        progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
+        self.console.epoch(
+            progress.epoch, config.train.epochs, train_loss, result, self.updates, peak
+        )
+        every = config.checkpoint.every_epochs
+        if every and progress.epoch % every == 0 and progress.step < self.last_step:
+            self.save()
+
+    def batches(self) -> Iterator[Batch]:
+        """This process's part of the batches left in the epoch."""
+        experiment, progress = self.experiment, self.progress
+        return train_batches(
+            experiment.data,
+            batch_size=experiment.config.batch.global_size,
+            seed=experiment.config.seed,
+            epoch=progress.epoch,
+            start_batch=progress.batch,
+            device=experiment.device,
+            rank=experiment.processes.rank,
+            world_size=experiment.processes.world_size,
+        )
+
+    def make_step(self, batch: Batch) -> None:
+        """Measure if due, then one update of the weights."""
+        experiment, progress = self.experiment, self.progress
+        update = self.measure()
+        rate = float(experiment.scheduler.get_last_lr()[0])
+        loss = self.update_weights(batch)
+        entry = {
+            "step": progress.step,
+            "epoch": progress.epoch,
+            "lr": rate,
+            "momentum": get_momentum(experiment.optimizer),
+            "batch_size": experiment.config.batch.global_size,
+        }
+        # The losses of all steps count for the epoch's mean; not all of them are written.
+        self.log.add(
+            entry | _measured(update),
+            loss,
+            write=progress.step % experiment.config.log.every_steps == 0 or update is not None,
+        )
+        progress.step += 1
+        progress.batch += 1
+        self.console.step()
+        if len(self.log) >= _FLUSH_EVERY or progress.step == 1:
+            self.check_losses()
+
+    def measure(self) -> CurvatureUpdate | None:
+        """Let the controller measure and apply, if it is its time."""
+        experiment = self.experiment
+        if experiment.controller is None:
+            return None
+        if experiment.controller.due:
+            self.check_losses()  # do not measure where training has already failed
+        update = experiment.controller.maybe_update(
+            experiment.model, experiment.measurement_batches
+        )
+        if update is None:
+            return None
+        if experiment.controller.apply:
+            group = experiment.processes
+            experiment.scheduler.set_peak(group.same(update.peak, experiment.device))
+        if not self.updates:
+            self.console.measurement(update)
+        if update.failure is not None:
+            self.console.say(f"step {update.step}: kept the rate: {update.failure}")
+        self.updates.append(update)
+        return update
+
+    def update_weights(self, batch: Batch) -> Tensor:
+        """Forward, backward and step; returns the mean loss ``()`` on the device."""
+        experiment, config = self.experiment, self.experiment.config
+        model, optimizer = experiment.parallel, experiment.optimizer
+        images, labels = experiment.arranged(batch[0]), batch[1]
+        size = micro_size(config, experiment.processes.world_size)
+        parts = list(zip(torch.split(images, size), torch.split(labels, size), strict=True))
+        optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=experiment.device)
+        for number, part in enumerate(parts):
+            last = number == len(parts) - 1
+            alone = isinstance(model, DistributedDataParallel) and not last
+            with model.no_sync() if alone else nullcontext():  # type: ignore[operator]
+                with torch.autocast(
+                    experiment.device.type,
+                    dtype=torch.bfloat16,
+                    enabled=config.train.precision == "bf16",
+                ):
+                    loss = experiment.loss_fn(model, part) / len(parts)
+                loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        if config.train.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(experiment.model.parameters(), config.train.clip_norm)
+        optimizer.step()
+        experiment.scheduler.step()
+        world = experiment.processes.world_size
+        return experiment.processes.sum(total) / world
+
+    def check_losses(self) -> None:
+        """Write the losses so far, and raise ArithmeticError if the run has diverged."""
+        progress = self.progress
+        for loss in self.log.flush():
+            if progress.first_loss is None:
+                progress.first_loss = loss
+            if not math.isfinite(loss) or loss > _DIVERGED * max(progress.first_loss, 1.0):
+                msg = f"the training loss became {loss:.4g} (first loss {progress.first_loss:.4g})"
+                raise DivergedError(msg)
+            progress.loss_sum += loss
+
+    def asked_to_stop(self) -> bool:
+        """Whether to stop now; processes agree on it now and then, for it costs a message."""
+        group = self.experiment.processes
+        if group.world_size > 1 and self.progress.step % _FLUSH_EVERY:
+            return False
+        return group.any(self.request.requested, self.experiment.device)
+
+    def evaluate(self) -> TestResult:
+        """Test the network and remember the result."""
+        result = evaluate(self.experiment)
+        mean = self.progress.loss_sum / max(1, self.progress.batch)
+        self.progress.result = {
+            "test_accuracy": result.accuracy,
+            "test_loss": result.loss,
+            "train_loss": mean if self.progress.batch else math.nan,
+        }
+        return result
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        if not self.experiment.processes.is_first:
+            return
+        self.progress.wall_seconds = time.perf_counter() - self.began
+        state = {
+            "config": self.experiment.config.model_dump(mode="json"),
+            "progress": asdict(self.progress),
+            "experiment": self.experiment.state_dict(),
+        }
+        keep = self.experiment.config.checkpoint.keep
+        save_checkpoint(self.out / "checkpoints", self.progress.step, state, keep=keep)
+
+    def give_up(self, error: ArithmeticError) -> None:
+        """Record a run that diverged."""
+        self.log.flush()
+        self.summarize(diverged=True, failure=str(error))
+
+    def summarize(self, *, diverged: bool, failure: str | None = None) -> dict[str, Any]:
+        """Write ``summary.json`` and the picture of the run; returns the summary."""
+        experiment, progress = self.experiment, self.progress
+        controller = experiment.controller
+        progress.wall_seconds = time.perf_counter() - self.began
+        nothing = {"test_accuracy": math.nan, "test_loss": math.nan, "train_loss": math.nan}
+        summary = {
+            **nothing,
+            **({} if diverged else progress.result),
+            "steps": progress.step,
+            "epochs": progress.epoch,
+            "wall_seconds": progress.wall_seconds,
+            "curvature_seconds": 0.0 if controller is None else controller.seconds,
+            "curvature_products": 0 if controller is None else controller.num_products,
+            "final_lr": _last_rate(self.out),
+            "peak_lr": experiment.scheduler.peak,
+            "diverged": diverged,
+            "failure": failure,
+        }
+        if experiment.processes.is_first:
+            write_json(self.out / "summary.json", summary)
+            self.draw()
+        self.report(summary)
+        return summary
+
+    def draw(self) -> None:
+        """The picture of rate, loss and largest eigenvalue over the steps."""
+        from batchlr.plotting import plot_run, save_figure
+
+        entries = read_metrics(self.out / "metrics.jsonl")
+        if entries:
+            save_figure(plot_run(entries), self.out / "run.png")
+
+    def report(self, summary: dict[str, Any]) -> None:
+        """The last words on the terminal."""
+        share = summary["curvature_seconds"] / max(summary["wall_seconds"], 1e-9)
+        if not summary["diverged"]:
+            self.console.say(
+                f"test accuracy {summary['test_accuracy']:.4f} after {summary['steps']} steps in "
+                f"{summary['wall_seconds']:.1f} s, of which measuring {100 * share:.0f} % "
+                f"({summary['curvature_products']} products)",
+                f"record in {self.out}: summary.json, metrics.jsonl, run.png",
+            )
+
+
+def _start(experiment: Experiment, out: Path, notes: Sequence[str]) -> _Progress:
+    """Prepare the folder and, if asked, take up the checkpoint; all processes read the same."""
+    config = experiment.config
+    source = _source(config, out)
+    progress = _Progress() if source is None else _resume(experiment, source)
+    if not experiment.processes.is_first:
+        return progress
+    if source is None:
+        _move_aside(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.yaml").write_text(dump_config(config))
+    write_json(out / "env.json", describe_environment() | {"notes": list(notes)})
+    return progress
+
+
+def _source(config: TrainConfig, out: Path) -> Path | None:
+    """The checkpoint to start from; None starts anew."""
+    if config.resume is False:
+        return None
+    if config.resume == "auto":
+        return latest_checkpoint(out / "checkpoints")
+    path = Path(config.resume)
+    if path.is_dir():
+        found = latest_checkpoint(path)
+        if found is None:
+            msg = f"resume: no checkpoint in {path}; give the path of one, or resume=auto"
+            raise CheckpointError(msg)
+        return found
+    return path
+
+
+def _resume(experiment: Experiment, source: Path) -> _Progress:
+    state = load_checkpoint(source)
+    try:
+        saved, progress = state["config"], _Progress(**state["progress"])
+    except (KeyError, TypeError) as error:
+        msg = f"{source} is not a checkpoint of a run: {error!r}"
+        raise CheckpointError(msg) from error
+    _check_same_run(saved, experiment.config, source)
+    experiment.load_state_dict(state["experiment"])
+    return progress
+
+
+def _check_same_run(saved: dict[str, Any], config: TrainConfig, source: Path) -> None:
+    """Raise ValueError, naming what differs, unless the run may go on as configured now."""
+    old, new = _flat(saved), _flat(config.model_dump(mode="json"))
+    free = (*_FREE_KEYS, "train.max_steps", "train.device")
+    changed = [
+        f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(free)
+    ]
+    if changed:
+        listed = "\n  ".join(changed)
+        msg = (
+            f"{source} belongs to a run configured otherwise:\n  {listed}\n"
+            "go on with the same configuration, or start anew with resume=false"
+        )
+        raise ValueError(msg)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _move_aside(out: Path) -> None:
+    """Keep an earlier run: ``runs/demo`` becomes ``runs/demo-1``."""
+    if not (out / "config.yaml").exists():
+        return
+    number = 1
+    while (other := out.with_name(f"{out.name}-{number}")).exists():
+        number += 1
+    out.rename(other)
+
+
+def _measured(update: CurvatureUpdate | None) -> dict[str, Any]:
+    """What a measurement adds to its step's line."""
+    if update is None:
+        return {}
+    bound = update.bound
+    return {
+        "largest_eigenvalue": update.largest_eigenvalue,
+        "smallest_eigenvalue": update.smallest_eigenvalue,
+        "max_lr": math.nan if bound is None else bound.value,
+        "max_lr_low": math.nan if bound is None else bound.low,
+        "max_lr_high": math.nan if bound is None else bound.high,
+        "regime": None if bound is None else bound.regime,
+        "peak_lr": update.peak,
+        "products": 0 if update.report is None else update.report.num_products,
+        "measurement_seconds": 0.0 if update.report is None else update.report.seconds,
+        "failure": update.failure,
+    }
+
+
+def _last_rate(out: Path) -> float:
+    entries = read_metrics(out / "metrics.jsonl")
+    return float(entries[-1]["lr"]) if entries else math.nan
