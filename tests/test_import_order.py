@@ -13,9 +13,9 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src"
 LEVELS = [
-    {"random_matrix", "learning_rates", "scaling_rules", "operators"},
+    {"random_matrix", "learning_rates", "scaling_rules", "measured", "operators"},
     {"lanczos", "trace"},
-    {"slq", "curvature_noise", "gradient_noise"},
+    {"slq", "curvature_noise", "gradient_noise", "curvature_report"},
     {"curvature"},
     {"schedulers", "batch_size", "averaging", "probes", "optim"},
     {"controller"},

@@ -86,6 +86,7 @@ def measure_curvature(
         ArithmeticError: loss, gradients or products are not finite.
     """
     began = time.perf_counter()
+    with_adam = _is_adam(optimizer)
     generator = default_generator(generator)
     batches = _disjoint(check_batches(batches), batch_size)
     operator = _operator(matrix, model, loss_fn, batches, norm_mode)
@@ -108,10 +109,10 @@ def measure_curvature(
         noise = directional_noise(metric, probe)
         random_direction = Measured(noise.total, noise.orthogonal.stderr)
         small_batch = _small_batch(
-            matrix, model, loss_fn, batches, norm_mode, num_small_batches, generator
+            matrix, model, loss_fn, batches, norm_mode, ratios, num_small_batches, generator
         )
     adam, adam_vector = None, None
-    if _is_adam(optimizer):
+    if with_adam:
         start = start_vectors[1] if len(start_vectors) > 1 else None
         adam, adam_vector = _adam_curvature(operator, model, optimizer, ratios, search, start, size)
     return CurvatureReport(
@@ -186,15 +187,11 @@ def _edges(
     if not tracking and size > 1:
         lower = directional_noise(operator, bottom[:, -1].contiguous(), others=bottom[:, :-1])
         kappa_smallest = -_kappa(-pairs.values[k:].flip(0), _reversed(lower))
-        smallest = _with_errors(
-            smallest - kappa_smallest * search.sampling, pairs.residuals[-1], lower, search
+        smallest = _of_the_whole(
+            pairs.values[-1], pairs.residuals[-1], kappa_smallest, lower, search
         )
-    # The samples at hand are a batch of the whole: its own edge lies outside the whole's.
-    largest = float(pairs.values[0]) - min(
-        kappa * search.sampling, 0.5 * abs(float(pairs.values[0]))
-    )
     return _Edges(
-        largest=_with_errors(largest, pairs.residuals[0], noise, search),
+        largest=_of_the_whole(pairs.values[0], pairs.residuals[0], kappa, noise, search),
         smallest=smallest,
         noise=noise,
         kappa=kappa,
@@ -205,11 +202,17 @@ def _edges(
     )
 
 
-def _with_errors(
-    value: float, residual: Tensor, noise: DirectionalNoise, search: _Search
+def _of_the_whole(
+    edge: Tensor, residual: Tensor, kappa: float, noise: DirectionalNoise, search: _Search
 ) -> Measured:
-    """``value`` with the Lanczos residual and the sampling error of the samples at hand."""
-    return Measured(value, math.hypot(float(residual), math.sqrt(noise.parallel * search.sampling)))
+    """``edge`` without what the samples at hand, a batch of the whole, add to it.
+
+    Its error is the Lanczos residual and the sampling error along the edge's own vector.
+    """
+    limit = 0.5 * abs(float(edge))  # assumed: beyond it the second order says nothing
+    shift = max(-limit, min(kappa * search.sampling, limit))
+    error = math.hypot(float(residual), math.sqrt(noise.parallel * search.sampling))
+    return Measured(float(edge) - shift, error)
 
 
 def _reversed(noise: DirectionalNoise) -> DirectionalNoise:
@@ -243,7 +246,7 @@ def _adam_curvature(
     size: int,
 ) -> tuple[AdamCurvature, Tensor]:
     """Edges of ``D^-1/2 H D^-1/2`` and how ``D`` stretches with the batch size."""
-    moments = gradient_moments(operator)
+    moments = gradient_moments(operator, dataset_size=size)
     batch_size = sum(operator.samples) / len(operator.samples)
     inverse = max(1 / batch_size - 1 / size, 0.0)
     state = _adam_state(model, optimizer)
@@ -287,6 +290,7 @@ def _small_batch(
     loss_fn: LossFunction,
     batches: list[Any],
     norm_mode: NormMode,
+    ratios: Tensor | None,
     count: int,
     generator: torch.Generator,
 ) -> tuple[int, float] | None:
@@ -301,7 +305,10 @@ def _small_batch(
     values = []
     for _ in range(count):
         rows = torch.randperm(total, generator=generator, device=generator.device)[:_SMALL_BATCH]
-        operator = _operator(matrix, model, loss_fn, [take(whole, rows.cpu())], norm_mode)
+        batch = [take(whole, rows.cpu())]
+        operator: BatchedOperator = _operator(matrix, model, loss_fn, batch, norm_mode)
+        if ratios is not None:
+            operator = PreconditionedOperator(operator, ratios.sqrt())
         steps = min(operator.shape[0], 20)
         pairs = top_eigenpairs(operator, tol=1e-2, max_steps=steps, generator=generator)
         values.append(float(pairs.values[0]))

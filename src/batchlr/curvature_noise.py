@@ -1,5 +1,6 @@
 """How a batch's curvature fluctuates around the mean, along one direction."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor
 
 from batchlr.measured import Measured
 from batchlr.operators.base import BatchedOperator
+
+_GAUSSIAN = math.sqrt(2)  # relative standard deviation of the square of a Gaussian number
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,10 @@ def directional_noise(
     the variance with divisor ``N - 1``, whatever the sizes of the batches (one-way analysis of
     variance). Two batches of ``n`` give ``n/2 |(H_1 - H_2) v|^2``.
 
+    Standard errors come from the scatter of the batches' terms. That of ``parallel`` is at least
+    the one for Gaussian batch means, ``sqrt(2 / (K - 1))`` of it, for a few terms may agree by
+    chance; so is that of ``orthogonal`` for two batches, whose terms always agree.
+
     Args:
         operator: of at least two batches.
         vector: ``(P,)`` of unit norm.
@@ -60,14 +67,20 @@ def directional_noise(
     total = deviations.double().square().sum(1)
     directions = vector.new_zeros(vector.numel(), 0) if others is None else others
     return DirectionalNoise(
-        parallel=_variance(samples * parallel),
-        orthogonal=_variance(samples * (total - parallel).clamp(min=0)),
+        parallel=_variance(samples * parallel, least=_GAUSSIAN),
+        orthogonal=_variance(
+            samples * (total - parallel).clamp(min=0), least=_GAUSSIAN if count == 2 else 0.0
+        ),
         others=(samples @ (deviations @ directions).double() ** 2) / (count - 1),
     )
 
 
-def _variance(terms: Tensor) -> Measured:
-    """Per-sample variance from the batches' terms ``n_k (deviation)^2`` ``(K,)``."""
+def _variance(terms: Tensor, *, least: float) -> Measured:
+    """Per-sample variance from the batches' terms ``n_k (deviation)^2`` ``(K,)``.
+
+    Its relative standard error is at least ``least / sqrt(K - 1)``.
+    """
     count = len(terms)
-    stderr = terms.std() * count**0.5 / (count - 1)
-    return Measured(float(terms.sum() / (count - 1)), float(stderr))
+    variance = float(terms.sum()) / (count - 1)
+    scatter = float(terms.std()) * math.sqrt(count) / (count - 1)
+    return Measured(variance, max(scatter, least * variance / math.sqrt(count - 1)))

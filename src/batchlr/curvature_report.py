@@ -2,9 +2,10 @@
 
 import json
 import math
+import zipfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -15,7 +16,7 @@ from batchlr.measured import Measured
 Rule = Literal["mean-square", "paper"]
 
 _FORMAT = 1
-_Z90 = 1.645  # normal quantile of a two-sided 90 % interval
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile)
 _MIN_BATCHES = 4  # assumed: below it the standard error of a variance says little
 
 
@@ -138,20 +139,22 @@ class CurvatureReport:
         """Expected largest eigenvalue of a batch Hessian, ``lambda_1 + kappa/b``.
 
         Second-order perturbation; for batches below the critical size it overshoots and is capped
-        by the mean measured on small batches, continued like ``B^-1/2`` (the Wigner edge) below
-        their size.
+        by the mean measured on small batches (or by ``2 lambda_1``, its value at the critical size,
+        if that is larger: larger batches never have larger curvature), continued like ``B^-1/2``
+        (the Wigner edge) below their size.
         """
-        inverse = self.inverse_effective_batch_size(batch_size)
-        value = float(self.largest) + self.kappa * inverse
-        if self.small_batch is None or self.kappa * inverse <= self.largest:
-            return value
-        size, measured = self.small_batch
-        excess = max(measured - self.largest, 0.0)
-        return min(value, self.largest + excess * math.sqrt(max(1.0, size / batch_size)))
+        return self._edge(batch_size)[0]
 
     def smallest_at(self, batch_size: int) -> float:
-        """Expected smallest eigenvalue of a batch Hessian, to second order."""
-        return self.smallest + self.kappa_smallest * self.inverse_effective_batch_size(batch_size)
+        """Expected smallest eigenvalue of a batch Hessian, to second order.
+
+        Below the size where it is twice ``lambda_P`` that overshoots, and the Wigner edge, which
+        joins it there, takes over.
+        """
+        shift = self.kappa_smallest * self.inverse_effective_batch_size(batch_size)
+        if shift < self.smallest < 0:
+            return -2 * math.sqrt(shift * self.smallest)
+        return self.smallest + shift
 
     @property
     def critical_batch_size(self) -> float:
@@ -188,45 +191,30 @@ class CurvatureReport:
             ValueError: an argument is illegal, there is no positive curvature, or Adam was not
                 measured.
         """
-        inverse = self.inverse_effective_batch_size(batch_size)
-        if momentum is None:
-            momentum = self.momentum if self.adam is None or optimizer == "sgd" else self.adam.beta1
+        self.inverse_effective_batch_size(batch_size)  # refuses illegal sizes
         if optimizer not in ("sgd", "adam"):
             msg = f"optimizer must be 'sgd' or 'adam', got {optimizer!r}"
             raise ValueError(msg)
-        if rule == "paper":
-            value, spread, exponent = self._paper(batch_size, optimizer)
-        elif rule != "mean-square":
+        if rule not in ("mean-square", "paper"):
             msg = f"rule must be 'mean-square' or 'paper', got {rule!r}"
             raise ValueError(msg)
+        if momentum is None:
+            beta1 = 0.9 if self.adam is None else self.adam.beta1
+            momentum = self.momentum if optimizer == "sgd" else beta1
+        if rule == "paper":
+            rate = self._paper(batch_size, optimizer)
         elif optimizer == "sgd":
-            value = max_sgd_lr(
-                self.largest,
-                self.noise.total * inverse / self.largest if self.largest > 0 else 0.0,
-                momentum=momentum,
-                weight_decay=self.weight_decay,
-            )
-            spread, exponent = _spread(
-                self.largest,
-                self.noise.parallel,
-                self.noise.orthogonal,
-                momentum,
-                inverse,
-                1 / batch_size,
-            )
+            rate = self._mean_square_sgd(batch_size, momentum)
         else:
-            value, spread, exponent = self._mean_square_adam(batch_size, momentum)
+            rate = self._mean_square_adam(batch_size, momentum)
+        margin = math.exp(_student_95(self.num_batches - 1) * rate.error)
         reasons = self._reasons(batch_size, optimizer, rule)
         return LRBound(
-            value=value,
-            low=value * math.exp(-_Z90 * spread),
-            high=value * math.exp(_Z90 * spread),
-            exponent=exponent,
-            regime="noise"
-            if exponent > 2 / 3
-            else "curvature"
-            if exponent < 1 / 3
-            else "transition",
+            value=rate.value,
+            low=rate.value / margin,
+            high=rate.value * margin,
+            exponent=rate.exponent,
+            regime=_regime(rate.noise_share),
             reliable=not reasons,
             reasons=reasons,
             batch_size=batch_size,
@@ -235,15 +223,46 @@ class CurvatureReport:
             rule=rule,
         )
 
-    def _paper(self, batch_size: int, optimizer: str) -> tuple[float, float, float]:
-        largest = self.largest_at(batch_size)
-        spread = _relative(self.largest.stderr, largest)
-        slope = self.kappa / batch_size / largest if largest > 0 else 0.0
-        if optimizer == "sgd":
-            return paper_sgd_lr(largest, weight_decay=self.weight_decay), spread, slope
-        return paper_adam_lr(largest), spread / 2, slope / 2
+    def _edge(self, batch_size: float) -> tuple[float, float]:
+        """`largest_at` and how much it falls per unit of ``ln B``."""
+        shift = self.kappa * self.inverse_effective_batch_size(batch_size)
+        law = float(self.largest) + shift, self.kappa / batch_size
+        if self.small_batch is None or shift <= self.largest:
+            return law
+        size, measured = self.small_batch
+        excess = max(measured - self.largest, float(self.largest))
+        excess *= math.sqrt(max(1.0, size / batch_size))
+        return min(law, (self.largest + excess, excess / 2 if batch_size < size else 0.0))
 
-    def _mean_square_adam(self, batch_size: int, beta1: float) -> tuple[float, float, float]:
+    def _paper(self, batch_size: int, optimizer: str) -> "_Rate":
+        largest, fall = self._edge(batch_size)
+        decay, power = (self.weight_decay, 1.0) if optimizer == "sgd" else (0.0, 0.5)
+        value = (
+            paper_sgd_lr(largest, weight_decay=decay)
+            if optimizer == "sgd"
+            else paper_adam_lr(largest)
+        )
+        shift = self.kappa * self.inverse_effective_batch_size(batch_size)
+        orthogonal = self.noise.orthogonal  # kappa is proportional to it
+        shift_error = shift * _finite(orthogonal.stderr) / orthogonal if orthogonal > 0 else 0.0
+        error = math.hypot(_finite(self.largest.stderr), shift_error)
+        return _Rate(
+            value=value,
+            error=power * error / (largest + decay),
+            exponent=power * fall / (largest + decay),
+            noise_share=(largest - self.largest) / (largest + decay),
+        )
+
+    def _mean_square_sgd(self, batch_size: int, momentum: float) -> "_Rate":
+        inverse = self.inverse_effective_batch_size(batch_size)
+        noise = self.noise.total * inverse / self.largest if self.largest > 0 else 0.0
+        value = max_sgd_lr(self.largest, noise, momentum=momentum, weight_decay=self.weight_decay)
+        error, weight = _noise_weight(
+            self.largest, self.noise, momentum, inverse, weight_decay=self.weight_decay
+        )
+        return _Rate(value, error, exponent=weight / batch_size, noise_share=weight * inverse)
+
+    def _mean_square_adam(self, batch_size: int, beta1: float) -> "_Rate":
         adam = self.adam
         if adam is None:
             msg = (
@@ -255,19 +274,17 @@ class CurvatureReport:
         def value_at(size: float) -> float:
             inverse = self.inverse_effective_batch_size(size)
             stretch = adam.stretch_at(size)
-            noise = adam.total * inverse / (adam.largest * stretch)
+            noise = adam.total * inverse / (adam.largest * stretch) if adam.largest > 0 else 0.0
             return max_adam_lr(adam.largest / stretch, noise, beta1=beta1)
 
         value = value_at(batch_size)
         inverse = self.inverse_effective_batch_size(batch_size)
-        spread, _ = _spread(
-            adam.largest, adam.parallel, adam.orthogonal, beta1, inverse, 1 / batch_size
-        )
+        error, weight = _noise_weight(adam.largest, adam, beta1, inverse)
         low, high = max(1.0, batch_size / 1.1), min(self.dataset_size, batch_size * 1.1)
         exponent = (
             math.log(value_at(high) / value_at(low)) / math.log(high / low) if high > low else 0.0
         )
-        return value, spread, exponent
+        return _Rate(value, error, exponent, noise_share=weight * inverse)
 
     def _reasons(self, batch_size: int, optimizer: str, rule: Rule) -> tuple[str, ...]:
         ratio = batch_size / self.batch_size
@@ -298,13 +315,13 @@ class CurvatureReport:
         return tuple(reason for holds, reason in checks if holds)
 
     def save(self, path: str | Path) -> None:
-        """Write ``path`` (JSON; the suffix ``.json`` is added) and its arrays (``.npz``) beside it.
+        """Write ``path`` (JSON) and its arrays (``.npz``) beside it.
 
-        ``top_vectors`` are not kept.
+        The suffix ``.json`` is added if missing. ``top_vectors`` are not kept.
         """
         content = asdict(replace(self, top_vectors=())) | {"format": _FORMAT}
         measured = {name: _errors(value) for name, value in _measured_parts(self).items()}
-        path = Path(path).with_suffix(".json")
+        path = _json_path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         arrays = {"ritz_values": np.asarray(content.pop("ritz_values"), dtype=np.float64)}
         if self.adam is not None:
@@ -321,42 +338,68 @@ class CurvatureReport:
             FileNotFoundError: one of the two files is missing.
             ValueError: they are not a report of this format.
         """
-        path = Path(path).with_suffix(".json")
+        path = _json_path(path)
         try:
             content = json.loads(path.read_text())
             with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
                 return _from_content(content, {name: arrays[name] for name in arrays.files})
-        except (json.JSONDecodeError, KeyError, TypeError, EOFError, AttributeError) as error:
+        except _UNREADABLE as error:
             msg = f"{path} is not a curvature report of format {_FORMAT}: {error}"
             raise ValueError(msg) from error
 
 
-def _spread(
+class _Rate(NamedTuple):
+    value: float
+    error: float  # relative standard error
+    exponent: float  # d ln value / d ln B
+    noise_share: float  # of what limits the rate
+
+
+def _regime(noise_share: float) -> Literal["noise", "transition", "curvature"]:
+    if noise_share > 2 / 3:
+        return "noise"
+    return "curvature" if noise_share < 1 / 3 else "transition"
+
+
+def _noise_weight(
     largest: Measured,
-    parallel: Measured,
-    orthogonal: Measured,
+    noise: CurvatureNoise | AdamCurvature,
     momentum: float,
     inverse: float,
-    slope: float,
+    *,
+    weight_decay: float = 0.0,
 ) -> tuple[float, float]:
-    """Relative standard error of the mean-square rate, and its exponent in the batch size."""
+    """Relative standard error of the mean-square rate, and what ``1/b`` times is noise's share."""
     factor = (1 + momentum) / (1 - momentum) / largest
-    total = parallel + orthogonal
-    denominator = largest + factor * total * inverse
+    denominator = largest + weight_decay + factor * noise.total * inverse
     errors = (
-        _finite(largest.stderr) * (1 - factor * total * inverse / largest),
-        factor * inverse * _finite(parallel.stderr),
-        factor * inverse * _finite(orthogonal.stderr),
+        _finite(largest.stderr) * (1 - factor * noise.total * inverse / largest),
+        factor * inverse * _finite(noise.parallel.stderr),
+        factor * inverse * _finite(noise.orthogonal.stderr),
     )
-    return math.hypot(*errors) / denominator, factor * total * slope / denominator
+    return math.hypot(*errors) / denominator, factor * noise.total / denominator
 
 
-def _relative(error: float, value: float) -> float:
-    return _finite(error) / value if value > 0 else math.inf
+def _student_95(freedom: int) -> float:
+    """95 % quantile of Student's t; 12 % low at 1 degree of freedom, 0.3 % at 3.
+
+    Errors estimated from few batches are uncertain themselves. Abramowitz & Stegun 26.7.5.
+    """
+    z, n = 1.6448536, freedom  # the normal quantile
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / n + second / n**2 + third / n**3
 
 
 def _finite(error: float) -> float:
     return error if math.isfinite(error) else 0.0
+
+
+def _json_path(path: str | Path) -> Path:
+    """``path`` with the suffix ``.json``; other dots in its name are part of it."""
+    path = Path(path)
+    return path if path.suffix == ".json" else path.with_name(path.name + ".json")
 
 
 def _measured_parts(report: CurvatureReport) -> dict[str, dict[str, Measured]]:

@@ -12,7 +12,7 @@ from batchlr.operators.curvature_matrix import CurvatureMatrix
 class GradientMoments:
     """Per-coordinate moments of per-sample gradients; unit: gradient squared."""
 
-    mean_square: Tensor  # (P,) square of the mean gradient, unbiased, may be slightly negative
+    mean_square: Tensor  # (P,) square of the mean gradient, unbiased: may be negative
     variance: Tensor  # (P,) per-sample variance
 
     def second_moment(self, effective_batch_size: float) -> Tensor:
@@ -20,8 +20,18 @@ class GradientMoments:
         return (self.mean_square + self.variance / effective_batch_size).clamp(min=0)
 
 
-def gradient_moments(operator: CurvatureMatrix) -> GradientMoments:
+def gradient_moments(
+    operator: CurvatureMatrix, *, dataset_size: int | None = None
+) -> GradientMoments:
     """Moments from the batches of ``operator``, at no product; one gradient each if not recorded.
+
+    For disjoint batches drawn without replacement both are unbiased, the variance with divisor
+    ``N - 1``.
+
+    Args:
+        operator: of at least two batches.
+        dataset_size: ``N``, what batches are drawn from; by default the samples given are all, and
+            their mean gradient has no noise.
 
     Raises:
         ValueError: there is only one batch.
@@ -35,4 +45,5 @@ def gradient_moments(operator: CurvatureMatrix) -> GradientMoments:
     sizes = torch.tensor(samples, dtype=gradients.dtype, device=gradients.device)
     mean = (sizes / total) @ gradients
     variance = sizes @ (gradients - mean) ** 2 / (len(samples) - 1)
-    return GradientMoments(mean**2 - variance / total, variance)
+    sampling = 0.0 if dataset_size is None else 1 / total - 1 / dataset_size
+    return GradientMoments(mean**2 - variance * sampling, variance)

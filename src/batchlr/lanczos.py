@@ -10,6 +10,7 @@ from torch import Tensor
 from batchlr.operators import LinearOperator
 
 Which = Literal["largest", "smallest", "both"]
+_ENDS = ("largest", "smallest")
 
 MAX_STEPS = 200
 """Default limit of `top_eigenpairs` (assumed: the basis then takes 200 P numbers)."""
@@ -128,8 +129,11 @@ def top_eigenpairs(
     """
     size = operator.shape[0]
     wanted = 2 * k if which == "both" else k
-    if which not in ("largest", "smallest", "both"):
+    if which not in (*_ENDS, "both"):
         msg = f"which must be 'largest', 'smallest' or 'both', got {which!r}"
+        raise ValueError(msg)
+    if settle is not None and settle != which and (which != "both" or settle not in _ENDS):
+        msg = f"settle must be an end that is wanted ({which}), got {settle!r}"
         raise ValueError(msg)
     if k < 1 or wanted > size:
         msg = f"k = {k} pairs ({which}) are not to be had from a ({size}, {size}) matrix"
@@ -144,20 +148,19 @@ def top_eigenpairs(
     generator = default_generator(generator)
     process = _Process(operator, steps, first_vector(operator, start, generator))
     pairs = None
-    fresh = 0  # the step at which the current Krylov space began
+    trusted_from = 0  # the step from which the current Krylov space is old enough
     while process.count < steps:
         process.advance()
         broke_down = process.broke_down()
         # Later steps gain less, so their convergence is tested more rarely.
         due = process.count <= 32 or process.count % 4 == 0 or process.count == steps
-        if process.count < wanted or not (due or broke_down):
-            continue
-        pairs = _ritz_pairs(process, k, which, settle or which, tol)
+        if process.count >= wanted and (due or broke_down):
+            pairs = _ritz_pairs(process, k, which, settle or which, tol)
+            if pairs.converged and process.count >= trusted_from and not broke_down:
+                break
         if broke_down and process.count < steps:
             process.start_again(gaussian(operator, generator))
-            fresh = process.count
-        elif pairs.converged and (fresh == 0 or process.count >= fresh + _RESTART_STEPS):
-            break
+            trusted_from = process.count + _RESTART_STEPS
     assert pairs is not None
     return pairs
 
@@ -212,7 +215,8 @@ class _Process:
         length = w.double().norm()
         # The size of A, as seen so far: what counts as zero must not depend on the units of A.
         self.scale = torch.maximum(self.scale, norm_before)
-        rounding = 10 * torch.finfo(w.dtype).eps * math.sqrt(self.size)
+        # The cap is for float32: the bulk of a large network can be that thin beside its outliers.
+        rounding = min(10 * torch.finfo(w.dtype).eps * math.sqrt(self.size), 1e-6)
         length = torch.where(length > rounding * self.scale, length, torch.zeros_like(length))
         self.off_diagonal[j] = length
         self.next = torch.where(length > 0, w / length.to(w.dtype), torch.zeros_like(w))

@@ -166,13 +166,18 @@ class BatchAwareLR(LRScheduler):
         """Restore and set the optimizer's rates, in either order with the optimizer's own state.
 
         Raises:
-            ValueError: the state is of an optimizer with another number of groups.
+            ValueError: the state is of an optimizer with another number of groups, or only one of
+                the two schedulers has a shape.
         """
         if len(state_dict["ratios"]) != len(self._ratios):
             msg = (
                 f"the state has {len(state_dict['ratios'])} parameter groups, the optimizer "
                 f"{len(self._ratios)}: construct both as they were"
             )
+            raise ValueError(msg)
+        if (state_dict["shape"] is None) != (self._shape is None):
+            with_shape = "this scheduler" if state_dict["shape"] is None else "the state"
+            msg = f"only {with_shape} has a shape: construct both with the same one"
             raise ValueError(msg)
         self.last_epoch = state_dict["last_epoch"]
         self._peak = state_dict["peak"]
@@ -187,9 +192,8 @@ class BatchAwareLR(LRScheduler):
         self._apply()
 
     def _apply(self) -> None:
-        rates = self.get_lr()
         for group, ratio, rate in zip(
-            self.optimizer.param_groups, self._ratios, rates, strict=True
+            self.optimizer.param_groups, self._ratios, self.get_lr(), strict=True
         ):
             group["initial_lr"] = self._peak * ratio
             if isinstance(group["lr"], Tensor):
@@ -197,7 +201,8 @@ class BatchAwareLR(LRScheduler):
             else:
                 group["lr"] = rate
         self.base_lrs = [self._peak * ratio for ratio in self._ratios]
-        self._last_lr = list(rates)
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._last_lr = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
 
 
 def _positive(name: str, value: float) -> float:

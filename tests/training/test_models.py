@@ -1,4 +1,5 @@
 import math
+from itertools import chain
 
 import pytest
 import torch
@@ -198,6 +199,18 @@ def test_width_scales_every_layer_and_stops_at_one_channel():
     tiny = VGG(11, num_classes=10, width=1e-6)
     assert {m.out_channels for m in tiny.modules() if isinstance(m, nn.Conv2d)} == {1}
     assert tiny(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_the_vgg_stages_and_head_are_in_the_published_order():
+    model = VGG(11, num_classes=5, width=0.125, batch_norm=True)
+    kinds = [type(layer) for layer in model.features]
+    conv = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
+    stages = ([*conv * num_convs, nn.MaxPool2d] for num_convs in (1, 1, 2, 2, 2))
+    assert kinds == list(chain.from_iterable(stages))
+    model.features = nn.Identity()
+    head = (model.hidden1, nn.ReLU(), model.hidden2, nn.ReLU(), model.output)
+    x = torch.randn(6, 64)
+    torch.testing.assert_close(model(x[:, :, None, None]), nn.Sequential(*head)(x))
 
 
 def test_the_wide_resnet_shortcuts_read_what_they_are_told_to():

@@ -75,7 +75,7 @@ class LinearOperator(ABC):
         from scipy.sparse.linalg import LinearOperator as ScipyOperator
 
         def multiply(array: Any) -> Any:
-            vectors = torch.as_tensor(np.ascontiguousarray(array))
+            vectors = torch.from_numpy(np.array(array, order="C"))  # it may be read-only
             product = self @ vectors.to(self._device, self._dtype)
             return product.cpu().numpy()
 

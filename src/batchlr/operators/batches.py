@@ -55,7 +55,7 @@ def take(batch: Any, rows: Tensor | slice) -> Any:
     if isinstance(batch, Mapping):
         return {key: take(value, rows) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return type(batch)(take(value, rows) for value in batch)
+        return _like(batch, [take(value, rows) for value in batch])
     msg = f"cannot cut a batch of type {type(batch).__name__}: pass batches of the size wanted"
     raise TypeError(msg)
 
@@ -72,7 +72,7 @@ def join(batches: Sequence[Any]) -> Any:
     if isinstance(first, Mapping):
         return {key: join([batch[key] for batch in batches]) for key in first}
     if isinstance(first, (tuple, list)):
-        return type(first)(join(parts) for parts in zip(*batches, strict=True))
+        return _like(first, [join(parts) for parts in zip(*batches, strict=True)])
     msg = f"cannot join batches of type {type(first).__name__}"
     raise TypeError(msg)
 
@@ -92,6 +92,11 @@ def recut(batches: Sequence[Any], batch_size: int) -> list[Any]:
     starts = [k * batch_size for k in range(total // batch_size)]
     ends = [*starts[1:], total]
     return [take(whole, slice(a, b)) for a, b in zip(starts, ends, strict=True)]
+
+
+def _like(batch: Any, parts: list[Any]) -> Any:
+    """``parts`` in the sequence type of ``batch``, which may be a named tuple."""
+    return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
 
 
 def _first_tensor(batch: Any) -> Tensor | None:

@@ -1,5 +1,6 @@
 """What the Hessian and the Gauss-Newton matrix of a model have in common."""
 
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,6 +26,7 @@ _NORM_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._Instan
 class Recording:
     """One batch, recorded for differentiation at the weights it was recorded at."""
 
+    # The product must not refer to the operator: a cycle would keep the graph until collected.
     loss: Tensor  # () mean loss of the batch
     gradient: Tensor  # (P,) of that loss
     product: Callable[[Tensor], Tensor]  # (P,) -> (P,), the batch's curvature matrix times v
@@ -39,8 +41,9 @@ class CurvatureMatrix(BatchedOperator):
 
     Nothing of the model changes: weights, ``.grad``, buffers, train/eval flags and the global
     random state are bit-identical after any product. Dropout draws one mask per batch and keeps
-    it. Products always refer to the weights as they are: after an optimizer step the batches are
-    recorded anew.
+    it. Products always refer to the model as it is: after an optimizer step, or a change of buffers
+    or train/eval flags, the batches are recorded anew. Only changes in place through ``.data`` go
+    unnoticed.
 
     Args:
         model: its own flags decide everything but the normalisation layers (dropout is on if the
@@ -81,6 +84,8 @@ class CurvatureMatrix(BatchedOperator):
         self._keep_graph = keep_graph
         self._recordings: dict[int, Recording] = {}
         self._recorded_at: object = None
+        self._modules = list(model.modules())
+        self._state = [*model.parameters(), *model.buffers()]
         first = self._parameters[0]
         size = sum(p.numel() for p in self._parameters)
         super().__init__(size, dtype=first.dtype, device=first.device)
@@ -104,7 +109,9 @@ class CurvatureMatrix(BatchedOperator):
         self.check(vector)
         self.num_products += 1
         for index in range(len(self._batches)):
-            yield self._record(index).product(vector.detach())
+            with self._full_precision():
+                product = self._record(index).product(vector.detach())
+            yield product
 
     @final
     def batch_gradients(self) -> Iterator[Tensor]:
@@ -136,18 +143,19 @@ class CurvatureMatrix(BatchedOperator):
     def _multiply(self, columns: Tensor) -> Tensor:
         product = torch.zeros_like(columns)
         total = sum(self._samples)
-        for index, samples in enumerate(self._samples):
-            recording = self._record(index)  # one recording serves all columns
-            for j in range(columns.shape[1]):
-                product[:, j].add_(recording.product(columns[:, j]), alpha=samples / total)
+        with self._full_precision():
+            for index, samples in enumerate(self._samples):
+                recording = self._record(index)  # one recording serves all columns
+                for j in range(columns.shape[1]):
+                    product[:, j].add_(recording.product(columns[:, j]), alpha=samples / total)
         return product
 
     @final
     def _record(self, index: int) -> Recording:
-        weights = [(p.data_ptr(), p._version) for p in self._parameters]
-        if weights != self._recorded_at:
+        state = ([_version(t) for t in self._state], [m.training for m in self._modules])
+        if state != self._recorded_at:
             self._recordings.clear()
-            self._recorded_at = weights
+            self._recorded_at = state
         if index in self._recordings:
             return self._recordings[index]
         with self._quiet(self._seed + index):
@@ -159,16 +167,19 @@ class CurvatureMatrix(BatchedOperator):
     @contextmanager
     def _quiet(self, seed: int) -> Iterator[None]:
         """Gradients on, autocast off, norms in ``norm_mode``, random state put back."""
-        norms = [m for m in self._model.modules() if isinstance(m, _NORM_LAYERS)]
+        norms = [m for m in self._modules if isinstance(m, _NORM_LAYERS)]
         modes = [m.training for m in norms]
         device = self._parameters[0].device
         with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.autocast(device.type, enabled=False))
+            stack.enter_context(self._full_precision())
             stack.enter_context(_forked_random_state(device, seed))
             # Flash and memory-efficient attention have no second derivative.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(DifferentiableBatchNorm())
+            if "torch._dynamo" in sys.modules:  # nor has anything under torch.compile
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             try:
                 for module in norms:
                     module.training = self.norm_mode == "train"
@@ -178,9 +189,9 @@ class CurvatureMatrix(BatchedOperator):
                     module.training = mode
 
     @final
-    def _split(self, vector: Tensor) -> list[Tensor]:
-        pieces = torch.split(vector, [p.numel() for p in self._parameters])
-        return [v.view_as(p) for v, p in zip(pieces, self._parameters, strict=True)]
+    def _full_precision(self) -> torch.autocast:
+        """Autocast off: it would reach into backward passes as well."""
+        return torch.autocast(self._parameters[0].device.type, enabled=False)
 
 
 @final
@@ -198,6 +209,12 @@ class _LossModule(nn.Module):
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
     """Concatenate tensors into one vector ``(P,)``, detached."""
     return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+def split_like(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The inverse of `flatten`: pieces of ``vector`` ``(P,)`` in the shapes of ``tensors``."""
+    pieces = torch.split(vector, [t.numel() for t in tensors])
+    return [piece.view_as(t) for piece, t in zip(pieces, tensors, strict=True)]
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -253,6 +270,11 @@ def _is_wrapper(model: nn.Module) -> bool:
     return isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
 
 
+def _version(tensor: Tensor) -> tuple[int, int]:
+    """Changes with every in-place change; tensors made in inference mode do not count theirs."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
 def _draw_seed(generator: torch.Generator | None) -> int:
     if generator is None:
         return 0
@@ -264,5 +286,10 @@ def _forked_random_state(device: torch.device, seed: int) -> Iterator[None]:
     devices = [] if device.type == "cpu" else [device]
     kind = "cuda" if device.type == "cpu" else device.type
     with torch.random.fork_rng(devices=devices, device_type=kind):
-        torch.manual_seed(seed)
+        # Not torch.manual_seed: it seeds every accelerator, and only this one is put back.
+        torch.default_generator.manual_seed(seed)
+        for accelerator in devices:
+            module = torch.get_device_module(accelerator)
+            with module.device(accelerator):
+                module.manual_seed(seed)
         yield

@@ -6,7 +6,13 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from batchlr.operators.curvature_matrix import CurvatureMatrix, NormMode, Recording, flatten
+from batchlr.operators.curvature_matrix import (
+    CurvatureMatrix,
+    NormMode,
+    Recording,
+    flatten,
+    split_like,
+)
 from batchlr.operators.hessian import check_scalar
 from batchlr.operators.supervised import SupervisedLoss
 
@@ -52,25 +58,29 @@ class GGNOperator(CurvatureMatrix):
 
     def _differentiate(self, batch: Any) -> Recording:
         outputs = self._evaluate(self._halves.outputs, batch)
+        if not outputs.requires_grad:
+            msg = "the model's outputs do not depend on its trainable parameters"
+            raise ValueError(msg)
         tip = outputs.detach().requires_grad_()
         loss = check_scalar(self._halves.loss(tip, batch))
         (slope,) = torch.autograd.grad(loss, tip, create_graph=True)
+        parameters = self._parameters
         # J'u is linear in u, so its derivative with respect to u turns J' into J.
         u = torch.zeros_like(outputs, requires_grad=True)
         pulled = torch.autograd.grad(
-            outputs, self._parameters, u, create_graph=True, materialize_grads=True
+            outputs, parameters, u, create_graph=True, materialize_grads=True
         )
         pairs = [(j, p) for j, p in enumerate(pulled) if p.requires_grad]
 
         def pull_back(cotangent: Tensor) -> Tensor:
             return flatten(
                 torch.autograd.grad(
-                    outputs, self._parameters, cotangent, retain_graph=True, materialize_grads=True
+                    outputs, parameters, cotangent, retain_graph=True, materialize_grads=True
                 )
             )
 
         def product(vector: Tensor) -> Tensor:
-            pieces = self._split(vector)
+            pieces = split_like(vector, parameters)
             (pushed,) = torch.autograd.grad(
                 [p for _, p in pairs],
                 u,

@@ -5,7 +5,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from batchlr.operators.curvature_matrix import CurvatureMatrix, Recording, flatten
+from batchlr.operators.curvature_matrix import CurvatureMatrix, Recording, flatten, split_like
 
 
 @final
@@ -18,19 +18,18 @@ class HessianOperator(CurvatureMatrix):
 
     def _differentiate(self, batch: Any) -> Recording:
         loss = check_scalar(self._evaluate(self._loss_fn, batch))
-        gradients = torch.autograd.grad(
-            loss, self._parameters, create_graph=True, materialize_grads=True
-        )
+        parameters = self._parameters
+        gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
         # A gradient that does not depend on the weights (a loss linear in them) has no graph.
         pairs = [(j, g) for j, g in enumerate(gradients) if g.requires_grad]
 
         def product(vector: Tensor) -> Tensor:
             if not pairs:
                 return torch.zeros_like(vector)
-            pieces = self._split(vector)
+            pieces = split_like(vector, parameters)
             columns = torch.autograd.grad(
                 [g for _, g in pairs],
-                self._parameters,
+                parameters,
                 grad_outputs=[pieces[j] for j, _ in pairs],
                 retain_graph=True,
                 materialize_grads=True,

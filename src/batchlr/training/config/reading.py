@@ -176,7 +176,7 @@ def _adapt(
     variants = VARIANTS[section]
     old = below.get("name", default_name(section))
     new = above.get("name", old)
-    if old == new or not {old, new} <= variants.keys():
+    if old == new or not all(name in [*variants] for name in (old, new)):  # may be no text at all
         return below, []
     known, takes = variants[old].model_fields, variants[new].model_fields
     gone = [key for key in below if key in known and key not in {*takes, *above}]

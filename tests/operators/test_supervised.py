@@ -1,0 +1,83 @@
+from collections import UserDict, namedtuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from batchlr import supervised
+from batchlr.operators.supervised import split_batch
+
+X, Y = torch.arange(6.0).reshape(3, 2), torch.tensor([0, 1, 0])
+
+
+class TestSupervised:
+    def test_is_the_criterion_of_the_models_outputs(self):
+        model = nn.Linear(2, 2)
+        loss_fn = supervised(nn.CrossEntropyLoss(label_smoothing=0.1))
+        expected = F.cross_entropy(model(X), Y, label_smoothing=0.1)
+        assert torch.equal(loss_fn(model, (X, Y)), expected)
+        outputs = loss_fn.outputs(model, (X, Y))
+        assert torch.equal(outputs, model(X))
+        assert torch.equal(loss_fn.loss(outputs, (X, Y)), expected)
+
+    @pytest.mark.parametrize("criterion", [F.cross_entropy, nn.CrossEntropyLoss()])
+    def test_takes_functions_and_modules(self, criterion):
+        model = nn.Linear(2, 2)
+        expected = F.cross_entropy(model(X), Y)
+        assert torch.equal(supervised(criterion)(model, (X, Y)), expected)
+
+    def test_takes_a_model_without_parameters(self):
+        loss_fn = supervised(nn.MSELoss())
+        assert loss_fn(nn.Identity(), (X, X + 2)) == 4.0
+
+    def test_brings_inputs_and_targets_to_the_models_device(self):
+        model = nn.Linear(2, 2, device="meta")
+        assert supervised(nn.CrossEntropyLoss())(model, (X, Y)).device.type == "meta"
+
+    @pytest.mark.parametrize("reduction", ["sum", "none"])
+    def test_refuses_other_reductions(self, reduction):
+        with pytest.raises(ValueError, match=rf"reduction='{reduction}'; .* reduction='mean'"):
+            supervised(nn.CrossEntropyLoss(reduction=reduction))
+
+    def test_refuses_outputs_that_are_no_tensor(self):
+        model = nn.LSTM(2, 2)
+        with pytest.raises(TypeError, match=r"returned tuple where a tensor.*your own loss_fn"):
+            supervised(nn.MSELoss())(model, (X, Y))
+
+
+class TestSplitBatch:
+    @pytest.mark.parametrize("batch", [(X, Y), [X, Y], namedtuple("Pair", "inputs targets")(X, Y)])
+    def test_pairs(self, batch):
+        x, y = split_batch(batch)
+        assert x is X
+        assert y is Y
+
+    @pytest.mark.parametrize(
+        "x_key", ["x", "input", "inputs", "image", "images", "pixel_values", "input_ids"]
+    )
+    @pytest.mark.parametrize("y_key", ["y", "target", "targets", "label", "labels"])
+    def test_dicts_with_the_usual_names(self, x_key, y_key):
+        x, y = split_batch({"index": None, y_key: Y, x_key: X})
+        assert x is X
+        assert y is Y
+
+    def test_mappings_that_are_no_dict(self):
+        assert split_batch(UserDict(x=X, y=Y))[0] is X
+
+    @pytest.mark.parametrize(
+        "batch",
+        [{"x": X}, {"labels": Y}, {}, {"x": X, "image": X, "y": Y}, {"x": X, "y": Y, "label": Y}],
+    )
+    def test_refuses_dicts_without_exactly_one_of_each(self, batch):
+        with pytest.raises(TypeError, match=r"one of \('x',.*and one of \('y',.*got keys"):
+            split_batch(batch)
+
+    def test_names_the_keys_given(self):
+        with pytest.raises(TypeError, match=r"got keys \['3', 'text'\].*your own loss_fn"):
+            split_batch({"text": X, 3: Y})
+
+    @pytest.mark.parametrize("batch", [X, (X,), (X, Y, Y), "xy", None])
+    def test_refuses_anything_else(self, batch):
+        with pytest.raises(TypeError, match=f"got {type(batch).__name__}; otherwise write"):
+            split_batch(batch)

@@ -1,0 +1,812 @@
+"""Measured curvature against dense Hessians, per-sample algebra and sampled batches."""
+
+import copy
+import functools
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch import nn
+from torch.func import functional_call
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from batchlr.curvature import measure_curvature
+from batchlr.operators import supervised
+from batchlr.schedulers import BatchAwareLR
+
+CROSS_ENTROPY = supervised(nn.CrossEntropyLoss())
+
+
+@functools.cache
+def digits():
+    """The 1,797 digits, shuffled: ``(N, 64)`` in [0, 1], float64, and labels."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    order = np.random.default_rng(0).permutation(len(data.data))
+    return torch.from_numpy(data.data[order] / 16), torch.from_numpy(data.target[order])
+
+
+def first_digits(num_samples):
+    x, y = digits()
+    return x[:num_samples], y[:num_samples]
+
+
+def network(hidden=4):
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, hidden), nn.Tanh(), nn.Linear(hidden, 10)] if hidden else []
+    return nn.Sequential(*(layers or [nn.Linear(64, 10)])).double()
+
+
+def train(model, epochs, lr=0.5):
+    """Plain SGD on batches of 64."""
+    x, y = digits()
+    generator = torch.Generator().manual_seed(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    for rows in itertools.chain.from_iterable(
+        torch.randperm(len(x), generator=generator).split(64) for _ in range(epochs)
+    ):
+        optimizer.zero_grad()
+        CROSS_ENTROPY(model, (x[rows], y[rows])).backward()
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return model
+
+
+def loss_of_flat(model, batch):
+    """The mean loss as a function of the flat parameters, and where the model is."""
+    parameters = dict(model.named_parameters())
+
+    def loss(flat):
+        pieces = flat.split([p.numel() for p in parameters.values()])
+        named = {n: v.view_as(p) for (n, p), v in zip(parameters.items(), pieces, strict=True)}
+        return nn.functional.cross_entropy(functional_call(model, named, (batch[0],)), batch[1])
+
+    return loss, torch.cat([p.detach().reshape(-1) for p in parameters.values()])
+
+
+def dense_hessian(model, batch):
+    return torch.autograd.functional.hessian(*loss_of_flat(model, batch))
+
+
+def dense_gauss_newton(model, batch):
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+    jacobians = torch.func.jacrev(lambda p: functional_call(model, p, (batch[0],)))(parameters)
+    jacobian = torch.cat([j.flatten(2) for j in jacobians.values()], dim=2)  # (N, C, P)
+    p = model(batch[0]).detach().softmax(1)
+    inner = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    return torch.einsum("nip,nij,njq->pq", jacobian, inner, jacobian) / len(p)
+
+
+def measure(model, batch, batch_size=50, **options):
+    options = {"optimizer": "sgd", "num_small_batches": 0} | options
+    return measure_curvature(model, CROSS_ENTROPY, [batch], batch_size=batch_size, **options)
+
+
+# --- the two ends of the spectrum ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epochs", [0, 3])
+@pytest.mark.parametrize(
+    ("matrix", "reference"), [("hessian", dense_hessian), ("ggn", dense_gauss_newton)]
+)
+def test_extremes_are_those_of_the_dense_matrix(epochs, matrix, reference):
+    model, batch = train(network(), epochs), first_digits(300)
+    report = measure(model, batch, matrix=matrix, tol=1e-4, max_products=200)
+    values = torch.linalg.eigvalsh(reference(model, batch))
+    assert report.converged
+    # An eigenvalue's error is the residual squared over a gap: (1e-4)^2 of lambda_1 and below.
+    scale = float(values[-1])
+    assert report.largest == pytest.approx(float(values[-1]), abs=1e-7 * scale)
+    assert report.largest.stderr < 1e-4 * scale  # no sampling error: these are all the samples
+    tops = sorted(report.ritz_values, reverse=True)[:3]
+    assert tops == pytest.approx(values[-3:].flip(0).tolist(), abs=1e-6 * scale)
+    # The lower end may be the edge of a bulk without gaps: all that holds is the residual.
+    tolerance = 1e-6 * scale if values[0] < -0.01 * scale else 1e-4 * scale
+    assert report.smallest == pytest.approx(float(values[0]), abs=tolerance)
+    loss, weights = loss_of_flat(model, batch)
+    assert report.loss == pytest.approx(float(loss(weights)), rel=1e-12)
+    assert (report.num_params, report.num_samples, report.dataset_size) == (310, 300, 300)
+
+
+def test_single_precision_finds_the_same_curvature():
+    model, (x, y) = train(network(), 1), first_digits(300)
+    double = measure(model, (x, y))
+    single = measure(model.float(), (x.float(), y))
+    assert single.largest == pytest.approx(double.largest, rel=1e-4)
+    assert single.noise.total == pytest.approx(double.noise.total, rel=1e-3)
+
+
+def test_a_single_parameter_has_one_eigenvalue():
+    model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    x = torch.arange(1.0, 9.0, dtype=torch.float64).unsqueeze(1)
+    report = measure_curvature(model, supervised(nn.MSELoss()), [(x, x)])
+    exact = 2 * float(x.square().mean())
+    assert (report.largest, report.smallest) == (pytest.approx(exact), pytest.approx(exact))
+    assert report.kappa == 0.0  # nothing to repel it
+    assert report.noise.orthogonal == pytest.approx(0.0, abs=1e-20 * exact**2)
+
+
+@pytest.mark.parametrize("norm_mode", ["train", "eval"])
+def test_batch_norm_curvature_is_that_of_the_mode_asked_for(norm_mode):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double()
+    model[1].running_var.fill_(3.0)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 6, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, (60,), generator=generator)
+    report = measure(model, (x, y), batch_size=15, norm_mode=norm_mode, tol=1e-6)
+    twin = copy.deepcopy(model).train(norm_mode == "train")
+    batches = zip(x.split(15), y.split(15), strict=True)
+    dense = torch.stack([dense_hessian(twin, batch) for batch in batches]).mean(0)
+    assert report.largest == pytest.approx(float(torch.linalg.eigvalsh(dense)[-1]), rel=1e-9)
+    assert report.norm_mode == norm_mode
+    assert report.coupled == (norm_mode == "train")
+
+
+def test_without_batch_norm_there_is_no_norm_mode():
+    report = measure(network(), first_digits(60), batch_size=20)
+    assert (report.norm_mode, report.coupled, report.matrix) == (None, False, "hessian")
+
+
+def test_it_converges_or_says_that_it_did_not():
+    model, batch = train(network(), 1), first_digits(100)
+    assert not measure(model, batch, tol=1e-6, max_products=8).converged
+    assert measure(model, batch, tol=1e-2).converged
+
+
+# --- nothing of the model changes ----------------------------------------------------------------
+
+
+def conv_net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.MaxPool2d(4),
+        nn.Flatten(),
+        nn.Dropout(0.3),
+        nn.Linear(16, 10),
+    )
+
+
+def everything(model, optimizer):
+    """All that a measurement could touch, as bytes or plain values."""
+
+    def raw(tensor):
+        return None if tensor is None else tensor.detach().numpy().tobytes()
+
+    return (
+        {n: (raw(p), raw(p.grad), p.requires_grad) for n, p in model.named_parameters()},
+        {n: raw(b) for n, b in model.named_buffers()},
+        {n: (m.training, len(m._forward_hooks)) for n, m in model.named_modules()},
+        {
+            (k, name): raw(value) if isinstance(value, torch.Tensor) else value
+            for k, state in enumerate(optimizer.state.values())
+            for name, value in state.items()
+        },
+        [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups],
+        raw(torch.get_rng_state()),
+        random.getstate(),
+        np.random.get_state()[1].tobytes(),
+        torch.is_grad_enabled(),
+    )
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("norm_mode", ["train", "eval"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("matrix", ["hessian", "ggn"])
+def test_a_measurement_leaves_training_bit_identical(kind, norm_mode, training, matrix):
+    model = conv_net()
+    model[1].bias.requires_grad_(False)
+    x, y = first_digits(32)
+    x = x.float().reshape(-1, 1, 8, 8)
+    optimizer = kind(model.parameters(), lr=0.01)
+    CROSS_ENTROPY(model, (x, y)).backward()
+    optimizer.step()
+    model.train(training)
+    model[5].train(not training)
+    before = everything(model, optimizer)
+    with torch.no_grad():  # as a user's evaluation loop might
+        report = measure_curvature(
+            model,
+            CROSS_ENTROPY,
+            [(x, y)],
+            optimizer=optimizer,
+            norm_mode=norm_mode,
+            matrix=matrix,
+            max_products=8,
+            num_small_batches=2,
+        )
+    assert report.num_products > 0
+    assert everything(model, optimizer) == before
+
+
+def test_the_same_measurement_twice_is_the_same_report():
+    model, batch = train(network(), 1), first_digits(120)
+    one, two = (measure(model, batch, batch_size=30, num_small_batches=4) for _ in range(2))
+    assert (one.largest, one.smallest, one.noise, one.kappa, one.small_batch) == (
+        two.largest,
+        two.smallest,
+        two.noise,
+        two.kappa,
+        two.small_batch,
+    )
+    seeded = measure(model, batch, batch_size=30, generator=torch.Generator().manual_seed(5))
+    assert seeded.noise.random_direction != one.noise.random_direction
+
+
+# --- kappa: how the largest eigenvalue grows as batches shrink -----------------------------------
+
+
+def half_mse(model, batch):
+    return 0.5 * (model(batch[0]) - batch[1]).square().mean()
+
+
+def least_squares(num_samples, spectrum, seed=0):
+    """A linear model without bias; the Hessian of sample ``i`` is ``x_i x_i^T``."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(num_samples, len(spectrum))) * np.sqrt(spectrum)
+    model = nn.Linear(len(spectrum), 1, bias=False, dtype=torch.float64)
+    return model, torch.from_numpy(x), torch.zeros(num_samples, 1, dtype=torch.float64)
+
+
+def second_order_coefficient(features, count):
+    """Kappa of ``x x^T``: the ``count`` top pairs at their gaps, the rest at lambda_1."""
+    hessian = features.T @ features / len(features)
+    values, vectors = torch.linalg.eigh(hessian)
+    values, vectors = values.flip(0), vectors.flip(1)
+    products = (features @ vectors[:, :1]) * features
+    projected = (products - products.mean(0)) @ vectors
+    q = projected.square().sum(0) / (len(features) - 1)
+    gaps = values[0] - values
+    gaps[count:] = values[0]
+    return float((q[1:] / gaps[1:]).sum())
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_kappa_takes_found_pairs_at_their_gaps_and_the_rest_at_the_edge(count):
+    model, x, y = least_squares(40, [5.0, 3.0, 2.0, 1.0, 0.5, 0.2])
+    batches = list(zip(x.split(1), y.split(1), strict=True))  # exact per-sample variances
+    report = measure_curvature(
+        model, half_mse, batches, num_eigenpairs=count, tol=1e-9, optimizer="sgd"
+    )
+    assert report.kappa == pytest.approx(second_order_coefficient(x, count), rel=1e-8)
+    assert report.kappa_smallest == 0.0  # positive semi-definite: zero repels nothing
+
+
+def test_copies_of_the_largest_eigenvalue_do_not_repel_it():
+    basis = torch.eye(4, dtype=torch.float64) * torch.tensor([2.0, 2.0, 1.0, 1.0]).sqrt()
+    sign = torch.tensor([1.0, 1.0, 1.0, -1.0], dtype=torch.float64)
+    x = torch.cat([basis * 2, sign[:, None] * basis * 2, -basis * 2]).double()
+    model = nn.Linear(4, 1, bias=False, dtype=torch.float64)
+    batches = list(zip(x.split(1), torch.zeros(12, 1).double().split(1), strict=True))
+    report = measure_curvature(model, half_mse, batches, num_eigenpairs=2, optimizer="sgd")
+    assert report.ritz_values[:2] == pytest.approx((2.0, 2.0))
+    # The samples fluctuate along their own axes only: nothing couples the top to the rest.
+    assert report.kappa == pytest.approx(0.0, abs=1e-12)
+
+
+SPECTRA = {
+    "three spikes": lambda p: np.r_[20.0, 10.0, 5.0, np.full(p - 3, 0.1)],
+    "a spike on a unit bulk": lambda p: np.r_[20.0, np.ones(p - 1)],
+    "a power law": lambda p: 10 * np.arange(1, p + 1) ** -1.5,
+}
+
+
+def mean_largest_of_grams(features, batch_size, draws, rng):
+    """Mean largest eigenvalue of batches, with the fluctuation along ``v_1`` taken out.
+
+    Along ``v_1`` a batch's curvature has the exact mean lambda_1; what is left scatters less.
+    """
+    values, vectors = np.linalg.eigh(features.T @ features / len(features))
+    excess = []
+    for _ in range(draws):
+        z = features[rng.choice(len(features), batch_size, replace=False)]
+        gram = z @ z.T if batch_size < z.shape[1] else z.T @ z
+        along = np.square(z @ vectors[:, -1]).mean()
+        excess.append(np.linalg.eigvalsh(gram)[-1] / batch_size - along)
+    return values[-1] + np.mean(excess), np.std(excess) / math.sqrt(draws)
+
+
+def check_least_squares(spectrum, size, num_samples, batch_size, tolerance):
+    model, x, y = least_squares(num_samples, SPECTRA[spectrum](size))
+    report = measure_curvature(
+        model, half_mse, [(x, y)], batch_size=batch_size, optimizer="sgd", max_products=200
+    )
+    rng = np.random.default_rng(1)
+    for other in (4, 16, 64, 256):
+        mean, error = mean_largest_of_grams(x.numpy(), other, 200, rng)
+        assert error < 0.02 * mean
+        assert report.largest_at(other) == pytest.approx(mean, rel=tolerance)
+    return report
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_largest_at_is_the_mean_over_batches_in_least_squares(spectrum):
+    # The second order itself is off by up to 7 % at 4; kappa from 100 batches by about 5 %.
+    report = check_least_squares(spectrum, 60, 800, batch_size=8, tolerance=0.10)
+    assert report.noise.parallel == pytest.approx(2 * report.largest**2, rel=0.2)  # Isserlis
+
+
+def test_kappa_of_gaussian_features_is_the_rest_of_the_trace():
+    model, x, y = least_squares(2000, np.r_[50.0, np.ones(40)])  # one spike far above the rest
+    report = measure_curvature(model, half_mse, [(x, y)], batch_size=10, optimizer="sgd")
+    rest = float(x.square().sum() / len(x)) - report.largest
+    assert report.kappa == pytest.approx(rest, rel=0.1)  # 200 batches, and lambda_1/gap = 1.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_largest_at_is_the_mean_over_batches_in_large_least_squares(spectrum):
+    check_least_squares(spectrum, 500, 4000, batch_size=40, tolerance=0.12)
+
+
+def hessian_product(model, rows):
+    """``v -> H_B v`` on numpy vectors, by plain double backward."""
+    x, y = digits()
+    loss, flat = loss_of_flat(model, (x[rows], y[rows]))
+    flat.requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(flat), flat, create_graph=True)
+
+    def multiply(vector):
+        vector = torch.from_numpy(np.ascontiguousarray(vector.reshape(-1)))
+        return torch.autograd.grad(gradient, flat, vector, retain_graph=True)[0].numpy()
+
+    return LinearOperator((len(flat),) * 2, matvec=multiply, dtype=np.float64)
+
+
+def mean_largest(model, batch_size, draws, seed=3):
+    """Mean largest eigenvalue of random batches, and its standard error, without the library."""
+    x, _ = digits()
+    start = np.random.default_rng(0).normal(size=sum(p.numel() for p in model.parameters()))
+    whole = hessian_product(model, torch.arange(len(x)))
+    (top,), vectors = eigsh(whole, k=1, which="LA", v0=start)
+    generator = torch.Generator().manual_seed(seed)
+    excess = []
+    for _ in range(draws):
+        rows = torch.randperm(len(x), generator=generator)[:batch_size]
+        product = hessian_product(model, rows)
+        (value,), _ = eigsh(product, k=1, which="LA", tol=1e-4, v0=vectors[:, 0] + 0.01 * start)
+        along = vectors[:, 0] @ product.matvec(vectors[:, 0])
+        excess.append(value - along)  # its mean has lambda_1 taken out, see above
+    return top + np.mean(excess), np.std(excess) / math.sqrt(draws)
+
+
+CASES = {
+    "logistic regression at initialisation": (0, 0),
+    "logistic regression trained": (0, 15),
+    "network at initialisation": (16, 0),
+    "network trained": (16, 3),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def digits_case(request):
+    hidden, epochs = CASES[request.param]
+    model = train(network(hidden), epochs)
+    report = measure(model, digits(), batch_size=32, tol=1e-2, num_small_batches=8)
+    return request.param, model, report
+
+
+def test_largest_at_is_the_mean_over_batches_of_digits(digits_case):
+    _, model, report = digits_case
+    for batch_size in (16, 64):
+        assert batch_size > report.critical_batch_size
+        mean, error = mean_largest(model, batch_size, draws=40)
+        assert error < 0.04 * mean
+        # 10 %: the second order's own error from the critical size on, in exact arithmetic.
+        assert report.largest_at(batch_size) == pytest.approx(mean, rel=0.10)
+
+
+def test_the_random_direction_misses_most_of_the_noise(digits_case):
+    name, _, report = digits_case
+    ratio = report.noise.total / report.noise.random_direction
+    assert ratio > (50 if "trained" in name else 15)
+
+
+def test_larger_batches_never_have_larger_curvature(digits_case):
+    _, _, report = digits_case
+    sizes = np.unique(np.geomspace(1, report.dataset_size, 200).astype(int))
+    largest = [report.largest_at(int(size)) for size in sizes]
+    smallest = [report.smallest_at(int(size)) for size in sizes]
+    assert np.all(np.diff(largest) <= 0)
+    assert np.all(np.diff(smallest) >= 0)
+    assert largest[-1] == report.largest
+    assert smallest[-1] == report.smallest
+
+
+def test_small_batches_cap_the_law_below_the_critical_size(digits_case):
+    _, model, report = digits_case
+    size, measured = report.small_batch
+    assert size == 4
+    mean, error = mean_largest(model, 4, draws=40)
+    spread = 8**-0.5 * error * math.sqrt(40)  # of the report's own 8 batches, without v_1's part
+    along = math.sqrt(report.noise.parallel / 4 / 8)
+    assert abs(measured - mean) < 3 * math.hypot(spread, along)
+    assert report.largest_at(4) <= max(measured, 2 * report.largest) * (1 + 1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("epochs", [0, 3, 20, 60])
+def test_largest_at_holds_from_the_critical_size_on_throughout_training(epochs):
+    model = train(network(16), epochs)
+    report = measure(model, digits(), batch_size=8, tol=1e-3, num_small_batches=8)
+    for batch_size in (8, 16, 32, 64, 128, 256):
+        if batch_size < report.critical_batch_size:
+            continue
+        mean, error = mean_largest(model, batch_size, draws=200)
+        assert abs(report.largest_at(batch_size) / mean - 1) < 0.19 + 2 * error / mean
+
+
+# --- samples and batches -------------------------------------------------------------------------
+
+
+def test_a_single_batch_is_cut_into_four():
+    report = measure_curvature(network(), CROSS_ENTROPY, [first_digits(80)], num_small_batches=0)
+    assert (report.num_batches, report.batch_size, report.num_samples) == (4, 20, 80)
+
+
+def test_batches_are_kept_unless_a_batch_size_is_asked_for():
+    x, y = first_digits(60)
+    batches = [(x[:30], y[:30]), (x[30:40], y[30:40]), (x[40:], y[40:])]
+    options = {"optimizer": "sgd", "num_small_batches": 0}
+    report = measure_curvature(network(), CROSS_ENTROPY, batches, **options)
+    assert (report.num_batches, report.batch_size, report.num_samples) == (3, 20, 60)
+    report = measure_curvature(network(), CROSS_ENTROPY, batches, batch_size=12, **options)
+    assert (report.num_batches, report.batch_size, report.num_samples) == (5, 12, 60)
+
+
+@pytest.mark.parametrize("batch_size", [31, 45, 60])
+def test_a_batch_size_above_half_the_samples_still_leaves_two_batches(batch_size):
+    report = measure(network(), first_digits(60), batch_size=batch_size)
+    assert (report.num_batches, report.batch_size) == (2, 30)
+
+
+def test_dict_batches_and_their_cuts_are_the_same_samples():
+    x, y = first_digits(60)
+    want = measure(network(), (x, y), batch_size=20)
+    got = measure(network(), {"x": x, "y": y}, batch_size=20)
+    assert got.largest == want.largest
+
+
+def test_batches_that_cannot_be_cut_have_no_cap():
+    x, y = first_digits(60)
+    named = [(x[k : k + 20], y[k : k + 20], ["sample"] * 20) for k in (0, 20, 40)]
+
+    def loss_fn(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    report = measure_curvature(network(), loss_fn, named)
+    assert report.small_batch is None
+    assert report.num_batches == 3
+    with pytest.raises(TypeError, match="cannot join batches of type str"):
+        measure_curvature(network(), loss_fn, named, batch_size=10)
+
+
+def test_a_subsample_s_largest_eigenvalue_is_corrected_for_being_a_batch():
+    model = network(16)
+    x, y = digits()
+    exact = measure(model, (x, y), 300, tol=1e-2, tracking=True).largest
+    generator = torch.Generator().manual_seed(0)
+    raw, corrected = [], []
+    for _ in range(20):
+        rows = torch.randperm(len(x), generator=generator)[:96]
+        report = measure(
+            model, (x[rows], y[rows]), 12, dataset_size=len(x), tol=1e-2, tracking=True
+        )
+        raw.append(report.ritz_values[0])
+        corrected.append(report.largest)
+    error = np.std(corrected) / math.sqrt(20)
+    assert np.mean(raw) > exact + 3 * error  # as Jensen's inequality says
+    assert abs(np.mean(corrected) - exact) < 3 * error
+
+
+def test_the_sampling_error_of_a_subsample_is_that_along_the_top():
+    model, batch = network(), first_digits(120)
+    all_of_it = measure(model, batch, batch_size=20)
+    part = measure(model, batch, batch_size=20, dataset_size=1200)
+    variance = part.noise.parallel * (1 / 120 - 1 / 1200)
+    assert part.largest.stderr == pytest.approx(math.sqrt(variance), rel=1e-3)
+    assert all_of_it.largest.stderr < 1e-3 * all_of_it.largest
+    assert part.noise.parallel == all_of_it.noise.parallel  # unbiased for either
+
+
+def test_the_correction_of_a_tiny_subsample_is_at_most_half():
+    model, batch = train(network(16), 3), first_digits(8)
+    report = measure(model, batch, batch_size=1, dataset_size=10**6)
+    assert report.largest >= 0.5 * report.ritz_values[0] * (1 - 1e-12)
+
+
+# --- what the optimizer has to say ---------------------------------------------------------------
+
+
+def test_momentum_and_weight_decay_are_the_largest_over_groups():
+    model, batch = network(), first_digits(60)
+    groups = [
+        {"params": list(model[0].parameters()), "momentum": 0.5, "weight_decay": 1e-2},
+        {"params": list(model[2].parameters()), "momentum": 0.9},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.1, weight_decay=1e-3)
+    report = measure(model, batch, batch_size=20, optimizer=optimizer)
+    assert (report.momentum, report.weight_decay, report.adam) == (0.9, 1e-2, None)
+    plain = measure(model, batch, batch_size=20)
+    assert (plain.momentum, plain.weight_decay) == (0.0, 0.0)
+    assert report.largest == plain.largest
+    limit = report.max_lr(32)
+    assert (limit.momentum, limit.value) == (
+        0.9,
+        report.max_lr(32, optimizer="sgd", momentum=0.9).value,
+    )
+
+
+def test_unequal_group_rates_measure_their_own_metric():
+    model, batch = train(network(), 1), first_digits(200)
+    groups = [
+        {"params": list(model[0].parameters()), "lr": 0.4},
+        {"params": list(model[2].parameters()), "lr": 0.1},
+    ]
+    optimizer = torch.optim.SGD(groups)
+    scale = torch.cat(
+        [
+            torch.full((p.numel(),), ratio**0.5, dtype=torch.float64)
+            for group, ratio in zip(groups, (1.0, 0.25), strict=True)
+            for p in group["params"]
+        ]
+    )
+    dense = scale[:, None] * dense_hessian(model, batch) * scale
+    exact = torch.linalg.eigvalsh(dense)
+    report = measure(model, batch, optimizer=optimizer, tol=1e-5, num_small_batches=4)
+    assert report.largest == pytest.approx(float(exact[-1]), rel=1e-8)
+    assert report.smallest == pytest.approx(float(exact[0]), abs=1e-6 * float(exact[-1]))
+    plain = measure(model, batch, num_small_batches=4)
+    # Small batches are seen in the same metric (and are the same ones).
+    assert 0.25 * plain.small_batch[1] < report.small_batch[1] < 0.95 * plain.small_batch[1]
+
+    scheduler = BatchAwareLR(optimizer, 0.2, lambda o: CosineAnnealingLR(o, 10))
+    optimizer.step()
+    scheduler.step()
+    again = measure(model, batch, optimizer=optimizer, tol=1e-5)
+    assert again.largest == pytest.approx(float(exact[-1]), rel=1e-8)
+
+
+def test_a_parameter_the_optimizer_does_not_hold_counts_as_still():
+    model, batch = network(), first_digits(100)
+    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.3)
+    report = measure(model, batch, optimizer=optimizer, tol=1e-5)
+    model[0].requires_grad_(False)
+    frozen = measure(model, batch, tol=1e-5)
+    assert report.largest == pytest.approx(frozen.largest, rel=1e-9)
+    assert report.noise.total == pytest.approx(frozen.noise.total, rel=1e-6)
+
+
+TOP = {"tol": 1e-5, "tracking": True, "num_eigenpairs": 1}  # the upper end only
+
+
+def batch_second_moment(model, batch, batch_size, num_batches, dataset_size):
+    """``E g_B^2`` of a batch like the ones given, from per-batch gradients by plain autograd."""
+    gradients = []
+    for k in range(num_batches):
+        part = [t[k * batch_size : (k + 1) * batch_size] for t in batch]
+        loss = nn.functional.cross_entropy(model(part[0]), part[1])
+        gradients.append(
+            torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(model.parameters()))])
+        )
+    stacked = torch.stack(gradients)
+    total = batch_size * num_batches
+    variance = batch_size * stacked.var(0, unbiased=True)  # of one sample
+    mean_square = stacked.mean(0).square() - variance * (1 / total - 1 / dataset_size)
+
+    def at(size):
+        return (mean_square + variance * (1 / size - 1 / dataset_size)).clamp(min=0)
+
+    return at
+
+
+@pytest.mark.parametrize("dataset_size", [200, 5000])
+def test_adam_without_a_step_takes_its_preconditioner_from_gradients(dataset_size):
+    model, batch = train(network(), 1), first_digits(200)
+    report = measure(model, batch, 25, optimizer="adam", dataset_size=dataset_size, **TOP)
+    at = batch_second_moment(model, batch, 25, 8, dataset_size)
+    scale = (at(25).sqrt() + 1e-8).rsqrt()
+    dense = scale[:, None] * dense_hessian(model, batch) * scale
+    values, vectors = torch.linalg.eigh(dense)
+    adam = report.adam
+    assert adam.source == "gradients"
+    assert (adam.batch_size, adam.beta1) == (25, 0.9)
+    top = float(values[-1])
+    if dataset_size == 200:
+        assert adam.largest == pytest.approx(top, rel=1e-8)
+    else:
+        assert 0.5 * top <= adam.largest < top  # corrected for being a batch
+    # How the preconditioner stretches along the top vector; interpolated on a grid of 41 sizes.
+    for size in (1, 4, 25, 100, 200):
+        stretch = (at(size).sqrt() + 1e-8) / (at(25).sqrt() + 1e-8)
+        want = float((vectors[:, -1].square() * stretch).sum())
+        assert adam.stretch_at(size) == pytest.approx(want, rel=0.02)
+
+
+def test_curvature_under_adam_at_another_batch_size_is_a_lower_bound():
+    model, batch = train(network(), 1), first_digits(200)
+    report = measure(model, batch, 25, optimizer="adam", **TOP)
+    at = batch_second_moment(model, batch, 25, 8, 200)
+    hessian = dense_hessian(model, batch)
+    for size in (4, 12, 50, 150):
+        scale = (at(size).sqrt() + 1e-8).rsqrt()
+        exact = float(torch.linalg.eigvalsh(scale[:, None] * hessian * scale)[-1])
+        claimed = report.adam.largest / report.adam.stretch_at(size)
+        assert claimed < exact * 1.01  # 1 %: the interpolation
+        assert claimed > 0.5 * exact
+
+
+def adam_after(steps, model, batch, **options):
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, **options)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        rows = torch.randperm(len(batch[0]), generator=generator)[:25]
+        optimizer.zero_grad()
+        CROSS_ENTROPY(model, (batch[0][rows], batch[1][rows])).backward()
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("steps", [3, 200])
+@pytest.mark.parametrize("eps", [1e-8, 1e-2])
+def test_adam_s_own_second_moments_are_pooled_with_the_batches_by_age(steps, eps):
+    model, batch = network(), first_digits(200)
+    optimizer = adam_after(steps, model, batch, betas=(0.8, 0.99), eps=eps)
+    report = measure(model, batch, 25, optimizer=optimizer, **TOP)
+    moments = torch.cat([optimizer.state[p]["exp_avg_sq"].reshape(-1) for p in model.parameters()])
+    moments = moments / (1 - 0.99**steps)
+    here = batch_second_moment(model, batch, 25, 8, 200)(25)
+    metric = ((steps * moments + 8 * here) / (steps + 8)).sqrt() + eps
+    scale = metric.rsqrt()
+    dense = scale[:, None] * dense_hessian(model, batch) * scale
+    assert report.adam.largest == pytest.approx(float(torch.linalg.eigvalsh(dense)[-1]), rel=1e-8)
+    assert (report.adam.source, report.adam.beta1) == ("state", 0.8)
+    assert report.momentum == 0.0  # SGD's
+
+
+def test_adam_with_a_large_eps_sees_the_hessian_over_it():
+    model, batch = network(), first_digits(200)
+    optimizer = adam_after(5, model, batch, eps=1e6)
+    report = measure(model, batch, 25, optimizer=optimizer, **TOP)
+    assert report.adam.largest == pytest.approx(report.largest / 1e6, rel=1e-5)
+    assert report.adam.stretch == pytest.approx([1.0] * 41, rel=1e-5)
+
+
+def test_adam_with_unequal_groups_measures_both_metrics_at_once():
+    model, batch = train(network(), 1), first_digits(200)
+    groups = [{"params": model[0].parameters(), "lr": 1e-3}, {"params": model[2].parameters()}]
+    optimizer = torch.optim.AdamW(groups, lr=5e-4, weight_decay=0.1)
+    report = measure(model, batch, 25, optimizer=optimizer, **TOP)
+    ratio = torch.cat([torch.ones(64 * 4 + 4), torch.full((50,), 0.5)]).double()
+    metric = batch_second_moment(model, batch, 25, 8, 200)(25).sqrt() + 1e-8
+    scale = (ratio / metric).sqrt()
+    dense = scale[:, None] * dense_hessian(model, batch) * scale
+    assert report.adam.largest == pytest.approx(float(torch.linalg.eigvalsh(dense)[-1]), rel=1e-8)
+    assert report.adam.source == "gradients"  # before its first step there is no state
+    assert report.weight_decay == 0.0  # decoupled
+
+
+def test_by_default_both_kinds_of_optimizer_are_measured():
+    report = measure_curvature(network(), CROSS_ENTROPY, [first_digits(60)], num_small_batches=0)
+    assert report.adam is not None
+    assert report.max_lr(10).value > 0
+    assert report.max_lr(10, optimizer="adam").value > 0
+
+
+# --- a report starts the next one ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_an_earlier_report_s_vectors_save_products(kind):
+    model, batch = train(network(), 2), first_digits(200)
+    options = {"optimizer": kind, "tracking": True, "num_eigenpairs": 1, "tol": 1e-2}
+    first = measure(model, batch, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1e-3 * torch.randn_like(parameter))
+    cold = measure(model, batch, **options)
+    warm = measure(model, batch, start_vectors=first.top_vectors, **options)
+    assert len(first.top_vectors) == (1 if kind == "sgd" else 2)
+    assert warm.num_products < cold.num_products
+    assert warm.largest == pytest.approx(cold.largest, rel=1e-3)
+
+
+def test_tracking_leaves_out_what_only_other_batch_sizes_need():
+    model, batch = train(network(), 1), first_digits(200)
+    full = measure(model, batch, num_small_batches=4)
+    tracked = measure(model, batch, num_small_batches=4, tracking=True)
+    assert tracked.num_products < full.num_products
+    assert tracked.small_batch is None
+    assert math.isnan(tracked.kappa_smallest)
+    assert math.isnan(tracked.noise.random_direction)
+    assert tracked.max_lr(32).value == pytest.approx(full.max_lr(32).value, rel=1e-3)
+
+
+def test_the_cost_is_counted():
+    report = measure(network(), first_digits(60), batch_size=20, tracking=True)
+    assert 3 <= report.num_products <= 101
+    assert report.seconds > 0
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+def test_one_bare_batch_is_refused():
+    with pytest.raises(TypeError, match=r"got one tuple of tensors; pass \[\(x, y\)\]"):
+        measure_curvature(network(), CROSS_ENTROPY, first_digits(40))
+
+
+def test_no_batches_are_refused():
+    with pytest.raises(ValueError, match="batches is empty"):
+        measure_curvature(network(), CROSS_ENTROPY, [])
+
+
+def test_one_sample_is_refused():
+    with pytest.raises(ValueError, match="needs at least two samples, got 1"):
+        measure_curvature(network(), CROSS_ENTROPY, [first_digits(1)])
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 41])
+def test_a_batch_size_outside_the_samples_is_refused(batch_size):
+    with pytest.raises(ValueError, match=rf"batch_size must lie in \[1, 40\].*got {batch_size}"):
+        measure(network(), first_digits(40), batch_size=batch_size)
+
+
+def test_a_data_set_smaller_than_its_samples_is_refused():
+    with pytest.raises(ValueError, match="dataset_size must be at least the 40 samples given, got"):
+        measure(network(), first_digits(40), batch_size=10, dataset_size=39)
+
+
+@pytest.mark.parametrize("where", ["weights", "data"])
+def test_a_loss_that_is_not_finite_is_an_arithmetic_error(where):
+    model, (x, y) = network(), first_digits(40)
+    x = x.clone()
+    target = model[0].weight.data if where == "weights" else x
+    target[0, 0] = math.nan
+    with pytest.raises(ArithmeticError, match="the loss is nan on the batches given"):
+        measure(model, (x, y), batch_size=10)
+
+
+def test_a_finite_loss_with_infinite_curvature_is_an_arithmetic_error():
+    weight = nn.Module()
+    weight.w = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    with pytest.raises(ArithmeticError, match="products are not finite"):
+        measure_curvature(
+            weight, lambda m, b: (m.w * b).abs().pow(1.5).mean(), list(torch.ones(4, 2, 3).double())
+        )
+
+
+def test_an_unknown_optimizer_is_refused_before_anything_is_measured():
+    def untouched(model, batch):
+        raise AssertionError
+
+    model, batches = network(), [first_digits(40)]
+    with pytest.raises(ValueError, match="optimizer must be 'sgd', 'adam' or a torch optimizer"):
+        measure_curvature(model, untouched, batches, optimizer="lion")
+    optimizer = torch.optim.RMSprop(model.parameters())
+    with pytest.raises(ValueError, match="known for SGD, Adam and AdamW, got RMSprop; pass opt"):
+        measure_curvature(model, untouched, batches, optimizer=optimizer)
+
+
+def test_other_matrices_and_norm_modes_are_refused():
+    with pytest.raises(ValueError, match="matrix must be 'hessian' or 'ggn', got 'fisher'"):
+        measure(network(), first_digits(40), batch_size=10, matrix="fisher")
+    with pytest.raises(ValueError, match="norm_mode must be 'train' or 'eval', got 'batch'"):
+        measure(network(), first_digits(40), batch_size=10, norm_mode="batch")
+    with pytest.raises(TypeError, match="needs the loss in two halves"):
+        measure_curvature(network(), lambda m, b: m(b[0]).sum(), [first_digits(40)], matrix="ggn")
+    with pytest.raises(ValueError, match="norm in train mode needs more than one value per ch"):
+        measure_curvature(
+            nn.Sequential(nn.BatchNorm1d(64), nn.Linear(64, 10)).double(),
+            CROSS_ENTROPY,
+            [first_digits(4)],
+        )

@@ -1,0 +1,456 @@
+"""Lanczos on matrices whose spectra are chosen, with dense eigensolvers as the judge."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.stats
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from batchlr import DenseOperator, lanczos, top_eigenpairs
+from batchlr.lanczos import MAX_STEPS
+from cases import CASES, DiagonalOperator
+
+SIZE = 60
+SPECTRA = {
+    "flat": torch.linspace(1, 2, SIZE),
+    "step": torch.cat([torch.linspace(-0.1, 0.1, SIZE - 5), torch.linspace(5, 9, 5)]),
+    "geometric": 0.7 ** torch.arange(SIZE),
+    "indefinite": torch.linspace(-3, 2, SIZE),
+    "pairs": torch.arange(SIZE) // 2,
+    "low rank": torch.cat([torch.zeros(SIZE - 6), torch.arange(1, 7)]),
+    "negative": torch.linspace(-9, -1, SIZE),
+}
+UNITS = [1e-8, 1.0, 1e8]
+
+# Of any value; whole, so that eigenvalues repeat; all equal, so that nearly all are zero.
+ENTRIES = [
+    st.floats(-10, 10).map(lambda x: round(x, 6)),
+    st.integers(-2, 2).map(float),
+    st.just(1.0),
+]
+
+each_spectrum = pytest.mark.parametrize(
+    "spectrum", [s.double() for s in SPECTRA.values()], ids=SPECTRA
+)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def rotation(size, seed=0):
+    gaussian = torch.randn(size, size, dtype=torch.float64, generator=generator(seed))
+    return torch.linalg.qr(gaussian).Q
+
+
+def with_spectrum(values, seed=0):
+    """A dense symmetric matrix with these eigenvalues and random eigenvectors."""
+    q = rotation(len(values), seed)
+    matrix = (q * values) @ q.T
+    return (matrix + matrix.T) / 2
+
+
+def tridiagonal_matrix(t):
+    return torch.diag(t.diagonal) + torch.diag(t.off_diagonal, 1) + torch.diag(t.off_diagonal, -1)
+
+
+def distance(value, spectrum):
+    return float((spectrum - value).abs().min())
+
+
+class TestLanczos:
+    @each_spectrum
+    @pytest.mark.parametrize("num_steps", [1, 2, 10, SIZE])
+    @pytest.mark.parametrize("unit", UNITS)
+    def test_basis_is_orthonormal_and_reduces_the_matrix(self, spectrum, num_steps, unit):
+        matrix = unit * with_spectrum(spectrum)
+        t = lanczos(DenseOperator(matrix), num_steps, generator=generator())
+        m = len(t.diagonal)
+        assert m <= num_steps
+        assert t.basis.shape == (m, SIZE)
+        assert t.off_diagonal.shape == (m - 1,)
+        assert (t.off_diagonal > 0).all()
+        identity = torch.eye(m, dtype=torch.float64)
+        assert (t.basis @ t.basis.T - identity).abs().max() < 1e-12
+        size = matrix.norm()
+        reduced = t.basis @ matrix @ t.basis.T
+        assert (reduced - tridiagonal_matrix(t)).norm() < 1e-12 * size
+        # A Q' = Q' T but for the last column, whose remainder has the length given.
+        remainder = matrix @ t.basis.T - t.basis.T @ tridiagonal_matrix(t)
+        assert remainder[:, :-1].norm() < 1e-12 * size
+        assert abs(remainder[:, -1].norm() - t.residual) < 1e-12 * size
+
+    @each_spectrum
+    def test_ritz_values_at_full_depth_are_the_distinct_eigenvalues(self, spectrum):
+        t = lanczos(DenseOperator(with_spectrum(spectrum)), SIZE)
+        values, vectors = t.eigh()
+        for value in values:
+            assert distance(value, spectrum) < 1e-11
+        for eigenvalue in spectrum:
+            assert distance(eigenvalue, values) < 1e-11
+        torch.testing.assert_close((vectors * values) @ vectors.T, tridiagonal_matrix(t))
+
+    def test_ritz_values_grow_outwards_with_every_step(self):
+        operator = DenseOperator(with_spectrum(SPECTRA["indefinite"].double()))
+        ends = [lanczos(operator, m).eigh()[0][[0, -1]] for m in range(2, 30)]
+        low, high = torch.stack(ends).T
+        assert (low.diff() <= 1e-12).all()
+        assert (high.diff() >= -1e-12).all()
+
+    @pytest.mark.parametrize("num_steps", [50, 200])
+    def test_float32_stays_orthonormal(self, num_steps):
+        # An outlier a thousand times the bulk: without reorthogonalisation it comes back as ghosts.
+        spectrum = torch.cat([torch.linspace(0, 1, 499), torch.tensor([1000.0])])
+        t = lanczos(DenseOperator(with_spectrum(spectrum.double()).float()), num_steps)
+        assert t.basis.dtype == torch.float32
+        assert t.diagonal.dtype == t.off_diagonal.dtype == t.residual.dtype == torch.float64
+        identity = torch.eye(num_steps)
+        assert (t.basis @ t.basis.T - identity).abs().max() < 1e-4
+        values, _ = t.eigh()
+        assert (values > 500).sum() == 1
+        assert values[-1] == pytest.approx(1000, rel=1e-5)
+
+    def test_first_basis_vector_is_the_start_normalised(self):
+        operator = DenseOperator(with_spectrum(torch.arange(1.0, 7.0).double()))
+        start = torch.arange(6, dtype=torch.float64)
+        before = start.clone()
+        for factor in (1e-150, 1.0, 1e150):
+            t = lanczos(operator, 3, start=factor * start)
+            torch.testing.assert_close(t.basis[0], start / start.norm(), rtol=1e-14, atol=1e-15)
+        assert torch.equal(start, before)
+
+    def test_spends_one_product_a_step(self):
+        operator = DenseOperator(with_spectrum(SPECTRA["flat"].double()))
+        lanczos(operator, 7)
+        assert operator.num_products == 7
+
+
+class TestRandomness:
+    def test_same_generator_same_result(self):
+        operator = DenseOperator(with_spectrum(SPECTRA["flat"].double()))
+        first = lanczos(operator, 5, generator=generator(3))
+        again = lanczos(operator, 5, generator=generator(3))
+        other = lanczos(operator, 5, generator=generator(4))
+        assert torch.equal(first.basis, again.basis)
+        assert torch.equal(first.diagonal, again.diagonal)
+        assert not torch.equal(first.basis, other.basis)
+
+    def test_without_a_generator_results_repeat_and_the_global_state_stays(self):
+        operator = DenseOperator(with_spectrum(SPECTRA["flat"].double()))
+        before = torch.get_rng_state()
+        first = lanczos(operator, 5)
+        assert torch.equal(lanczos(operator, 5).basis, first.basis)
+        assert torch.equal(lanczos(operator, 5, generator=generator(0)).basis, first.basis)
+        top = top_eigenpairs(DenseOperator(torch.eye(30)), 2)
+        assert torch.equal(top_eigenpairs(DenseOperator(torch.eye(30)), 2).vectors, top.vectors)
+        assert torch.equal(torch.get_rng_state(), before)
+
+    def test_default_start_is_uniform_on_the_sphere(self):
+        operator = DenseOperator(torch.eye(3, dtype=torch.float64))
+        g = generator()
+        starts = torch.cat([lanczos(operator, 1, generator=g).basis for _ in range(1000)])
+        # Archimedes: in three dimensions each coordinate is uniform on [-1, 1].
+        for coordinate in starts.T:
+            assert scipy.stats.kstest(coordinate, scipy.stats.uniform(-1, 2).cdf).pvalue > 1e-3
+
+
+class TestBreakdown:
+    @pytest.mark.parametrize("unit", UNITS)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_identity_ends_after_one_step(self, unit, dtype):
+        t = lanczos(DenseOperator(unit * torch.eye(50, dtype=dtype)), 20)
+        assert t.diagonal.tolist() == [pytest.approx(unit, rel=1e-6)]
+        assert t.residual == 0
+        assert t.basis.shape == (1, 50)
+
+    def test_zero_matrix_ends_after_one_step(self):
+        t = lanczos(DenseOperator(torch.zeros(5, 5)), 4)
+        assert t.diagonal.tolist() == [0.0]
+        assert t.residual == 0
+
+    @pytest.mark.parametrize("unit", UNITS)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_start_in_an_invariant_subspace_ends_at_its_dimension(self, unit, dtype):
+        matrix = torch.zeros(40, 40, dtype=torch.float64)
+        matrix[:4, :4] = with_spectrum(torch.arange(1.0, 5.0).double())
+        matrix[4:, 4:] = with_spectrum(torch.linspace(5, 9, 36).double())
+        start = torch.zeros(40, dtype=dtype)
+        start[:4] = torch.tensor([1.0, -2.0, 3.0, 4.0])
+        t = lanczos(DenseOperator((unit * matrix).to(dtype)), 20, start=start)
+        expected = unit * torch.arange(1.0, 5.0, dtype=torch.float64)
+        torch.testing.assert_close(t.eigh()[0], expected, rtol=1e-5, atol=0)
+        assert t.residual == 0
+        assert (t.basis[:, 4:] == 0).all()
+
+    @pytest.mark.parametrize("unit", UNITS)
+    def test_rank_r_ends_about_r_steps_later(self, unit):
+        spectrum = SPECTRA["low rank"].double()
+        t = lanczos(DenseOperator(unit * with_spectrum(spectrum)), SIZE)
+        # Six eigenvalues and zero; rounding may hide the end for a step.
+        assert 7 <= len(t.diagonal) <= 8
+        torch.testing.assert_close(
+            t.eigh()[0][-6:], unit * torch.arange(1.0, 7.0).double(), rtol=1e-12, atol=0
+        )
+
+    def test_a_thin_bulk_beside_outliers_is_not_a_breakdown_in_float32(self):
+        # 300,000 parameters; the off-diagonal falls to 1e-4 of the matrix once past the outliers.
+        bulk = 0.01 * torch.randn(300_000, generator=generator())
+        bulk[:10] = torch.linspace(50, 100, 10)
+        t = lanczos(DiagonalOperator(bulk), 40)
+        assert len(t.diagonal) == 40
+        assert 0.01 < t.off_diagonal[-5:].mean() < 0.03
+
+
+class TestTopEigenpairs:
+    @each_spectrum
+    @pytest.mark.parametrize("which", ["largest", "smallest", "both"])
+    @pytest.mark.parametrize("k", [1, 3])
+    @pytest.mark.parametrize("unit", UNITS)
+    def test_bounds_hold(self, spectrum, which, k, unit):
+        spectrum = unit * spectrum
+        matrix = with_spectrum(spectrum)
+        operator = DenseOperator(matrix)
+        pairs = top_eigenpairs(operator, k, which=which)
+        assert_sound(pairs, matrix)
+        assert pairs.converged
+        assert pairs.num_products == operator.num_products
+        expected = {"largest": k, "smallest": k, "both": 2 * k}[which]
+        assert pairs.values.shape == pairs.residuals.shape == (expected,)
+        assert pairs.vectors.shape == (SIZE, expected)
+        scale = spectrum.abs().max()
+        assert (pairs.residuals <= 1e-3 * scale).all()
+
+    @pytest.mark.parametrize("name", ["flat", "step", "geometric", "indefinite", "negative"])
+    @pytest.mark.parametrize("k", [1, 4])
+    def test_simple_eigenvalues_are_found_in_order(self, name, k):
+        spectrum = SPECTRA[name].double().sort().values
+        operator = DenseOperator(with_spectrum(spectrum))
+        high, low = spectrum[-k:].flip(0), spectrum[:k].flip(0)
+        expected = {"largest": high, "smallest": low, "both": torch.cat([high, low])}
+        for which, values in expected.items():
+            pairs = top_eigenpairs(operator, k, which=which, tol=1e-9)
+            torch.testing.assert_close(pairs.values, values, rtol=0, atol=1e-8)
+
+    @settings(max_examples=40)
+    @given(data=st.data(), size=st.integers(1, 12), entries=st.sampled_from(ENTRIES))
+    @pytest.mark.parametrize("which", ["largest", "smallest", "both"])
+    def test_any_symmetric_matrix(self, data, size, entries, which):
+        square = data.draw(arrays(np.float64, (size, size), elements=entries))
+        matrix = np.tril(square) + np.tril(square, -1).T
+        k = data.draw(st.integers(1, max(1, size // 2)))
+        assume(which != "both" or 2 * k <= size)
+        tol = data.draw(st.sampled_from([1e-10, 1e-3]))
+        pairs = top_eigenpairs(DenseOperator(torch.from_numpy(matrix)), k, which=which, tol=tol)
+        assert pairs.converged
+        assert pairs.num_products <= size
+        assert_sound(pairs, torch.from_numpy(matrix))
+        exact = scipy.linalg.eigvalsh(matrix)
+        if k == 1 and tol == 1e-10:
+            error = float(pairs.residuals.max()) + 1e-12 * np.abs(exact).max()
+            ends = {"largest": [exact[-1]], "smallest": [exact[0]], "both": exact[[-1, 0]]}[which]
+            assert np.abs(pairs.values.numpy() - ends).max() <= error
+
+    @pytest.mark.parametrize("which", ["largest", "smallest", "both"])
+    @pytest.mark.parametrize("k", [1, 2, 5])
+    @pytest.mark.parametrize("value", [-2.0, 0.0, 1.0])
+    def test_multiples_of_the_identity(self, which, k, value):
+        matrix = value * torch.eye(30, dtype=torch.float64)
+        pairs = top_eigenpairs(DenseOperator(matrix), k, which=which)
+        assert_sound(pairs, matrix)
+        torch.testing.assert_close(pairs.values, torch.full_like(pairs.values, value))
+        assert pairs.converged
+
+    @pytest.mark.parametrize("k", [1, 2, 3])
+    def test_copies_of_an_eigenvalue_are_found_once_the_krylov_space_is_exhausted(self, k):
+        spectrum = torch.tensor([5.0, 5.0, 5.0, *[1.0] * 20], dtype=torch.float64)
+        matrix = with_spectrum(spectrum)
+        pairs = top_eigenpairs(DenseOperator(matrix), k)
+        torch.testing.assert_close(pairs.values, torch.full((k,), 5.0).double())
+        assert_sound(pairs, matrix)
+
+    def test_an_eigenvector_that_is_not_the_top_one_does_not_trap_it(self):
+        matrix = torch.diag(torch.arange(1.0, 21.0, dtype=torch.float64))
+        start = torch.zeros(20, dtype=torch.float64)
+        start[4] = 1.0
+        pairs = top_eigenpairs(DenseOperator(matrix), start=start)
+        assert pairs.values[0] == pytest.approx(20, abs=0.02)
+        assert pairs.converged
+
+    def test_stops_early(self):
+        operator = DenseOperator(with_spectrum(SPECTRA["step"].double()))
+        loose = top_eigenpairs(operator, tol=1e-2)
+        tight = top_eigenpairs(operator, tol=1e-10)
+        assert loose.converged
+        assert tight.converged
+        assert loose.num_products < tight.num_products < 30
+
+    def test_a_warm_start_saves_products(self):
+        # The matrix moves a little, as under one optimizer step.
+        spectrum = torch.cat([torch.linspace(0, 1, 299), torch.tensor([1.3])]).double()
+        matrix = with_spectrum(spectrum)
+        moved = matrix + 1e-3 * with_spectrum(spectrum, seed=1)
+        cold = top_eigenpairs(DenseOperator(moved))
+        last = top_eigenpairs(DenseOperator(matrix)).vectors[:, 0]
+        warm = top_eigenpairs(DenseOperator(moved), start=last)
+        assert warm.converged
+        assert warm.num_products < 0.5 * cold.num_products
+        torch.testing.assert_close(warm.values, cold.values, rtol=1e-3, atol=0)
+
+    def test_settle_judges_one_end_and_reports_both(self):
+        # The low end is a bulk edge, slow to come; the high end is an outlier.
+        spectrum = torch.cat([torch.linspace(0, 1, 299), torch.tensor([8.0])]).double()
+        operator = DenseOperator(with_spectrum(spectrum))
+        both = top_eigenpairs(operator, which="both", tol=1e-4)
+        high = top_eigenpairs(operator, which="both", tol=1e-4, settle="largest")
+        low = top_eigenpairs(operator, which="both", tol=1e-4, settle="smallest")
+        assert high.converged
+        assert low.converged
+        assert high.num_products < low.num_products <= both.num_products
+        assert high.residuals[0] <= 1e-4 * 8 < high.residuals[1]
+        assert both.residuals.max() <= 1e-4 * 8
+        for pairs in (both, high, low):
+            assert pairs.values.shape == (2,)
+            assert_sound(pairs, with_spectrum(spectrum))
+
+    def test_too_few_steps_are_reported_not_hidden(self):
+        matrix = with_spectrum(SPECTRA["flat"].double())
+        pairs = top_eigenpairs(DenseOperator(matrix), tol=1e-6, max_steps=5)
+        assert not pairs.converged
+        assert pairs.num_products == 5
+        assert pairs.residuals[0] > 1e-6 * 2
+        assert_sound(pairs, matrix)
+
+    def test_by_default_gives_up_after_200_steps(self):
+        operator = DiagonalOperator(torch.linspace(0, 1, 5000, dtype=torch.float64))
+        pairs = top_eigenpairs(operator, tol=1e-9)
+        assert not pairs.converged
+        assert pairs.num_products == MAX_STEPS == 200
+
+    def test_all_eigenvalues_of_a_small_matrix(self):
+        spectrum = torch.tensor([-2.0, 0.5, 1.0, 4.0], dtype=torch.float64)
+        matrix = with_spectrum(spectrum)
+        for which, k in (("largest", 4), ("smallest", 4), ("both", 2)):
+            pairs = top_eigenpairs(DenseOperator(matrix), k, which=which)
+            torch.testing.assert_close(pairs.values, spectrum.flip(0), rtol=0, atol=1e-12)
+
+    def test_a_one_by_one_matrix(self):
+        pairs = top_eigenpairs(DenseOperator(torch.tensor([[-3.0]])))
+        assert pairs.values.tolist() == [-3.0]
+        assert pairs.converged
+        assert pairs.num_products == 1
+
+    def test_claims_no_more_than_its_arithmetic(self):
+        spectrum = torch.linspace(1, 2, 20).double()
+        pairs = top_eigenpairs(DenseOperator(with_spectrum(spectrum).float()), tol=1e-5)
+        assert pairs.vectors.dtype == torch.float32
+        assert pairs.values.dtype == pairs.residuals.dtype == torch.float64
+        assert pairs.residuals[0] >= torch.finfo(torch.float32).eps
+        assert pairs.values[0] == pytest.approx(2.0, rel=1e-5)
+
+    def test_a_network_against_all_of_its_eigenvalues(self):
+        problem = CASES["mlp-tanh"]()
+        operator = problem.operator("hessian")
+        exact = torch.linalg.eigvalsh(operator @ torch.eye(problem.size, dtype=torch.float64))
+        pairs = top_eigenpairs(operator, 5, which="both", tol=1e-8)
+        expected = torch.cat([exact[-5:].flip(0), exact[:5].flip(0)])
+        torch.testing.assert_close(pairs.values, expected, rtol=1e-6, atol=0)
+
+
+def assert_sound(pairs, matrix):
+    """Orthonormal vectors, residuals that bound the true ones, values near true eigenvalues."""
+    exact = torch.linalg.eigvalsh(matrix)
+    rounding = 1e-13 * float(exact.abs().max()) * math.sqrt(len(matrix))
+    count = len(pairs.values)
+    assert (pairs.values.diff() <= rounding).all()  # descending
+    gram = pairs.vectors.T @ pairs.vectors
+    assert (gram - torch.eye(count, dtype=gram.dtype)).abs().max() < 1e-10
+    true_residuals = (matrix @ pairs.vectors - pairs.vectors * pairs.values).norm(dim=0)
+    assert (true_residuals <= pairs.residuals + rounding).all()
+    for value, residual in zip(pairs.values, pairs.residuals, strict=True):
+        assert distance(value, exact) <= residual + rounding
+
+
+class TestBothRefuse:
+    @pytest.fixture(params=["lanczos", "top_eigenpairs"])
+    def run(self, request):
+        operator = DenseOperator(torch.eye(5, dtype=torch.float64))
+        if request.param == "lanczos":
+            return lambda start: lanczos(operator, 3, start=start)
+        return lambda start: top_eigenpairs(operator, start=start)
+
+    @pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
+    def test_a_start_without_direction(self, run, bad):
+        start = torch.zeros(5, dtype=torch.float64)
+        start[2] = bad
+        with pytest.raises(ValueError, match=r"finite, non-zero vector \(5,\), got shape \(5,\)"):
+            run(start)
+
+    def test_a_block_as_start(self, run):
+        with pytest.raises(ValueError, match=r"non-zero vector \(5,\), got shape \(5, 2\)"):
+            run(torch.ones(5, 2, dtype=torch.float64))
+
+    def test_a_start_of_the_wrong_size(self, run):
+        with pytest.raises(ValueError, match=r"expected a vector \(5,\).* got shape \(4,\)"):
+            run(torch.ones(4, dtype=torch.float64))
+
+    def test_a_start_of_the_wrong_dtype(self, run):
+        with pytest.raises(ValueError, match=r"expected torch\.float64 on cpu, got torch\.float32"):
+            run(torch.ones(5))
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("place", [(0, 0), (3, 4)])
+    def test_matrices_that_are_not_finite(self, bad, place):
+        matrix = torch.eye(5, dtype=torch.float64)
+        matrix[place] = matrix[place[::-1]] = bad
+        with pytest.raises(ArithmeticError, match="products are not finite: the model"):
+            lanczos(DenseOperator(matrix), 3)
+        for k in (1, 3):
+            with pytest.raises(ArithmeticError, match="products are not finite: the model"):
+                top_eigenpairs(DenseOperator(matrix), k)
+
+
+class TestRefuses:
+    @pytest.mark.parametrize("num_steps", [0, -1, 6])
+    def test_num_steps_out_of_range(self, num_steps):
+        with pytest.raises(ValueError, match=rf"num_steps must lie in \[1, 5\], got {num_steps}"):
+            lanczos(DenseOperator(torch.eye(5)), num_steps)
+
+    @pytest.mark.parametrize(
+        ("k", "which"), [(0, "largest"), (-1, "both"), (6, "largest"), (6, "smallest"), (3, "both")]
+    )
+    def test_more_pairs_than_there_are(self, k, which):
+        words = rf"k = {k} pairs \({which}\) are not to be had from a \(5, 5\) matrix"
+        with pytest.raises(ValueError, match=words):
+            top_eigenpairs(DenseOperator(torch.eye(5)), k, which=which)
+
+    @pytest.mark.parametrize("tol", [0.0, -1e-3, 1.0, math.nan])
+    def test_tolerances_out_of_range(self, tol):
+        with pytest.raises(ValueError, match=rf"tol must lie in \(0, 1\), got {tol}"):
+            top_eigenpairs(DenseOperator(torch.eye(5)), tol=tol)
+
+    @pytest.mark.parametrize("which", ["largest_magnitude", None])
+    def test_unknown_ends(self, which):
+        with pytest.raises(ValueError, match=f"'largest', 'smallest' or 'both', got {which!r}"):
+            top_eigenpairs(DenseOperator(torch.eye(5)), which=which)
+
+    @pytest.mark.parametrize("settle", ["top", "neither"])
+    def test_unknown_ends_to_settle(self, settle):
+        with pytest.raises(ValueError, match=f"settle must be .* got {settle!r}"):
+            top_eigenpairs(DenseOperator(torch.eye(5)), which="both", settle=settle)
+
+    @pytest.mark.parametrize(("which", "settle"), [("largest", "smallest"), ("smallest", "both")])
+    def test_settling_an_end_that_is_not_wanted(self, which, settle):
+        with pytest.raises(ValueError, match=f"settle must be .* got {settle!r}"):
+            top_eigenpairs(DenseOperator(torch.eye(5)), which=which, settle=settle)
+
+    @pytest.mark.parametrize(
+        ("k", "which", "max_steps"), [(2, "largest", 1), (1, "both", 1), (1, "largest", 0)]
+    )
+    def test_fewer_steps_than_pairs(self, k, which, max_steps):
+        with pytest.raises(ValueError, match=rf"max_steps must be at least .* got {max_steps}"):
+            top_eigenpairs(DenseOperator(torch.eye(5)), k, which=which, max_steps=max_steps)
