@@ -241,6 +241,12 @@ class TestRandomness:
         assert not torch.equal(run(5).nodes, run(6).nodes)
         assert torch.equal(torch.get_rng_state(), before)
 
+    def test_products_spent_before_are_not_counted(self):
+        operator = DenseOperator(symmetric())
+        for _ in range(2):
+            measure = stochastic_lanczos_quadrature(operator, num_steps=3, num_probes=2)
+            assert measure.num_products == 6
+
     def test_probes_differ(self):
         measure = stochastic_lanczos_quadrature(
             DenseOperator(symmetric()), num_steps=3, num_probes=2

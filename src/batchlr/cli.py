@@ -174,12 +174,12 @@ def _exit_code(error: BaseException) -> int | None:
         return USAGE if isinstance(error, ConfigError) else None
     from batchlr.training.checkpoint import CheckpointError
     from batchlr.training.data import DataError
-    from batchlr.training.loop import DivergedError, InterruptedRun
+    from batchlr.training.loop import InterruptedRun
 
     codes: dict[type[BaseException], int] = {  # the first that fits
         InterruptedRun: INTERRUPTED,
         KeyboardInterrupt: INTERRUPTED,
-        DivergedError: NUMERICS,
+        ArithmeticError: NUMERICS,
         DataError: DATA,
         CheckpointError: DATA,
         OSError: DATA,

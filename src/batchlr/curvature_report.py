@@ -341,7 +341,10 @@ class CurvatureReport:
         path = _json_path(path)
         try:
             content = json.loads(path.read_text())
-            with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
+            with (
+                path.with_suffix(".npz").open("rb") as file,
+                np.load(file, allow_pickle=False) as arrays,
+            ):
                 return _from_content(content, {name: arrays[name] for name in arrays.files})
         except _UNREADABLE as error:
             msg = f"{path} is not a curvature report of format {_FORMAT}: {error}"

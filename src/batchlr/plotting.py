@@ -47,7 +47,13 @@ def plot_rates(bounds: Sequence["LRBound"], *, ax: "Axes | None" = None) -> "Fig
     """Maximal learning rates against the batch size, with their 90 % intervals.
 
     One line for each optimizer among ``bounds``; points that are not reliable are hollow.
+
+    Raises:
+        ValueError: there are no ``bounds``.
     """
+    if not bounds:
+        msg = "there are no rates to draw: pass at least one bound"
+        raise ValueError(msg)
     figure, ax = _canvas(ax)
     for optimizer, colour in (("sgd", _RATE), ("adam", _SECOND)):
         own = sorted((b for b in bounds if b.optimizer == optimizer), key=lambda b: b.batch_size)
@@ -100,7 +106,8 @@ def _draw_rate(
     ax: "Axes", entries: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]
 ) -> None:
     ax.plot([e["step"] for e in entries], [e["lr"] for e in entries], color=_RATE, label="rate")
-    limits = [e for e in measured if e.get("max_lr") is not None]
+    ends = ("max_lr", "max_lr_low", "max_lr_high")
+    limits = [e for e in measured if all(e.get(key) is not None for key in ends)]
     if limits:
         steps, values = [e["step"] for e in limits], [e["max_lr"] for e in limits]
         below = [e["max_lr"] - e["max_lr_low"] for e in limits]

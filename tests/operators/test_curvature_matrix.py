@@ -230,6 +230,7 @@ class TestMatrix:
     def test_a_data_parallel_model_is_unwrapped(self, kind):
         problem = CASES["norms-train"]()
         wrapped = nn.DataParallel(problem.model)
+        wrapped.register_forward_hook(lambda *_: pytest.fail("the wrapper was called"))
         v = problem.vectors()
         operator = KINDS[kind](wrapped, CROSS_ENTROPY, problem.batches, norm_mode="train")
         assert torch.equal(operator @ v, problem.operator(kind) @ v)

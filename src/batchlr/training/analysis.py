@@ -1,5 +1,6 @@
 """One measurement at one point of a run: the table of rates, and the spectrum."""
 
+import math
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -42,10 +44,17 @@ def measure_rates(
 
     Returns:
         The content of ``rates.json``.
+
+    Raises:
+        ArithmeticError: the loss is not finite, or there is no curvature to limit a rate.
     """
     experiment = _experiment(config, checkpoint)
     report = _measure(experiment)
+    if report.largest <= 0:
+        msg = f"the largest eigenvalue is {report.largest}: no curvature limits the rate here"
+        raise ArithmeticError(msg)
     sizes = [_SMALLEST_BATCH << k for k in range(32) if _SMALLEST_BATCH << k <= report.dataset_size]
+    sizes = sizes or [report.dataset_size]
     beta1 = _BETA1 if isinstance(config.optim, SGDOptions) else config.optim.betas[0]
     bounds = [report.max_lr(size, optimizer="sgd") for size in sizes]
     bounds += [report.max_lr(size, optimizer="adam", momentum=beta1) for size in sizes]
@@ -77,6 +86,9 @@ def measure_spectrum(
 
     Returns:
         The content of ``spectrum.json``.
+
+    Raises:
+        ArithmeticError: the loss is not finite.
     """
     experiment = _experiment(config, checkpoint)
     batches = experiment.measurement_batches()
@@ -84,6 +96,10 @@ def measure_spectrum(
         experiment.model, experiment.loss_fn, batches, norm_mode=config.curvature.norm_mode
     )
     began = time.perf_counter()
+    loss = float(operator.loss())
+    if not math.isfinite(loss):
+        msg = f"the loss is {loss} on the samples measured; its Hessian has no meaning there"
+        raise ArithmeticError(msg)
     generator = torch.Generator().manual_seed(config.seed)
     steps = min(_SLQ_STEPS, operator.shape[0])
     measure = stochastic_lanczos_quadrature(
@@ -133,7 +149,7 @@ def _experiment(config: TrainConfig, checkpoint: Path | None) -> Experiment:
         state = load_checkpoint(checkpoint)
         try:
             experiment.model.load_state_dict(state["experiment"]["model"])
-        except (KeyError, RuntimeError) as error:
+        except (KeyError, TypeError, RuntimeError) as error:
             msg = f"{checkpoint} does not fit the configured model: {error}"
             raise CheckpointError(msg) from error
     experiment.model.train()
@@ -147,6 +163,7 @@ def _measure(experiment: Experiment) -> CurvatureReport:
         experiment.loss_fn,
         experiment.measurement_batches(),
         dataset_size=len(experiment.data.train),
+        optimizer=None if isinstance(config.optim, SGDOptions) else experiment.optimizer,
         norm_mode=config.curvature.norm_mode,
         tol=min(config.curvature.tolerance, 1e-2),
         generator=torch.Generator().manual_seed(config.seed),
@@ -161,19 +178,19 @@ def _measure(experiment: Experiment) -> CurvatureReport:
 
 def _print_rates(report: CurvatureReport, bounds: list[LRBound], folder: Path) -> None:
     console = Console(highlight=False, soft_wrap=True)
-    table = Table()
+    table = Table(box=SIMPLE, pad_edge=False)
     for title in ("batch", "SGD", "90 % interval", "limited by", "Adam", "90 % interval"):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     half = len(bounds) // 2
     for sgd, adam in zip(bounds[:half], bounds[half:], strict=True):
         mark = "" if sgd.reliable else " *"
         table.add_row(
             f"{sgd.batch_size}{mark}",
             f"{sgd.value:.3g}",
-            f"{sgd.low:.3g} - {sgd.high:.3g}",
+            f"{sgd.low:.2g} .. {sgd.high:.2g}",
             sgd.regime,
             f"{adam.value:.3g}",
-            f"{adam.low:.3g} - {adam.high:.3g}",
+            f"{adam.low:.2g} .. {adam.high:.2g}",
         )
     console.print(
         f"largest eigenvalue {report.largest}, critical batch size "

@@ -84,8 +84,9 @@ class RunConsole:
             f"epoch {number:3d}/{total}  loss {train_loss:.4f}  test accuracy "
             f"{result.accuracy:.4f}  peak rate {peak:.3g}"
         )
-        bounds = [update.bound for update in updates if update.bound is not None]
-        if bounds:
-            line += f"  limit {bounds[-1].value:.3g} [{bounds[-1].low:.3g}, {bounds[-1].high:.3g}]"
-            line += f"  largest eigenvalue {updates[-1].largest_eigenvalue:.3g}"
+        good = [(u.bound, u.largest_eigenvalue) for u in updates if u.bound is not None]
+        if good:
+            bound, largest = good[-1]
+            line += f"  limit {bound.value:.3g} [{bound.low:.3g}, {bound.high:.3g}]"
+            line += f"  largest eigenvalue {largest:.3g}"
         self.say(line)

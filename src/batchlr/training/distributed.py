@@ -46,6 +46,10 @@ class Processes:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=device)) > 0)
 
+    def wait(self, device: torch.device) -> None:
+        """Until all processes are here."""
+        self.any(False, device)
+
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
         """``model`` with averaged gradients, if there is anything to average."""
         if self.world_size == 1:

@@ -173,7 +173,9 @@ def find_device(config: TrainConfig, processes: Processes) -> torch.device:
     """
     name = config.train.device
     if name == "auto":
-        name = f"cuda:{processes.local_rank}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{processes.local_rank}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -184,13 +186,15 @@ def find_device(config: TrainConfig, processes: Processes) -> torch.device:
 
 
 def _check_sharing(config: TrainConfig, processes: Processes) -> None:
-    size, world = config.batch.global_size, processes.world_size
-    if size % (world * micro_size(config, world) or 1):
-        lower = max(world, size // world * world)
+    size, world, micro = config.batch.global_size, processes.world_size, config.batch.micro_size
+    share = max(1, size // world)
+    unit = world if micro == "auto" else world * min(micro, share)
+    if size % unit:
+        parts = "" if micro == "auto" else f" in equal micro-batches of {min(micro, share)}"
+        lower = max(unit, size // unit * unit)
         msg = (
-            f"batch.global_size {size} cannot be shared by {world} processes in equal "
-            f"micro-batches of {micro_size(config, world)}; the nearest "
-            f"shareable sizes are {lower} and {lower + world}"
+            f"batch.global_size {size} cannot be shared by {world} processes{parts}; the nearest "
+            f"shareable sizes are {lower} and {lower + unit}"
         )
         raise ValueError(msg)
 

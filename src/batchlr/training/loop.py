@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +13,19 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from batchlr.controller import CurvatureUpdate, get_momentum
-from batchlr.training.checkpoint import (
-    CheckpointError,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
-from batchlr.training.config import TrainConfig, dump_config
+from batchlr.training.checkpoint import latest_checkpoint, save_checkpoint
+from batchlr.training.config import TrainConfig
 from batchlr.training.console import RunConsole
 from batchlr.training.data import Batch, train_batches
 from batchlr.training.distributed import processes
-from batchlr.training.environment import describe_environment
 from batchlr.training.evaluation import TestResult, evaluate
 from batchlr.training.experiment import Experiment, build_experiment, micro_size
 from batchlr.training.interruption import StopRequest, stop_request
 from batchlr.training.metrics import MetricsLog, read_metrics, write_json
+from batchlr.training.resumption import Progress, start_run
 
 _FLUSH_EVERY = 20  # steps between two looks at the loss; each one waits for the device
 _DIVERGED = 1e3  # assumed: a loss this many times its first value does not come back
-
-# What may differ between an interrupted run and its continuation.
-_FREE_KEYS = ("name", "resume", "log", "checkpoint", "dist")
 
 
 class DivergedError(ArithmeticError):
@@ -42,19 +34,6 @@ class DivergedError(ArithmeticError):
 
 class InterruptedRun(KeyboardInterrupt):
     """The run was asked to stop and has written a checkpoint."""
-
-
-@dataclass
-class _Progress:
-    """How far a run has come, and what it has cost."""
-
-    step: int = 0  # optimizer steps made
-    epoch: int = 0  # the one being made
-    batch: int = 0  # of that epoch, the next one
-    loss_sum: float = 0.0  # over the batches of the epoch so far
-    first_loss: float | None = None
-    wall_seconds: float = 0.0
-    result: dict[str, float] = field(default_factory=dict)  # of the last evaluation
 
 
 def train(config: TrainConfig, out: Path, notes: Sequence[str] = ()) -> dict[str, Any]:
@@ -72,7 +51,7 @@ def train(config: TrainConfig, out: Path, notes: Sequence[str] = ()) -> dict[str
     """
     with processes(config) as group, stop_request() as request:
         experiment = build_experiment(config, group)
-        progress = _start(experiment, out, notes)
+        progress = start_run(experiment, out, notes)
         run = _Run(experiment, progress, out, request)
         try:
             return run.finish()
@@ -80,7 +59,7 @@ def train(config: TrainConfig, out: Path, notes: Sequence[str] = ()) -> dict[str
             run.give_up(error)
             checkpoint = latest_checkpoint(out / "checkpoints")
             words = f"; the last good checkpoint is {checkpoint}" if checkpoint else ""
-            msg = f"diverged at step {progress.step}: {error}{words}"
+            msg = f"diverged by step {progress.step}: {error}{words}"
             raise DivergedError(msg) from error
         finally:
             run.console.close()
@@ -90,7 +69,7 @@ class _Run:
     """One run under way: the experiment, how far it is, and where it is written down."""
 
     def __init__(
-        self, experiment: Experiment, progress: _Progress, out: Path, request: StopRequest
+        self, experiment: Experiment, progress: Progress, out: Path, request: StopRequest
     ) -> None:
         config = experiment.config
         first = experiment.processes.is_first
@@ -118,9 +97,11 @@ class _Run:
         self.experiment.parallel.train()
         if progress.step == 0 and config.checkpoint.every_epochs:
             self.save()  # so that a run which diverges at once has a good one
-        while progress.step < self.last_step:
+        # A run stopped after the last batch of an epoch has yet to close it.
+        epoch_steps = self.experiment.steps_per_epoch
+        while progress.step < self.last_step or progress.batch == epoch_steps:
             self.make_epoch()
-        if not progress.result:
+        if progress.batch or not progress.result:
             self.evaluate()
         self.save()
         return self.summarize(diverged=False)
@@ -193,6 +174,7 @@ class _Run:
             loss,
             write=progress.step % experiment.config.log.every_steps == 0 or update is not None,
         )
+        progress.last_lr = rate
         progress.step += 1
         progress.batch += 1
         self.console.step()
@@ -218,6 +200,8 @@ class _Run:
             self.console.measurement(update)
         if update.failure is not None:
             self.console.say(f"step {update.step}: kept the rate: {update.failure}")
+        if update.report is not None and experiment.processes.is_first:
+            update.report.save(self.out / "curvature" / f"step-{update.step:08d}.json")
         self.updates.append(update)
         return update
 
@@ -252,11 +236,15 @@ class _Run:
     def check_losses(self) -> None:
         """Write the losses so far, and raise ArithmeticError if the run has diverged."""
         progress = self.progress
-        for loss in self.log.flush():
+        losses = self.log.flush()
+        for step, loss in enumerate(losses, start=progress.step - len(losses)):
             if progress.first_loss is None:
                 progress.first_loss = loss
             if not math.isfinite(loss) or loss > _DIVERGED * max(progress.first_loss, 1.0):
-                msg = f"the training loss became {loss:.4g} (first loss {progress.first_loss:.4g})"
+                msg = (
+                    f"the training loss became {loss:.4g} in step {step} "
+                    f"(first loss {progress.first_loss:.4g})"
+                )
                 raise DivergedError(msg)
             progress.loss_sum += loss
 
@@ -268,8 +256,15 @@ class _Run:
         return group.any(self.request.requested, self.experiment.device)
 
     def evaluate(self) -> TestResult:
-        """Test the network and remember the result."""
+        """Test the network and remember the result; it shows whether the last step was good.
+
+        Raises:
+            DivergedError: the loss is not finite, so the weights are not worth a checkpoint.
+        """
         result = evaluate(self.experiment)
+        if not math.isfinite(result.loss):
+            msg = f"the test loss became {result.loss:.4g}"
+            raise DivergedError(msg)
         mean = self.progress.loss_sum / max(1, self.progress.batch)
         self.progress.result = {
             "test_accuracy": result.accuracy,
@@ -310,7 +305,7 @@ class _Run:
             "wall_seconds": progress.wall_seconds,
             "curvature_seconds": 0.0 if controller is None else controller.seconds,
             "curvature_products": 0 if controller is None else controller.num_products,
-            "final_lr": _last_rate(self.out),
+            "final_lr": progress.last_lr,
             "peak_lr": experiment.scheduler.peak,
             "diverged": diverged,
             "failure": failure,
@@ -341,87 +336,6 @@ class _Run:
             )
 
 
-def _start(experiment: Experiment, out: Path, notes: Sequence[str]) -> _Progress:
-    """Prepare the folder and, if asked, take up the checkpoint; all processes read the same."""
-    config = experiment.config
-    source = _source(config, out)
-    progress = _Progress() if source is None else _resume(experiment, source)
-    if not experiment.processes.is_first:
-        return progress
-    if source is None:
-        _move_aside(out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(dump_config(config))
-    write_json(out / "env.json", describe_environment() | {"notes": list(notes)})
-    return progress
-
-
-def _source(config: TrainConfig, out: Path) -> Path | None:
-    """The checkpoint to start from; None starts anew."""
-    if config.resume is False:
-        return None
-    if config.resume == "auto":
-        return latest_checkpoint(out / "checkpoints")
-    path = Path(config.resume)
-    if path.is_dir():
-        found = latest_checkpoint(path)
-        if found is None:
-            msg = f"resume: no checkpoint in {path}; give the path of one, or resume=auto"
-            raise CheckpointError(msg)
-        return found
-    return path
-
-
-def _resume(experiment: Experiment, source: Path) -> _Progress:
-    state = load_checkpoint(source)
-    try:
-        saved, progress = state["config"], _Progress(**state["progress"])
-    except (KeyError, TypeError) as error:
-        msg = f"{source} is not a checkpoint of a run: {error!r}"
-        raise CheckpointError(msg) from error
-    _check_same_run(saved, experiment.config, source)
-    experiment.load_state_dict(state["experiment"])
-    return progress
-
-
-def _check_same_run(saved: dict[str, Any], config: TrainConfig, source: Path) -> None:
-    """Raise ValueError, naming what differs, unless the run may go on as configured now."""
-    old, new = _flat(saved), _flat(config.model_dump(mode="json"))
-    free = (*_FREE_KEYS, "train.max_steps", "train.device")
-    changed = [
-        f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(free)
-    ]
-    if changed:
-        listed = "\n  ".join(changed)
-        msg = (
-            f"{source} belongs to a run configured otherwise:\n  {listed}\n"
-            "go on with the same configuration, or start anew with resume=false"
-        )
-        raise ValueError(msg)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
-def _move_aside(out: Path) -> None:
-    """Keep an earlier run: ``runs/demo`` becomes ``runs/demo-1``."""
-    if not (out / "config.yaml").exists():
-        return
-    number = 1
-    while (other := out.with_name(f"{out.name}-{number}")).exists():
-        number += 1
-    out.rename(other)
-
-
 def _measured(update: CurvatureUpdate | None) -> dict[str, Any]:
     """What a measurement adds to its step's line."""
     if update is None:
@@ -439,8 +353,3 @@ def _measured(update: CurvatureUpdate | None) -> dict[str, Any]:
         "measurement_seconds": 0.0 if update.report is None else update.report.seconds,
         "failure": update.failure,
     }
-
-
-def _last_rate(out: Path) -> float:
-    entries = read_metrics(out / "metrics.jsonl")
-    return float(entries[-1]["lr"]) if entries else math.nan

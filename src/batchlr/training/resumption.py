@@ -1,0 +1,136 @@
+"""How a run starts: anew in a folder of its own, or from a checkpoint of the same run."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from batchlr.training.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
+from batchlr.training.config import TrainConfig, dump_config
+from batchlr.training.environment import describe_environment
+from batchlr.training.experiment import Experiment
+from batchlr.training.metrics import write_json
+
+# What may differ between an interrupted run and its continuation: sections and single keys.
+_FREE_SECTIONS = ("log.", "checkpoint.", "dist.")
+_FREE_KEYS = (
+    "name",
+    "resume",
+    "data.root",
+    "data.download",
+    "data.workers",
+    "train.max_steps",
+    "train.device",
+)
+
+
+@dataclass
+class Progress:
+    """How far a run has come, and what it has cost."""
+
+    step: int = 0  # optimizer steps made
+    epoch: int = 0  # the one being made
+    batch: int = 0  # of that epoch, the next one
+    loss_sum: float = 0.0  # over the batches of the epoch so far
+    first_loss: float | None = None
+    last_lr: float = math.nan  # of the last step made
+    wall_seconds: float = 0.0
+    result: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+
+
+def start_run(experiment: Experiment, out: Path, notes: Sequence[str]) -> Progress:
+    """Prepare the folder and, if asked, take up the checkpoint; all processes read the same.
+
+    An earlier run in ``out`` is moved aside, unless it is the one resumed.
+
+    Raises:
+        CheckpointError: the checkpoint to resume is missing or corrupt.
+        ValueError: the run to resume was configured otherwise, or the folder cannot be moved.
+    """
+    config = experiment.config
+    source = _source(config, out)
+    progress = Progress() if source is None else _resume(experiment, source)
+    # No process may still be looking for a checkpoint when the first one changes the folder.
+    experiment.processes.wait(experiment.device)
+    if not experiment.processes.is_first:
+        return progress
+    if source is None or source.resolve().parent != (out / "checkpoints").resolve():
+        _move_aside(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.yaml").write_text(dump_config(config))
+    write_json(out / "env.json", describe_environment() | {"notes": list(notes)})
+    return progress
+
+
+def _source(config: TrainConfig, out: Path) -> Path | None:
+    """The checkpoint to start from; None starts anew."""
+    if config.resume is False:
+        return None
+    if config.resume == "auto":
+        return latest_checkpoint(out / "checkpoints")
+    path = Path(config.resume)
+    if path.is_dir():
+        found = latest_checkpoint(path)
+        if found is None:
+            msg = f"resume: no checkpoint in {path}; give the path of one, or resume=auto"
+            raise CheckpointError(msg)
+        return found
+    return path
+
+
+def _resume(experiment: Experiment, source: Path) -> Progress:
+    state = load_checkpoint(source)
+    try:
+        saved, progress = state["config"], Progress(**state["progress"])
+    except (KeyError, TypeError) as error:
+        msg = f"{source} is not a checkpoint of a run: {error!r}"
+        raise CheckpointError(msg) from error
+    _check_same_run(saved, experiment.config, source)
+    experiment.load_state_dict(state["experiment"])
+    return progress
+
+
+def _check_same_run(saved: dict[str, Any], config: TrainConfig, source: Path) -> None:
+    """Raise ValueError, naming what differs, unless the run may go on as configured now."""
+    old, new = _flat(saved), _flat(config.model_dump(mode="json"))
+    changed = [
+        f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+        and key not in _FREE_KEYS
+        and not key.startswith(_FREE_SECTIONS)
+    ]
+    if changed:
+        listed = "\n  ".join(changed)
+        msg = (
+            f"{source} belongs to a run configured otherwise:\n  {listed}\n"
+            "go on with the same configuration, or start anew with resume=false"
+        )
+        raise ValueError(msg)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _move_aside(out: Path) -> None:
+    """Keep an earlier run: ``runs/demo`` becomes ``runs/demo-1``."""
+    if not (out / "config.yaml").exists():
+        return
+    if out.resolve() == Path.cwd():
+        msg = (
+            f"{out.resolve()} has a config.yaml, so it holds an earlier run, and as the present "
+            "folder it cannot be moved aside: choose another --out"
+        )
+        raise ValueError(msg)
+    number = 1
+    while (other := out.with_name(f"{out.name}-{number}")).exists():
+        number += 1
+    out.rename(other)

@@ -1,0 +1,537 @@
+"""When the controller measures, what it applies, and that it leaves everything else alone."""
+
+import copy
+import io
+import itertools
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
+
+from batchlr.controller import CurvatureController, get_momentum
+from batchlr.curvature import measure_curvature
+from batchlr.learning_rates import balanced_momentum
+from batchlr.operators import supervised
+from batchlr.schedulers import BatchAwareLR
+
+MSE = supervised(nn.MSELoss())
+CROSS_ENTROPY = supervised(nn.CrossEntropyLoss())
+BATCH = 16
+
+
+def linear_problem(kind=torch.optim.SGD, shape=None, **options):
+    """Linear regression in 6 dimensions: model, optimizer, scheduler and 4 batches of 32."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.tensor([2.0, 1.0, 0.7, 0.5, 0.3, 0.1], dtype=torch.float64)
+    x = torch.randn(128, 6, generator=generator, dtype=torch.float64) * scales
+    y = torch.randn(128, 1, generator=generator, dtype=torch.float64)
+    model = nn.Linear(6, 1, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    optimizer = kind(model.parameters(), lr=1.0, **options)
+    scheduler = BatchAwareLR(optimizer, 1.0, shape, batch_size=BATCH)
+    return model, optimizer, scheduler, list(zip(x.split(32), y.split(32), strict=True))
+
+
+def step(model, optimizer, scheduler, batch, loss_fn=MSE):
+    optimizer.zero_grad()
+    loss_fn(model, batch).backward()
+    optimizer.step()
+    scheduler.step()
+
+
+def updates_of(controller, problem, steps):
+    """What `maybe_update` returned in a correct loop of ``steps`` steps, nothing left out."""
+    model, optimizer, scheduler, batches = problem
+    updates = []
+    for k in range(steps):
+        updates.append(controller.maybe_update(model, batches))
+        step(model, optimizer, scheduler, batches[k % len(batches)])
+    return updates
+
+
+def exact_curvature(batches):
+    """``lambda_1`` and ``r1 + c1`` (from these batches) of the dense Hessian ``2 x^T x / N``."""
+    x = torch.cat([batch[0] for batch in batches])
+    x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
+    values, vectors = torch.linalg.eigh(2 * x.T @ x / len(x))
+    top = vectors[:, -1]
+    products = torch.stack([2 * part.T @ (part @ top) / len(part) for part in x.split(32)])
+    noise = 32 * float((products - products.mean(0)).square().sum()) / (len(products) - 1)
+    return float(values[-1]), noise
+
+
+# --- what is applied -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("safety", [1.0, 0.4])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_first_peak_is_safety_times_the_limit(safety, momentum):
+    problem = linear_problem(momentum=momentum, weight_decay=0.01)
+    model, optimizer, scheduler, batches = problem
+    controller = CurvatureController(scheduler, MSE, safety=safety, dataset_size=128, tol=1e-6)
+    update = controller.maybe_update(model, batches)
+    largest, noise = exact_curvature(batches)
+    inverse = 1 / BATCH - 1 / 128
+    gain = (1 + momentum) / (1 - momentum)
+    want = 2 * (1 + momentum) / (largest + 0.01 + gain * noise * inverse / largest)
+    assert update.bound.value == pytest.approx(want, rel=1e-9)
+    assert scheduler.peak == pytest.approx(safety * want, rel=1e-9)
+    assert optimizer.param_groups[0]["lr"] == scheduler.peak == update.peak
+    assert update.largest_eigenvalue == pytest.approx(largest, rel=1e-9)
+    assert update.smallest_eigenvalue == float(update.report.smallest)
+    assert (update.step, update.momentum, update.failure) == (0, momentum, None)
+    assert update.bound.batch_size == BATCH
+
+
+def test_the_shape_goes_on_under_the_new_peak():
+    problem = linear_problem(momentum=0.9, shape=lambda o: CosineAnnealingLR(o, 10))
+    controller = CurvatureController(problem[2], MSE)
+    updates_of(controller, problem, 5)
+    _, optimizer, scheduler, _ = problem
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * scheduler.peak, rel=1e-12)
+
+
+def test_adam_is_measured_in_its_own_metric():
+    problem = linear_problem(torch.optim.Adam, betas=(0.8, 0.99))
+    controller = CurvatureController(problem[2], MSE, tol=1e-6)
+    first, *_, last = [u for u in updates_of(controller, problem, 9) if u is not None]
+    assert first.report.adam.source == "gradients"
+    assert last.report.adam.source == "state"
+    for update in (first, last):
+        assert (update.bound.optimizer, update.bound.momentum) == ("adam", 0.8)
+        assert update.largest_eigenvalue == update.report.adam.largest
+        assert update.momentum == 0.8
+    assert first.peak == pytest.approx(
+        first.report.max_lr(BATCH, optimizer="adam", momentum=0.8).value, rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_adjusting_momentum_balances_noise_and_curvature(kind):
+    problem = linear_problem(kind)
+    model, optimizer, scheduler, batches = problem
+    controller = CurvatureController(scheduler, MSE, adjust_momentum=True)
+    update = controller.maybe_update(model, batches)
+    part = update.report.adam or update.report
+    variance = (update.report.adam or update.report.noise).total
+    inverse = update.report.inverse_effective_batch_size(BATCH)
+    want = balanced_momentum(part.largest, variance * inverse / part.largest)
+    assert 0 < want < 0.95
+    assert get_momentum(optimizer) == update.momentum == update.bound.momentum == want
+    if kind is torch.optim.Adam:
+        assert optimizer.param_groups[0]["betas"] == (want, 0.999)
+    assert scheduler.peak == pytest.approx(update.bound.value, rel=1e-12)
+
+
+def test_momentum_is_left_alone_by_default():
+    problem = linear_problem(momentum=0.3)
+    controller = CurvatureController(problem[2], MSE)
+    updates_of(controller, problem, 3)
+    assert get_momentum(problem[1]) == 0.3
+
+
+def test_get_momentum_of_an_optimizer_without_one():
+    weight = nn.Parameter(torch.ones(1))
+    assert get_momentum(torch.optim.Adagrad([weight])) == 0.0
+    assert get_momentum(torch.optim.SGD([weight], momentum=0.5)) == 0.5
+    assert get_momentum(torch.optim.AdamW([weight], betas=(0.7, 0.9))) == 0.7
+
+
+class Stretched(nn.Module):
+    """``|factor w|^2 / 2``, whose curvature ``factor^2`` a test may change at will."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(2, dtype=torch.float64))
+        self.factor = 1.0
+
+    def limit(self):
+        return 2 / self.factor**2
+
+
+def stretched_loss(model, batch):
+    return 0.5 * (model.factor * model.w * batch).square().sum(1).mean()
+
+
+def stretched_run(factors, **options):
+    """Peaks and limits when measured at every step on a curvature that jumps as told."""
+    model = Stretched()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler = BatchAwareLR(optimizer, 7.0)
+    controller = CurvatureController(scheduler, stretched_loss, total_steps=1, **options)
+    batches = [torch.ones(3, 2, dtype=torch.float64) for _ in range(4)]
+    peaks = []
+    for factor in factors:
+        model.factor = factor
+        with torch.no_grad():
+            model.w.mul_(1.0)  # products are recorded anew when weights change
+        update = controller.maybe_update(model, batches)
+        peaks.append((update.peak, model.limit()))
+    return peaks
+
+
+def test_a_lower_limit_applies_at_once_and_a_higher_one_step_by_step():
+    peaks = stretched_run([1.0, 10.0, 1.0, 1.0, 1.0, 1.0], growth=3.0)
+    assert [peak for peak, _ in peaks] == pytest.approx(
+        [2.0, 0.02, 0.06, 0.18, 0.54, 1.62], rel=1e-9
+    )
+
+
+@pytest.mark.parametrize("safety", [1.0, 0.5])
+@pytest.mark.parametrize("growth", [1.1, 1.5, 4.0])
+def test_peaks_never_exceed_the_safe_limit_nor_grow_faster_than_allowed(safety, growth):
+    factors = np.exp(np.random.default_rng(0).normal(size=40))
+    peaks = stretched_run(factors, safety=safety, growth=growth)
+    for peak, limit in peaks:
+        assert peak <= safety * limit * (1 + 1e-9)
+    for (before, _), (after, limit) in itertools.pairwise(peaks):
+        assert after <= growth * before * (1 + 1e-12)
+        assert after == pytest.approx(min(safety * limit, growth * before), rel=1e-9)
+
+
+def test_the_first_limit_is_not_held_back_by_the_scheduler_s_peak():
+    ((peak, limit),) = stretched_run([0.1])  # from 7 to 200 at once
+    assert peak == pytest.approx(limit, rel=1e-9) == pytest.approx(200, rel=1e-9)
+
+
+def test_unequal_groups_keep_their_ratios():
+    model, _, _, batches = linear_problem()
+    groups = [{"params": [model.weight], "lr": 1.0}, {"params": [model.bias], "lr": 0.1}]
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
+    scheduler = BatchAwareLR(optimizer, 1.0, batch_size=BATCH)
+    controller = CurvatureController(scheduler, MSE, tol=1e-6)
+    update = controller.maybe_update(model, batches)
+    expected = measure_curvature(
+        model, MSE, batches, dataset_size=2**31, optimizer=optimizer, num_eigenpairs=1, tol=1e-6
+    )
+    assert update.largest_eigenvalue == pytest.approx(expected.largest, rel=1e-6)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert rates == pytest.approx([scheduler.peak, 0.1 * scheduler.peak], rel=1e-14)
+
+
+def test_a_quadratic_is_trained_to_its_minimum_at_the_limit():
+    problem = linear_problem(momentum=0.9, shape=lambda o: CosineAnnealingLR(o, 300))
+    model, _, _, batches = problem
+    controller = CurvatureController(problem[2], MSE, total_steps=300)
+    updates_of(controller, problem, 300)
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    x1 = torch.cat([x, torch.ones(128, 1, dtype=x.dtype)], dim=1)
+    best = float((x1 @ torch.linalg.lstsq(x1, y).solution - y).square().mean())
+    with torch.no_grad():
+        assert float(MSE(model, (x, y))) < best * 1.01
+
+
+# --- when it is measured -------------------------------------------------------------------------
+
+
+def steps_measured(controller, problem, steps):
+    return [
+        k for k, update in enumerate(updates_of(controller, problem, steps)) if update is not None
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"total_steps": 300}, [0, 1, 2, 4, 8, 16, 32, 52, 72, 92, 112]),
+        ({"total_steps": 60, "refreshes": 6}, [0, 1, 2, 4, 8, 16, 26, 36, 46, 56]),
+        ({"total_steps": 5}, list(range(5))),
+        ({}, [0, 1, 2, 4, 8, 16, 32, 64, 128, 228, 328]),
+    ],
+)
+def test_measurements_are_dense_early_and_regular_later(options, expected):
+    problem = linear_problem()
+    controller = CurvatureController(problem[2], MSE, **options)
+    steps = expected[-1] + 1
+    assert steps_measured(controller, problem, steps) == expected
+
+
+def test_due_tells_what_comes_next():
+    problem = linear_problem()
+    model, optimizer, scheduler, batches = problem
+    controller = CurvatureController(scheduler, MSE)
+    for _ in range(12):
+        due = controller.due
+        assert (controller.maybe_update(model, batches) is not None) == due
+        step(model, optimizer, scheduler, batches[0])
+
+
+def test_batches_are_made_only_when_a_measurement_is_due():
+    model, _, scheduler, batches = linear_problem()
+    controller = CurvatureController(scheduler, MSE)
+    calls = []
+
+    def make():
+        calls.append(len(calls))
+        return batches
+
+    results = [controller.maybe_update(model, make) for _ in range(9)]
+    assert len(calls) == sum(result is not None for result in results) == 5  # 0, 1, 2, 4, 8
+
+
+@pytest.mark.parametrize("form", ["tuple", "list", "dict", "function"])
+def test_batches_come_in_any_common_form(form):
+    model, _, scheduler, batches = linear_problem()
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    given = {
+        "tuple": (x, y),
+        "list": batches,
+        "dict": {"x": x, "y": y},
+        "function": lambda: (x, y),
+    }[form]
+    update = CurvatureController(scheduler, MSE).maybe_update(model, given)
+    assert update.report.num_samples == 128
+    assert update.report.num_batches == 4
+
+
+def test_the_batch_size_is_given_or_the_scheduler_s_or_that_of_the_batches():
+    for given, of_scheduler, expected in ((8, 16, 8), (None, 16, 16), (None, None, 32)):
+        model, optimizer, _, batches = linear_problem()
+        scheduler = BatchAwareLR(optimizer, 1.0, batch_size=of_scheduler)
+        controller = CurvatureController(scheduler, MSE, batch_size=given)
+        assert controller.maybe_update(model, batches).bound.batch_size == expected
+
+
+def test_a_warm_start_saves_products():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 5)).double()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 20, generator=generator, dtype=torch.float64)
+    y = torch.randint(5, (64,), generator=generator)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler = BatchAwareLR(optimizer, 1.0, lambda o: LinearLR(o, 0.01, 0.01), batch_size=64)
+    controller = CurvatureController(scheduler, CROSS_ENTROPY)
+    costs = []
+    for _ in range(9):
+        update = controller.maybe_update(model, (x, y))
+        if update is not None:
+            costs.append(update.report.num_products)
+        step(model, optimizer, scheduler, (x, y), CROSS_ENTROPY)
+    assert max(costs[1:]) < costs[0]
+    assert controller.num_products == sum(costs)
+    assert controller.seconds > 0
+
+
+# --- failures ------------------------------------------------------------------------------------
+
+
+def test_a_failed_measurement_keeps_the_last_good_rate_and_says_so(caplog):
+    model, optimizer, scheduler, batches = linear_problem(momentum=0.5)
+    controller = CurvatureController(scheduler, MSE)
+    good = controller.maybe_update(model, batches)
+    weight = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight.fill_(math.nan)
+    with caplog.at_level(logging.WARNING, logger="batchlr"):
+        update = controller.maybe_update(model, batches)
+    assert update.failure.startswith("the loss is nan")
+    assert (update.bound, update.report) == (None, None)
+    assert (update.peak, update.momentum, update.step) == (good.peak, 0.5, 1)
+    assert math.isnan(update.largest_eigenvalue)
+    assert math.isnan(update.smallest_eigenvalue)
+    assert scheduler.peak == good.peak == optimizer.param_groups[0]["lr"]
+    assert [record.message for record in caplog.records] == [
+        f"step 1: keeping the last good rate: {update.failure}"
+    ]
+    with torch.no_grad():
+        model.weight.copy_(weight)
+    again = controller.maybe_update(model, batches)
+    assert again.failure is None
+    assert again.peak == pytest.approx(good.peak, rel=0.01)  # to Lanczos' tolerance
+
+
+def test_a_loss_that_raises_is_a_failure_too():
+    model, _, scheduler, batches = linear_problem()
+    broken = False
+
+    def loss_fn(model, batch):
+        if broken:
+            msg = "loss overflowed"
+            raise OverflowError(msg)
+        return MSE(model, batch)
+
+    controller = CurvatureController(scheduler, loss_fn)
+    controller.maybe_update(model, batches)
+    broken = True
+    assert controller.maybe_update(model, batches).failure == "loss overflowed"
+
+
+def concave(model, batch):
+    return -MSE(model, batch)
+
+
+def test_without_positive_curvature_the_last_good_rate_stays():
+    model, _, scheduler, batches = linear_problem()
+    controller = CurvatureController(scheduler, MSE)
+    good = controller.maybe_update(model, batches)
+    controller.loss_fn = concave
+    update = controller.maybe_update(model, batches)
+    assert "largest must be positive and finite" in update.failure
+    assert scheduler.peak == good.peak
+
+
+def test_the_very_first_failure_is_raised():
+    model, _, scheduler, batches = linear_problem()
+    with torch.no_grad():
+        model.weight.fill_(math.inf)
+    controller = CurvatureController(scheduler, MSE)
+    with pytest.raises(ArithmeticError, match=r"the loss is (inf|nan) on the batches given"):
+        controller.maybe_update(model, batches)
+    assert scheduler.peak == 1.0
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    assert controller.maybe_update(model, batches).step == 0  # it may be tried again
+
+
+# --- a controller that does not apply ------------------------------------------------------------
+
+
+def conv_net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.MaxPool2d(4),
+        nn.Flatten(),
+        nn.Dropout(0.3),
+        nn.Linear(16, 5),
+    )
+
+
+def trained_conv_net(kind, *, observed):
+    model = conv_net()
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(96, 1, 8, 8, generator=generator)
+    y = torch.randint(5, (96,), generator=generator)
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    optimizer = kind(model.parameters(), lr=0.05, **options)
+    scheduler = BatchAwareLR(optimizer, 0.05, lambda o: CosineAnnealingLR(o, 10), batch_size=24)
+    controller = CurvatureController(scheduler, CROSS_ENTROPY, total_steps=10, apply=False)
+    updates = []
+    torch.manual_seed(11)
+    for k in range(10):
+        rows = slice(24 * (k % 4), 24 * (k % 4) + 24)
+        if observed:
+            updates.append(controller.maybe_update(model, (x, y)))
+        step(model, optimizer, scheduler, (x[rows], y[rows]), CROSS_ENTROPY)
+    return model, optimizer, scheduler, torch.get_rng_state(), updates
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_observing_leaves_a_run_bit_identical(kind):
+    model, optimizer, scheduler, random_state, updates = trained_conv_net(kind, observed=True)
+    twin, twin_optimizer, twin_scheduler, twin_random_state, _ = trained_conv_net(
+        kind, observed=False
+    )
+    assert len([u for u in updates if u is not None]) == 10
+    assert all(u.bound.value > 0 and u.peak == 0.05 for u in updates)
+    for (name, tensor), (_, other) in zip(
+        model.state_dict().items(), twin.state_dict().items(), strict=True
+    ):
+        assert torch.equal(tensor, other), name  # weights and buffers
+    for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(parameter.grad, other.grad)
+        state, twin_state = optimizer.state[parameter], twin_optimizer.state[other]
+        assert state.keys() == twin_state.keys()
+        assert all(torch.equal(state[key], twin_state[key]) for key in state)
+    assert torch.equal(random_state, twin_random_state)
+    assert scheduler.state_dict() == twin_scheduler.state_dict()
+
+
+# --- resuming ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("cut", [1, 5, 8, 9])
+def test_a_resumed_controller_goes_on_bit_for_bit(kind, cut):
+    def build():
+        problem = linear_problem(kind, shape=lambda o: CosineAnnealingLR(o, 30))
+        controller = CurvatureController(
+            problem[2],
+            MSE,
+            total_steps=30,
+            refreshes=6,
+            generator=torch.Generator().manual_seed(7),
+        )
+        return problem, controller
+
+    problem, controller = build()
+    updates_of(controller, problem, cut)
+    parts = dict(zip(("model", "optimizer", "scheduler"), problem, strict=False))
+    file = io.BytesIO()
+    states = {name: part.state_dict() for name, part in parts.items()}
+    torch.save(states | {"controller": controller.state_dict()}, file)
+    expected = updates_of(controller, problem, 30 - cut)
+
+    file.seek(0)
+    states = torch.load(file, weights_only=True)
+    resumed, resumed_controller = build()
+    for name, part in zip(("model", "optimizer", "scheduler"), resumed, strict=False):
+        part.load_state_dict(states[name])
+    resumed_controller.load_state_dict(states["controller"])
+    got = updates_of(resumed_controller, resumed, 30 - cut)
+    # `updates_of` starts over with the first batch, in both runs alike.
+    assert [u and (u.step, u.peak, u.bound) for u in got] == [
+        u and (u.step, u.peak, u.bound) for u in expected
+    ]
+    assert torch.equal(resumed[0].weight, problem[0].weight)
+    assert resumed_controller.num_products == controller.num_products
+
+
+def test_the_state_does_not_change_later():
+    problem = linear_problem()
+    controller = CurvatureController(problem[2], MSE)
+    updates_of(controller, problem, 3)
+    state = controller.state_dict()
+    before = copy.deepcopy(state)
+    updates_of(controller, problem, 6)
+    assert state.keys() == before.keys()
+    assert torch.equal(state["vectors"][0], before["vectors"][0])
+    assert torch.equal(state["generator"], before["generator"])
+    plain = {k: v for k, v in before.items() if k not in ("vectors", "generator")}
+    assert {k: state[k] for k in plain} == plain
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("safety", [0.0, -0.5, 1.1, math.nan])
+def test_safety_is_a_fraction(safety):
+    with pytest.raises(ValueError, match=rf"safety must lie in \(0, 1\], got {safety}"):
+        CurvatureController(linear_problem()[2], MSE, safety=safety)
+
+
+@pytest.mark.parametrize("growth", [1.0, 0.5, math.nan])
+def test_growth_is_above_one(growth):
+    with pytest.raises(ValueError, match=f"growth must be above 1, got {growth}"):
+        CurvatureController(linear_problem()[2], MSE, growth=growth)
+
+
+@pytest.mark.parametrize(("refreshes", "total_steps"), [(0, None), (15, 0), (-1, 10)])
+def test_steps_and_refreshes_are_positive(refreshes, total_steps):
+    with pytest.raises(
+        ValueError,
+        match=f"refreshes and total_steps must be positive, got {refreshes} and {total_steps}",
+    ):
+        CurvatureController(linear_problem()[2], MSE, refreshes=refreshes, total_steps=total_steps)
+
+
+def test_an_optimizer_without_a_theory_is_refused_at_the_first_measurement():
+    model, _, _, batches = linear_problem()
+    scheduler = BatchAwareLR(torch.optim.Adagrad(model.parameters(), lr=1.0), 0.1)
+    with pytest.raises(ValueError, match="known for SGD, Adam and AdamW, got Adagrad"):
+        CurvatureController(scheduler, MSE).maybe_update(model, batches)
+
+
+def test_a_data_set_smaller_than_its_samples_is_refused():
+    model, _, scheduler, batches = linear_problem()
+    controller = CurvatureController(scheduler, MSE, dataset_size=100)
+    with pytest.raises(ValueError, match="dataset_size must be at least the 128 samples given"):
+        controller.maybe_update(model, batches)

@@ -1,0 +1,711 @@
+"""What a report claims: its formulas, its intervals, its warnings, and stability itself."""
+
+import functools
+import itertools
+import json
+import math
+from dataclasses import FrozenInstanceError, fields, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.sparse.linalg import LinearOperator, eigsh
+from scipy.stats import t as student
+from torch import nn
+from torch.func import functional_call, grad, vmap
+
+from batchlr.curvature import measure_curvature
+from batchlr.curvature_report import AdamCurvature, CurvatureNoise, CurvatureReport
+from batchlr.learning_rates import max_adam_lr, max_sgd_lr
+from batchlr.measured import Measured
+from batchlr.operators import supervised
+
+ADAM = AdamCurvature(
+    largest=Measured(50.0, 1.5),
+    parallel=Measured(900.0, 50.0),
+    orthogonal=Measured(1600.0, 40.0),
+    batch_size=100,
+    beta1=0.8,
+    converged=True,
+    source="gradients",
+    batch_sizes=tuple(np.geomspace(1, 1e4, 41)),
+    stretch=tuple((0.1 + 90 / np.geomspace(1, 1e4, 41)) ** 0.5),  # 1 at 100; eps and noise
+)
+
+
+def make_report(**changes):
+    report = CurvatureReport(
+        largest=Measured(2.0, 0.1),
+        smallest=Measured(-0.5, 0.02),
+        noise=CurvatureNoise(Measured(60.0, 5.0), Measured(100.0, 4.0), Measured(1.5, 0.1)),
+        kappa=80.0,
+        kappa_smallest=-10.0,
+        ritz_values=(2.0, 1.0, -0.25, -0.5),
+        loss=1.0,
+        num_params=10,
+        num_samples=5000,
+        num_batches=50,
+        batch_size=100,
+        dataset_size=10_000,
+        small_batch=None,
+        matrix="hessian",
+        norm_mode=None,
+        coupled=False,
+        momentum=0.0,
+        weight_decay=0.0,
+        adam=ADAM,
+        converged=True,
+        num_products=20,
+        seconds=0.125,
+    )
+    return replace(report, **changes)
+
+
+@st.composite
+def reports(draw):
+    """Reports of positive curvature with any amount of noise."""
+    largest = draw(st.floats(1e-3, 1e3))
+    parallel, orthogonal, kappa = (
+        draw(st.floats(0, 1e4)) * unit for unit in (largest**2, largest**2, largest)
+    )
+    small = draw(st.none() | st.floats(1, 1e3))
+    return make_report(
+        largest=Measured(largest, 0.1 * largest),
+        noise=CurvatureNoise(Measured(parallel), Measured(orthogonal), Measured(math.nan)),
+        kappa=kappa,
+        smallest=Measured(-draw(st.floats(0, 1)) * largest, 0.0),
+        kappa_smallest=-draw(st.floats(0, 1e4)) * largest,
+        small_batch=None if small is None else (4, small * largest),
+        dataset_size=draw(st.sampled_from([10_000, 2**31])),
+        weight_decay=draw(st.sampled_from([0.0, 0.1 * largest])),
+    )
+
+
+# --- the formulas --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 32, 500, 10_000])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+def test_sgd_s_limit_is_the_mean_square_one(batch_size, momentum, weight_decay):
+    report = make_report(weight_decay=weight_decay)
+    noise = 160.0 * (1 / batch_size - 1e-4) / 2.0
+    want = max_sgd_lr(2.0, noise, momentum=momentum, weight_decay=weight_decay)
+    limit = report.max_lr(batch_size, momentum=momentum)
+    assert limit.value == float(limit) == pytest.approx(want, rel=1e-14)
+    assert (limit.batch_size, limit.optimizer, limit.momentum, limit.rule) == (
+        batch_size,
+        "sgd",
+        momentum,
+        "mean-square",
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 32, 500, 10_000])
+def test_adam_s_limit_is_the_mean_square_one_in_the_stretched_metric(batch_size):
+    stretch = (0.1 + 90 / batch_size) ** 0.5
+    noise = 2500 * (1 / batch_size - 1e-4) / (50 * stretch)
+    limit = make_report().max_lr(batch_size, optimizer="adam")
+    want = max_adam_lr(50 / stretch, noise, beta1=0.8)
+    assert limit.value == pytest.approx(want, rel=1e-3)  # interpolated
+    assert limit.momentum == 0.8
+
+
+@pytest.mark.parametrize("batch_size", [1, 32, 500, 10_000])
+def test_the_paper_s_rules_divide_by_the_batch_s_largest_eigenvalue(batch_size):
+    report = make_report(weight_decay=0.5)
+    largest = 2 + 80 * (1 / batch_size - 1e-4)
+    assert report.largest_at(batch_size) == pytest.approx(largest, rel=1e-14)
+    sgd, adam = (
+        report.max_lr(batch_size, optimizer=name, rule="paper") for name in ("sgd", "adam")
+    )
+    assert sgd.value == pytest.approx(2 / (largest + 0.5), rel=1e-14)
+    assert adam.value == pytest.approx(2 / math.sqrt(largest), rel=1e-14)
+
+
+def test_momentum_is_by_default_that_measured_with():
+    measured = make_report(momentum=0.7)
+    assert measured.max_lr(32).momentum == 0.7
+    assert measured.max_lr(32, optimizer="adam").momentum == 0.8
+    assert measured.max_lr(32, optimizer="adam", momentum=0.5).momentum == 0.5
+    without = make_report(momentum=0.7, adam=None)
+    assert without.max_lr(32, optimizer="adam", rule="paper").momentum == 0.9
+
+
+def test_a_bound_is_frozen_and_is_its_value():
+    limit = make_report().max_lr(32)
+    assert 2 * float(limit) == 2 * limit.value
+    with pytest.raises(FrozenInstanceError):
+        limit.value = 1.0
+
+
+# --- the law between batch sizes -----------------------------------------------------------------
+
+
+@given(report=reports())
+def test_the_largest_eigenvalue_is_doubled_at_the_critical_size(report):
+    critical = report.critical_batch_size
+    assert 0 <= critical < report.dataset_size
+    if critical >= 1:  # the cap begins right there, at the same value
+        assert report.largest_at(critical) == pytest.approx(2 * report.largest, rel=1e-9)
+
+
+def test_the_paper_s_rate_at_the_critical_size_is_one_over_the_largest_eigenvalue():
+    report = make_report()
+    limit = report.max_lr(report.critical_batch_size, rule="paper")
+    assert limit.value == pytest.approx(1 / report.largest, rel=1e-12)
+    assert report.critical_batch_size == pytest.approx(40 / (1 + 40 / 10_000), rel=1e-14)
+
+
+@given(report=reports(), small=st.integers(1, 10_000), factor=st.floats(1, 100))
+def test_larger_batches_have_less_extreme_curvature_and_larger_rates(report, small, factor):
+    large = min(round(small * factor), 10_000)
+    slack = 1e-12 * report.largest_at(1)
+    assert report.largest - slack <= report.largest_at(large) <= report.largest_at(small) + slack
+    assert report.smallest_at(small) - slack <= report.smallest_at(large)
+    assert report.smallest_at(large) <= report.smallest + slack
+    for rule in ("mean-square", "paper"):
+        rates = [report.max_lr(size, rule=rule).value for size in (small, large)]
+        assert rates[0] <= rates[1] * (1 + 1e-12)
+
+
+def test_below_the_critical_size_the_law_is_capped_by_small_batches():
+    report = make_report(small_batch=(4, 12.0))
+    assert report.largest_at(50) == make_report().largest_at(50)  # above: 40
+    assert report.largest_at(16) == make_report().largest_at(16)  # the law is below the cap
+    assert report.largest_at(4) == 12.0
+    assert report.largest_at(1) == 2 + 10 * 2  # like B^-1/2 below
+    low = make_report(small_batch=(4, 1.0))
+    assert low.largest_at(4) == 4.0  # 2 lambda_1, the value of the law where it ends
+
+
+def test_far_below_its_critical_size_the_lower_end_follows_the_wigner_edge():
+    report = make_report()
+    inverse = 1 / 5 - 1e-4  # critical: 20
+    assert report.smallest_at(5) == pytest.approx(-2 * math.sqrt(0.5 * 10 * inverse), rel=1e-14)
+    assert report.smallest_at(100) == pytest.approx(-0.5 - 10 * (1 / 100 - 1e-4), rel=1e-14)
+    join = 1 / (0.05 + 1e-4)
+    assert report.smallest_at(join * (1 - 1e-9)) == pytest.approx(-1.0, rel=1e-8)
+    assert report.smallest_at(join * (1 + 1e-9)) == pytest.approx(-1.0, rel=1e-8)
+    convex = make_report(smallest=Measured(0.25, 0.0), kappa_smallest=0.0)
+    assert convex.smallest_at(1) == 0.25
+
+
+# --- exponent and regime -------------------------------------------------------------------------
+
+
+def numerical_exponent(report, batch_size, **options):
+    low, high = batch_size * (1 - 1e-5), batch_size * (1 + 1e-5)
+    rates = [report.max_lr(size, **options).value for size in (low, high)]
+    return math.log(rates[1] / rates[0]) / math.log(high / low)
+
+
+OPTIONS = [
+    {"momentum": 0.0},
+    {"momentum": 0.9},
+    {"rule": "paper"},
+    {"rule": "paper", "optimizer": "adam"},
+    {"optimizer": "adam"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+@pytest.mark.parametrize("small_batch", [None, (4, 12.0)])
+@pytest.mark.parametrize("batch_size", [1.5, 3, 7, 30, 300, 3000, 9000])
+def test_the_exponent_is_the_slope_of_the_rate(options, weight_decay, small_batch, batch_size):
+    report = make_report(weight_decay=weight_decay, small_batch=small_batch)
+    exponent = report.max_lr(batch_size, **options).exponent
+    # Adam's is itself a difference, over 10 % either way of an interpolation.
+    mean_square_adam = options == {"optimizer": "adam"}
+    assert exponent == pytest.approx(
+        numerical_exponent(report, batch_size, **options), abs=0.02 if mean_square_adam else 1e-5
+    )
+
+
+def test_rates_are_linear_in_small_batches_and_saturate_in_large_ones():
+    flat = make_report(largest=Measured(1e-3, 0), dataset_size=2**31)
+    steep = make_report(dataset_size=2**31)
+    for rule in ("mean-square", "paper"):
+        small = flat.max_lr(1, rule=rule)
+        assert small.exponent == pytest.approx(1, abs=1e-4)
+        assert small.regime == "noise"
+        assert flat.max_lr(2, rule=rule).value == pytest.approx(2 * small.value, rel=1e-4)
+        large = steep.max_lr(2**31, rule=rule)
+        assert large.exponent == pytest.approx(0, abs=1e-6)
+        assert large.regime == "curvature"
+        assert large.value == pytest.approx(2 / 2.0, rel=1e-6)
+
+
+def test_momentum_moves_the_linear_regime_to_larger_batches():
+    report = make_report()
+    plain, heavy = (report.max_lr(300, momentum=m) for m in (0.0, 0.9))
+    assert plain.exponent < 1 / 3 < 2 / 3 < heavy.exponent
+    assert (plain.regime, heavy.regime) == ("curvature", "noise")
+
+
+def test_the_paper_s_adam_rate_goes_like_the_root_of_small_batches():
+    report = make_report(largest=Measured(1e-3, 0))
+    small = report.max_lr(1, optimizer="adam", rule="paper")
+    assert small.exponent == pytest.approx(0.5, abs=1e-3)
+    assert small.regime == "noise"
+    assert report.max_lr(4, optimizer="adam", rule="paper").value == pytest.approx(
+        2 * small.value, rel=1e-3
+    )
+
+
+def test_adam_s_rate_rises_peaks_and_falls_where_gradients_are_noise():
+    # D ~ B^-1/2 throughout: the square root, a maximum where noise and curvature limit the rate
+    # alike, and a fall like 1/sqrt(B).
+    sizes = np.geomspace(1, 1e4, 41)
+    adam = replace(ADAM, stretch=tuple((100 / sizes) ** 0.5))
+    report = make_report(adam=adam, dataset_size=2**31)
+
+    def at(size):
+        return report.max_lr(size, optimizer="adam")
+
+    peak = 9 * 2500 / 50**2  # (1 + beta1) / (1 - beta1) times noise over curvature squared
+    assert at(peak).exponent == pytest.approx(0, abs=0.01)
+    assert (at(1).regime, at(peak).regime, at(5000).regime) == ("noise", "transition", "curvature")
+    assert at(5000).exponent == pytest.approx(-0.5, abs=0.01)
+    for size in (peak / 4, 4 * peak):
+        assert at(size).value == pytest.approx(0.8 * at(peak).value, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("share", "regime"),
+    [(0.30, "curvature"), (0.36, "transition"), (0.64, "transition"), (0.70, "noise")],
+)
+@pytest.mark.parametrize("rule", ["mean-square", "paper"])
+def test_the_regime_is_named_after_what_limits_the_rate(share, regime, rule):
+    inverse = 1 / 100 - 1e-4
+    shift = 2.0 * share / (1 - share)  # in the unit of lambda_1 = 2
+    half = Measured(shift / inverse)  # r1 = c1 = half of lambda_1 times the shift, times b
+    report = make_report(
+        noise=CurvatureNoise(half, half, Measured(math.nan)), kappa=shift / inverse
+    )
+    assert report.max_lr(100, rule=rule).regime == regime
+
+
+# --- intervals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [o for o in OPTIONS if o.get("rule") != "paper"])
+@pytest.mark.parametrize("batch_size", [4, 64, 1000, 10_000])
+def test_intervals_are_those_of_independent_gaussian_errors(options, batch_size):
+    report = make_report(num_batches=10**6)
+    rng = np.random.default_rng(0)
+
+    def redrawn(part):
+        changes = {
+            f.name: Measured(rng.normal(value, value.stderr), value.stderr)
+            for f in fields(part)
+            if isinstance(value := getattr(part, f.name), Measured) and f.name != "smallest"
+        }
+        return replace(part, **changes)
+
+    rates = []
+    for _ in range(2000):
+        again = replace(redrawn(report), noise=redrawn(report.noise), adam=redrawn(report.adam))
+        rates.append(again.max_lr(batch_size, **options).value)
+    limit = report.max_lr(batch_size, **options)
+    low, high = np.quantile(np.log(rates), [0.05, 0.95])
+    width = math.log(limit.high / limit.low)
+    # 2,000 draws give a quantile distance to 2 %; errors of 5 % are nearly linear.
+    assert width == pytest.approx(high - low, rel=0.08)
+    assert limit.low * limit.high == pytest.approx(limit.value**2, rel=1e-12)
+
+
+def test_the_paper_s_intervals_know_the_errors_of_curvature_and_of_its_shift():
+    report = make_report(num_batches=10**6)
+    limit = report.max_lr(40, rule="paper")
+    shift = 80 * (1 / 40 - 1e-4)
+    error = math.hypot(0.1, shift * 4.0 / 100.0) / (2 + shift)
+    assert math.log(limit.high / limit.value) == pytest.approx(1.645 * error, rel=1e-3)
+    adam = report.max_lr(40, rule="paper", optimizer="adam")
+    assert math.log(adam.high / adam.value) == pytest.approx(1.645 * error / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize(("num_batches", "accuracy"), [(2, 0.12), (3, 0.02), (4, 3e-3), (30, 1e-5)])
+def test_few_batches_widen_the_interval_like_student_s_t(num_batches, accuracy):
+    few, many = (
+        math.log(limit.high / limit.value)
+        for limit in (make_report(num_batches=k).max_lr(32) for k in (num_batches, 10**6))
+    )
+    exact = student.ppf(0.95, num_batches - 1) / student.ppf(0.95, 10**6 - 1)
+    assert few / many == pytest.approx(exact, rel=accuracy)
+
+
+def test_an_unknown_error_counts_as_none():
+    unknown = CurvatureNoise(Measured(60.0), Measured(100.0), Measured(math.nan))
+    report = make_report(largest=Measured(2.0), noise=unknown)
+    for rule in ("mean-square", "paper"):
+        limit = report.max_lr(32, rule=rule)
+        assert limit.low == limit.value == limit.high
+
+
+# --- when not to believe it ----------------------------------------------------------------------
+
+
+def test_a_sound_measurement_is_reliable():
+    for options in OPTIONS:
+        limit = make_report().max_lr(100, **options)
+        assert limit.reliable
+        assert limit.reasons == ()
+
+
+UNRELIABLE = [
+    ({"converged": False}, 100, {}, "Lanczos did not converge: allow more products"),
+    ({"adam": replace(ADAM, converged=False)}, 100, {"optimizer": "adam"}, "Lanczos did not conv"),
+    ({}, 39, {"rule": "paper"}, "batch below the critical size 39.8: the second-order law oversh"),
+    ({"num_samples": 20}, 100, {}, "measured on 20 samples, fewer than the critical batch size 39"),
+    ({"num_batches": 3}, 100, {}, "the noise rests on 3 batches: pass 4 or more"),
+    ({"coupled": True}, 24, {}, "train-mode normalisation was measured on batches of 100"),
+    ({"coupled": True}, 401, {}, "train-mode normalisation was measured on batches of 100"),
+]
+
+
+@pytest.mark.parametrize(("changes", "batch_size", "options", "words"), UNRELIABLE)
+def test_every_doubt_has_its_reason(changes, batch_size, options, words):
+    limit = make_report(**changes).max_lr(batch_size, **options)
+    assert not limit.reliable
+    assert len(limit.reasons) == 1
+    assert limit.reasons[0].startswith(words)
+
+
+def test_doubts_do_not_spread_to_what_they_do_not_touch():
+    assert make_report().max_lr(39).reliable  # the mean-square rate has no critical size
+    assert make_report(coupled=True).max_lr(25).reliable
+    assert make_report(coupled=True).max_lr(400).reliable
+    assert make_report(adam=replace(ADAM, converged=False)).max_lr(100).reliable
+    assert make_report(converged=False).max_lr(100, optimizer="adam").reliable
+    doubts = make_report(converged=False, num_batches=2, coupled=True).max_lr(1, rule="paper")
+    assert len(doubts.reasons) == 4
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 0.5, 10_001, math.nan])
+def test_a_batch_size_outside_the_data_set_is_refused(batch_size):
+    report = make_report()
+    for function in (report.max_lr, report.largest_at, report.smallest_at):
+        with pytest.raises(
+            ValueError, match=rf"batch_size must lie in \[1, 10000\].*got {batch_size}; if there"
+        ):
+            function(batch_size)
+
+
+@pytest.mark.parametrize("largest", [0.0, -1.0])
+@pytest.mark.parametrize("options", [{}, {"optimizer": "adam"}, {"rule": "paper"}])
+def test_without_positive_curvature_there_is_no_rate(largest, options):
+    report = make_report(
+        largest=Measured(largest, 0.1), kappa=0.0, adam=replace(ADAM, largest=Measured(largest))
+    )
+    with pytest.raises(
+        ValueError, match=r"largest must be positive and finite.*no stability limit"
+    ):
+        report.max_lr(32, **options)
+    assert math.isnan(report.critical_batch_size)
+    assert report.largest_at(32) == largest
+
+
+def test_adam_must_have_been_measured():
+    report = make_report(adam=None)
+    with pytest.raises(
+        ValueError, match="Adam's curvature was not measured; pass optimizer='adam'"
+    ):
+        report.max_lr(32, optimizer="adam")
+    assert report.max_lr(32, optimizer="adam", rule="paper").value > 0
+
+
+def test_unknown_names_and_momenta_are_refused():
+    report = make_report()
+    with pytest.raises(ValueError, match="optimizer must be 'sgd' or 'adam', got 'lion'"):
+        report.max_lr(32, optimizer="lion")
+    with pytest.raises(ValueError, match="rule must be 'mean-square' or 'paper', got 'linear'"):
+        report.max_lr(32, rule="linear")
+    with pytest.raises(ValueError, match=r"momentum must lie in \[0, 1\), got 1.0"):
+        report.max_lr(32, momentum=1.0)
+    with pytest.raises(ValueError, match=r"beta1 must lie in \[0, 1\), got 1.0"):
+        report.max_lr(32, optimizer="adam", momentum=1.0)
+
+
+# --- on disk -------------------------------------------------------------------------------------
+
+
+def same(one, two):
+    """Equality of reports in which NaN equals NaN and standard errors count."""
+    if isinstance(one, Measured):
+        return (
+            isinstance(two, Measured)
+            and same(float(one), float(two))
+            and same(one.stderr, two.stderr)
+        )
+    if isinstance(one, float):
+        return one == two or (math.isnan(one) and math.isnan(two))
+    if hasattr(one, "__dataclass_fields__"):
+        return type(one) is type(two) and all(
+            same(getattr(one, f.name), getattr(two, f.name)) for f in fields(one) if f.compare
+        )
+    return type(one) is type(two) and one == two
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        make_report(),
+        make_report(adam=None, small_batch=(4, 12.5), norm_mode="train", coupled=True),
+        make_report(
+            kappa_smallest=math.nan,
+            noise=CurvatureNoise(Measured(1 / 3, math.nan), Measured(0.0, 0.0), Measured(math.nan)),
+            top_vectors=(torch.ones(10),),
+        ),
+    ],
+    ids=["adam", "sgd", "nan"],
+)
+def test_a_report_comes_back_from_disk_as_it_was(report, tmp_path):
+    path = tmp_path / "deep" / "report.json"
+    report.save(path)
+    loaded = CurvatureReport.load(path)
+    assert same(loaded, report)
+    assert loaded.top_vectors == ()
+    assert loaded.max_lr(32) == report.max_lr(32)
+    assert {file.name for file in path.parent.iterdir()} == {"report.json", "report.npz"}
+
+
+def test_a_measured_report_comes_back_too(tmp_path):
+    report = measured_report()
+    report.save(tmp_path / "measured")
+    assert same(CurvatureReport.load(tmp_path / "measured"), report)
+
+
+def test_dots_in_a_name_are_part_of_it(tmp_path):
+    for step in (100, 200):
+        make_report(num_products=step).save(tmp_path / f"step.{step}")
+    assert (tmp_path / "step.100.json").exists()
+    assert CurvatureReport.load(tmp_path / "step.100").num_products == 100
+    assert CurvatureReport.load(str(tmp_path / "step.200.json")).num_products == 200
+
+
+@pytest.mark.parametrize("suffix", [".json", ".npz"])
+def test_a_missing_file_is_named(suffix, tmp_path):
+    make_report().save(tmp_path / "report")
+    (tmp_path / f"report{suffix}").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"report\{suffix}"):
+        CurvatureReport.load(tmp_path / "report")
+
+
+def damage(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+DAMAGES = {
+    "truncated": lambda p: p.write_text(p.read_text()[:200]),
+    "not text": lambda p: p.write_bytes(bytes(range(256))),
+    "empty": lambda p: p.write_text(""),
+    "a list": lambda p: p.write_text("[1, 2]"),
+    "another format": lambda p: damage(p, lambda c: c.update(format=2)),
+    "no format": lambda p: damage(p, lambda c: c.pop("format")),
+    "a field missing": lambda p: damage(p, lambda c: c.pop("kappa")),
+    "a field too many": lambda p: damage(p, lambda c: c.update(color="red")),
+    "a word for a number": lambda p: damage(p, lambda c: c.update(largest="large")),
+    "empty arrays": lambda p: p.with_suffix(".npz").write_bytes(b""),
+    "garbled arrays": lambda p: p.with_suffix(".npz").write_bytes(b"not an archive at all"),
+    "truncated arrays": lambda p: p.with_suffix(".npz").write_bytes(
+        p.with_suffix(".npz").read_bytes()[:300]
+    ),
+    "other arrays": lambda p: np.savez(p.with_suffix(".npz"), other=np.zeros(3)),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_report_is_refused_by_name(how, tmp_path):
+    path = tmp_path / "report.json"
+    make_report().save(path)
+    how(path)
+    with pytest.raises(ValueError, match=r"report\.json is not a curvature report of format 1: "):
+        CurvatureReport.load(path)
+
+
+# --- do intervals from a subsample hold the value of all the data? -------------------------------
+
+CROSS_ENTROPY = supervised(nn.CrossEntropyLoss())
+
+
+@functools.cache
+def trained_network():
+    """A small network after 3 epochs on the digits, with the data it was trained on."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    x, y = torch.from_numpy(data.data / 16), torch.from_numpy(data.target)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 10)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    generator = torch.Generator().manual_seed(1)
+    for rows in itertools.chain.from_iterable(
+        torch.randperm(len(x), generator=generator).split(64) for _ in range(3)
+    ):
+        optimizer.zero_grad()
+        CROSS_ENTROPY(model, (x[rows], y[rows])).backward()
+        optimizer.step()
+    return model, x, y
+
+
+@functools.cache
+def measured_report():
+    model, x, y = trained_network()
+    return measure_curvature(model, CROSS_ENTROPY, [(x[:200], y[:200])], num_small_batches=2)
+
+
+@functools.cache
+def exact_curvature():
+    """``lambda_1``, ``r1 + c1`` over all samples, by `torch.func` on single samples."""
+    model, x, y = trained_network()
+    parameters = dict(model.named_parameters())
+    shapes = [p.shape for p in parameters.values()]
+    flat = torch.cat([p.detach().reshape(-1) for p in parameters.values()])
+
+    def loss(weights, x_i, y_i):
+        pieces = weights.split([shape.numel() for shape in shapes])
+        named = {n: v.view(s) for n, v, s in zip(parameters, pieces, shapes, strict=True)}
+        output = functional_call(model, named, (x_i.unsqueeze(0),))
+        return nn.functional.cross_entropy(output, y_i.unsqueeze(0))
+
+    def product(vector):  # (N, P)
+        def slope(weights, x_i, y_i):
+            return grad(loss)(weights, x_i, y_i) @ vector
+
+        return vmap(grad(slope), in_dims=(None, 0, 0))(flat, x, y)
+
+    whole = LinearOperator(
+        (len(flat),) * 2,
+        matvec=lambda v: product(torch.from_numpy(v.reshape(-1).copy())).mean(0).numpy(),
+        dtype=np.float64,
+    )
+    values, vectors = eigsh(whole, k=1, which="LA", tol=1e-6, v0=np.ones(len(flat)))
+    products = product(torch.from_numpy(vectors[:, 0].copy()))
+    deviations = products - products.mean(0)
+    return float(values[0]), float(deviations.square().sum() / (len(x) - 1))
+
+
+def coverage(repetitions, seed):
+    """Shares of intervals from 256 samples in 8 batches that hold the exact rate."""
+    model, x, y = trained_network()
+    largest, noise = exact_curvature()
+    generator = torch.Generator().manual_seed(seed)
+    asked = list(itertools.product((8, 64, 512), (0.0, 0.9)))
+    held = np.zeros(len(asked))
+    for _ in range(repetitions):
+        rows = torch.randperm(len(x), generator=generator)[:256]
+        report = measure_curvature(
+            model,
+            CROSS_ENTROPY,
+            [(x[rows], y[rows])],
+            batch_size=32,
+            dataset_size=len(x),
+            optimizer="sgd",
+            tol=1e-2,
+            tracking=True,
+        )
+        for k, (batch_size, momentum) in enumerate(asked):
+            inverse = 1 / batch_size - 1 / len(x)
+            exact = max_sgd_lr(largest, noise * inverse / largest, momentum=momentum)
+            limit = report.max_lr(batch_size, momentum=momentum)
+            held[k] += limit.low <= exact <= limit.high
+    return dict(zip(asked, held / repetitions, strict=True))
+
+
+def test_most_intervals_from_a_subsample_hold_the_rate_of_all_the_data():
+    shares = coverage(repetitions=40, seed=0)
+    # Over 450 repetitions 87 % (82 % to 94 % by batch size and momentum); 40 tell it to 6 %.
+    assert np.mean(list(shares.values())) >= 0.75
+    assert min(shares.values()) >= 0.60
+
+
+@pytest.mark.slow
+def test_nearly_nine_in_ten_intervals_hold_the_rate_of_all_the_data():
+    shares = coverage(repetitions=200, seed=1)
+    assert 0.82 <= np.mean(list(shares.values())) <= 0.95
+    assert min(shares.values()) >= 0.78
+
+
+# --- and is it where training stops being stable? ------------------------------------------------
+
+
+def half_mse(model, batch):
+    return 0.5 * (model(batch[0]) - batch[1]).square().mean()
+
+
+@functools.cache
+def least_squares(seed=0):
+    """Features of a consistent linear problem (the target is zero), and its report."""
+    features = np.random.default_rng(seed).normal(size=(256, 5)) * [2, 1, 0.7, 0.5, 0.3]
+    x = torch.from_numpy(features)
+    model = nn.Linear(5, 1, bias=False, dtype=torch.float64)
+    y = torch.zeros(256, 1, dtype=torch.float64)
+    return x, measure_curvature(model, half_mse, [(x, y)], batch_size=2, optimizer="sgd")
+
+
+def second_moment_radius(x, lr, momentum, batch_size):
+    """Growth per step of all second moments of weights and velocities, in exact expectation."""
+    size = x.shape[1]
+    hessians = np.einsum("ni,nj->nij", x, x)
+    mean, deviations = hessians.mean(0), hessians - hessians.mean(0)
+    unit = np.eye(size)
+    step = np.block([[unit - lr * mean, -lr * momentum * unit], [mean, momentum * unit]])
+    change = np.zeros((len(x), 2 * size, 2 * size))
+    change[:, :size, :size] = -lr * deviations
+    change[:, size:, :size] = deviations
+    covariance = np.einsum("nij,nkl->ikjl", change, change).reshape(4 * size**2, 4 * size**2)
+    share = (1 / batch_size - 1 / len(x)) / (len(x) - 1)
+    return np.abs(np.linalg.eigvals(np.kron(step, step) + share * covariance)).max()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_second_moments_shrink_just_below_the_rate_and_grow_above(seed, momentum, batch_size):
+    x, report = least_squares(seed)
+    limit = report.max_lr(batch_size, momentum=momentum).value
+    assert second_moment_radius(x.numpy(), 0.95 * limit, momentum, batch_size) < 1
+    # In several dimensions the rate is an estimate: up to 14 % on the safe side here.
+    assert second_moment_radius(x.numpy(), 1.2 * limit, momentum, batch_size) > 1
+
+
+def mean_squares_of_replicas(lr, momentum, batch_size, *, replicas, steps):
+    """Mean of ``|w|^2`` over independent runs of `torch.optim.SGD`, at the start and at the end."""
+    x, _ = least_squares()
+    generator = torch.Generator().manual_seed(0)
+    weights = nn.Parameter(torch.randn(replicas, 5, generator=generator, dtype=torch.float64))
+    optimizer = torch.optim.SGD([weights], lr=lr, momentum=momentum)
+    start = float(weights.detach().square().sum(1).mean())
+    for _ in range(steps):
+        ranks = torch.rand(replicas, len(x), generator=generator)
+        batch = x[ranks.topk(batch_size, dim=1).indices]  # (replicas, batch_size, 5)
+        optimizer.zero_grad()
+        outputs = torch.einsum("rbi,ri->rb", batch, weights)
+        (0.5 * outputs.square().mean(1)).sum().backward()  # each run has its own mean loss
+        optimizer.step()
+    return start, float(weights.detach().square().sum(1).mean())
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize(("batch_size", "replicas"), [(4, 1500), (64, 100)])
+def test_training_contracts_below_the_rate_and_diverges_above(momentum, batch_size, replicas):
+    _, report = least_squares()
+    limit = report.max_lr(batch_size, momentum=momentum).value
+    steps = 100
+    start, end = mean_squares_of_replicas(
+        0.8 * limit, momentum, batch_size, replicas=replicas, steps=steps
+    )
+    assert end < 0.2 * start
+    start, end = mean_squares_of_replicas(
+        1.5 * limit, momentum, batch_size, replicas=replicas, steps=steps
+    )
+    assert end > 3 * start  # in expectation 35 times at batch size 4, but rare runs carry it
