@@ -62,14 +62,15 @@ class CurvatureController:
         total_steps: optimizer steps of the run; None measures every 100 steps after the first.
         batch_size: of one optimizer step; by default the scheduler's, else that of the batches.
         dataset_size: what batches are drawn from without replacement; None is unbounded.
-        refreshes: sparse measurements over the run (measured: 15 suffice on digits).
-        growth: largest rise of the peak per measurement (measured: 1.5).
+        refreshes: sparse measurements over the run (assumed).
+        growth: largest rise of the peak per measurement (assumed).
         safety: fraction of the limit to apply, in (0, 1]; 1 because the limit has the noise in it.
         adjust_momentum: set the momentum too, to where batch noise and curvature limit the rate
             alike (`balanced_momentum`).
         apply: False measures and reports only.
         norm_mode: of the measurements.
-        tol: relative residual at which Lanczos stops (measured: 0.1 gives lambda_1 to about 1 %).
+        tol: relative residual at which Lanczos stops (assumed; the eigenvalue's own
+            error is of second order in it).
         max_products: of one Lanczos run.
         generator: for start vectors; without one the seed is 0.
 

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -30,6 +30,8 @@ Matrix = Literal["hessian", "ggn"]
 _SMALL_BATCH = 4  # assumed: small enough to lie below most critical sizes, and batch norm's 2
 _DEGENERATE = 0.01  # assumed: relative gap below which two eigenvalues count as one
 _ADAM_EPS = 1e-8  # torch's default, for when there is no optimizer to ask
+_GRADIENT_SHARE = 0.3  # assumed: of the gradient's direction in a warm start
+_ASIDE = 3  # assumed: products for the plain matrix where only Adam's limit is tracked
 _ADAM_GRID = 41  # batch sizes at which Adam's preconditioner is tabulated; interpolated between
 
 
@@ -77,7 +79,8 @@ def measure_curvature(
         num_small_batches: batches of 4 whose largest eigenvalue caps the law for small batches;
             0 leaves the cap out.
         tracking: leave out what only the report's other batch sizes need (small batches, the
-            random direction, the lower end's noise).
+            random direction, the lower end's noise); with Adam, the plain matrix gets three
+            products only.
         start_vectors: the ``top_vectors`` of an earlier report, to start from.
         generator: for start vectors and subsamples; without one the seed is 0.
 
@@ -101,7 +104,10 @@ def measure_curvature(
     metric: BatchedOperator = operator
     if ratios is not None:
         metric = PreconditionedOperator(operator, ratios.sqrt())
-    edges = _edges(metric, search, start_vectors[0] if start_vectors else None, tracking)
+    slope = _mean_gradient(operator)
+    start = _start(start_vectors[:1], slope if ratios is None else ratios.sqrt() * slope)
+    plain = replace(search, max_products=_ASIDE) if tracking and with_adam else search
+    edges = _edges(metric, plain, start, tracking)
     random_direction = Measured(math.nan)
     small_batch = None
     if not tracking:
@@ -113,8 +119,9 @@ def measure_curvature(
         )
     adam, adam_vector = None, None
     if with_adam:
-        start = start_vectors[1] if len(start_vectors) > 1 else None
-        adam, adam_vector = _adam_curvature(operator, model, optimizer, ratios, search, start, size)
+        adam, adam_vector = _adam_curvature(
+            operator, model, optimizer, ratios, search, start_vectors[1:2], size
+        )
     return CurvatureReport(
         largest=edges.largest,
         smallest=edges.smallest,
@@ -202,6 +209,25 @@ def _edges(
     )
 
 
+def _start(vectors: Sequence[Tensor], gradient: Tensor) -> Tensor | None:
+    """Where to start: an earlier top eigenvector, if any, with some of the gradient.
+
+    The old eigenvector may have been overtaken; alone it would converge to the wrong eigenvalue at
+    once. The gradient leans towards all the top ones.
+    """
+    if not vectors:
+        return None
+    length = gradient.norm()
+    return vectors[0] if length == 0 else vectors[0] + _GRADIENT_SHARE * gradient / length
+
+
+def _mean_gradient(operator: CurvatureMatrix) -> Tensor:
+    """Gradient ``(P,)`` of the mean loss over the operator's batches."""
+    total = sum(operator.samples)
+    pairs = zip(operator.samples, operator.batch_gradients(), strict=True)
+    return torch.stack([gradient * (count / total) for count, gradient in pairs]).sum(0)
+
+
 def _of_the_whole(
     edge: Tensor, residual: Tensor, kappa: float, noise: DirectionalNoise, search: _Search
 ) -> Measured:
@@ -242,7 +268,7 @@ def _adam_curvature(
     optimizer: torch.optim.Optimizer | str | None,
     ratios: Tensor | None,
     search: _Search,
-    start: Tensor | None,
+    start_vectors: Sequence[Tensor],
     size: int,
 ) -> tuple[AdamCurvature, Tensor]:
     """Edges of ``D^-1/2 H D^-1/2`` and how ``D`` stretches with the batch size."""
@@ -262,6 +288,7 @@ def _adam_curvature(
     metric = second_moment.sqrt() + eps
     scale = metric.rsqrt() if ratios is None else (ratios / metric).sqrt()
     preconditioned = PreconditionedOperator(operator, scale)
+    start = _start(start_vectors, scale * _mean_gradient(operator))
     edges = _edges(preconditioned, search, start, tracking=True)
     sizes = torch.logspace(0, math.log10(size), _ADAM_GRID, dtype=torch.float64).tolist()
     stretches = []

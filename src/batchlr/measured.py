@@ -8,7 +8,7 @@ from typing import final
 class Measured(float):
     """A float with the standard error of its measurement, in the same unit.
 
-    It computes and prints like any float; errors are not propagated.
+    It computes and formats like any float, and `str` shows the error; errors are not propagated.
 
     >>> curvature = Measured(12.5, stderr=0.5)
     >>> 2 / curvature
@@ -24,9 +24,6 @@ class Measured(float):
         number = super().__new__(cls, value)
         number.stderr = float(stderr)
         return number
-
-    def __getnewargs__(self) -> tuple[float, float]:  # type: ignore[override]
-        return (float(self), self.stderr)
 
     def __str__(self) -> str:
         return f"{float(self):.4g} +- {self.stderr:.2g}"
