@@ -389,6 +389,34 @@ def test_the_very_first_failure_is_raised():
     assert controller.maybe_update(model, batches).step == 0  # it may be tried again
 
 
+def test_without_positive_curvature_there_is_no_first_rate():
+    model, _, scheduler, batches = linear_problem()
+    controller = CurvatureController(scheduler, concave)
+    with pytest.raises(ArithmeticError, match="largest must be positive and finite, got "):
+        controller.maybe_update(model, batches)
+    assert scheduler.peak == 1.0
+
+
+def test_a_mere_observer_reports_even_its_first_failure(caplog):
+    model, _, scheduler, batches = linear_problem()
+    controller = CurvatureController(scheduler, concave, apply=False)
+    with caplog.at_level(logging.WARNING, logger="batchlr"):
+        update = controller.maybe_update(model, batches)
+    assert update.failure.startswith("largest must be positive and finite, got ")
+    assert (update.peak, update.bound) == (1.0, None)
+    assert len(caplog.records) == 1
+    controller.loss_fn = MSE
+    assert controller.maybe_update(model, batches).bound.value > 0
+    assert scheduler.peak == 1.0
+
+
+def test_a_mistake_is_an_error_for_an_observer_too():
+    model, _, scheduler, batches = linear_problem()
+    controller = CurvatureController(scheduler, MSE, apply=False, dataset_size=100)
+    with pytest.raises(ValueError, match="dataset_size must be at least the 128 samples given"):
+        controller.maybe_update(model, batches)
+
+
 # --- a controller that does not apply ------------------------------------------------------------
 
 
@@ -483,6 +511,32 @@ def test_a_resumed_controller_goes_on_bit_for_bit(kind, cut):
     ]
     assert torch.equal(resumed[0].weight, problem[0].weight)
     assert resumed_controller.num_products == controller.num_products
+
+
+def isotropic_loss(model, batch):
+    return 0.5 * (model.weight * batch).square().sum(1).mean()
+
+
+def test_the_generator_is_part_of_the_state():
+    # Where all curvatures are equal Lanczos starts anew from random vectors in each measurement.
+    def build():
+        model = nn.Linear(6, 1, bias=False, dtype=torch.float64)
+        scheduler = BatchAwareLR(torch.optim.SGD(model.parameters(), lr=1.0), 1.0)
+        return model, CurvatureController(scheduler, isotropic_loss)
+
+    batches = [torch.ones(2, 6, dtype=torch.float64) for _ in range(4)]
+    model, controller = build()
+    controller.maybe_update(model, batches)
+    state = controller.state_dict()
+    expected = controller.maybe_update(model, batches)
+    _, resumed = build()
+    resumed.load_state_dict(state)
+    got = resumed.maybe_update(model, batches)
+    assert torch.equal(got.report.top_vectors[0], expected.report.top_vectors[0])
+    _, other = build()
+    other.load_state_dict(state | {"generator": torch.Generator().manual_seed(9).get_state()})
+    elsewhere = other.maybe_update(model, batches)
+    assert not torch.equal(elsewhere.report.top_vectors[0], expected.report.top_vectors[0])
 
 
 def test_the_state_does_not_change_later():

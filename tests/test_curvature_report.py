@@ -338,6 +338,18 @@ def test_few_batches_widen_the_interval_like_student_s_t(num_batches, accuracy):
     assert few / many == pytest.approx(exact, rel=accuracy)
 
 
+def test_an_overwhelming_error_leaves_a_finite_interval():
+    limit = make_report(largest=Measured(1e-6, 1e6)).max_lr(10_000)
+    assert 0 < limit.low < 1e-15 * limit.value
+    assert 1e15 * limit.value < limit.high < math.inf
+
+
+def test_an_error_beyond_all_bounds_gives_a_wide_interval_of_numbers():
+    limit = make_report(largest=Measured(1e-6, 1e6), num_batches=2).max_lr(32)
+    assert 0 < limit.low < 1e-20 * limit.value
+    assert 1e20 * limit.value < limit.high < math.inf
+
+
 def test_an_unknown_error_counts_as_none():
     unknown = CurvatureNoise(Measured(60.0), Measured(100.0), Measured(math.nan))
     report = make_report(largest=Measured(2.0), noise=unknown)

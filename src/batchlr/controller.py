@@ -144,7 +144,7 @@ class CurvatureController:
             What was measured and applied, or None if nothing was due.
 
         Raises:
-            ArithmeticError: the very first measurement failed, so that there is no good rate.
+            ArithmeticError: the very first measurement failed, so that there is no rate to apply.
         """
         if not self.due:
             self._step += 1
@@ -162,7 +162,9 @@ class CurvatureController:
             report = self._measure(model, batches)
             bound = self._bound(report, batch_size)
         except (ArithmeticError, ValueError) as error:
-            if not self._has_rate:
+            # A rate that is not the controller's own goes on; a mistake is still an error.
+            keeps = not self.apply and isinstance(error, ArithmeticError)
+            if not self._has_rate and not keeps:
                 raise
             logger.warning("step %d: keeping the last good rate: %s", self._step, error)
             return self._record(failure=str(error))
@@ -193,10 +195,15 @@ class CurvatureController:
 
     def _bound(self, report: CurvatureReport, batch_size: int) -> LRBound:
         kind: Literal["sgd", "adam"] = "sgd" if report.adam is None else "adam"
+        part = report if report.adam is None else report.adam
+        if part.largest <= 0:
+            msg = (
+                f"largest must be positive and finite, got {part.largest}: nothing limits the rate"
+            )
+            raise ArithmeticError(msg)
         momentum = None
         if self.adjust_momentum:
             inverse = report.inverse_effective_batch_size(batch_size)
-            part = report if report.adam is None else report.adam
             variance = report.noise.total if report.adam is None else report.adam.total
             momentum = balanced_momentum(part.largest, variance * inverse / part.largest)
         return report.max_lr(batch_size, optimizer=kind, momentum=momentum)

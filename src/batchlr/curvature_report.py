@@ -17,6 +17,7 @@ Rule = Literal["mean-square", "paper"]
 
 _FORMAT = 1
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile)
+_WIDEST = 50.0  # assumed: half an interval in the logarithm; nothing is known, nothing overflows
 _MIN_BATCHES = 4  # assumed: below it the standard error of a variance says little
 
 
@@ -207,7 +208,7 @@ class CurvatureReport:
             rate = self._mean_square_sgd(batch_size, momentum)
         else:
             rate = self._mean_square_adam(batch_size, momentum)
-        margin = math.exp(_student_95(self.num_batches - 1) * rate.error)
+        margin = math.exp(min(_student_95(self.num_batches - 1) * rate.error, _WIDEST))
         reasons = self._reasons(batch_size, optimizer, rule)
         return LRBound(
             value=rate.value,

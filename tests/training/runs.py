@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from batchlr.training import loop
@@ -26,14 +27,16 @@ train: {epochs: 4}
 NETWORKS = {
     "mlp": [],
     "batch norm": [
-        "data={name: synthetic, num_samples: 96, num_test_samples: 50, channels: 1}",
+        "data={name: synthetic, num_samples: 96, num_test_samples: 50, image_size: 4}",
         "model={name: preresnet, block: basic, depth: 8, width: 0.25}",
         "batch.global_size=32",
+        "curvature={samples: 32, max_products: 3}",
     ],
     "dropout": [  # 32 is the smallest image that VGG takes
         "data={name: synthetic, num_samples: 48, num_test_samples: 20, image_size: 32}",
         "model={name: vgg, depth: 11, width: 0.03, dropout: 0.5}",
         "batch.global_size=16",
+        "curvature={samples: 16, max_products: 3}",
     ],
 }
 
@@ -65,7 +68,7 @@ def summary(out: Path) -> dict[str, Any]:
 
 def strict_json(text: str) -> Any:
     def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is not JSON")
+        pytest.fail(f"{constant} is not JSON")
 
     return json.loads(text, parse_constant=refuse)
 

@@ -230,7 +230,7 @@ def test_files_that_are_no_run_stay(tmp_path):
 def test_the_present_folder_cannot_be_moved_aside(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.yaml").write_text("{}")
-    with pytest.raises(ValueError, match="has a config.yaml, so it holds an earlier run, and as"):
+    with pytest.raises(ValueError, match=r"has a config\.yaml, so it holds an earlier run, and as"):
         loop.train(tiny(tmp_path, "train.max_steps=1"), Path())
     assert (tmp_path / "config.yaml").read_text() == "{}"
 
@@ -289,7 +289,7 @@ def test_a_run_is_the_plain_training_loop(tmp_path, overrides, optimizer, smooth
 @pytest.mark.parametrize("network", NETWORKS)
 def test_measuring_without_applying_changes_no_bit(tmp_path, network):
     """Weights, buffers, optimizer, schedule and random state, after five measurements."""
-    common = [*NETWORKS[network], "train.max_steps=5", "curvature.samples=32"]
+    common = [*NETWORKS[network], "train.max_steps=5"]
     without = run(tmp_path, *common, out="without")
     measured = run(tmp_path, *common, "curvature.measure=true", out="with")
     assert all("max_lr" in line for line in metrics(measured))
@@ -340,7 +340,7 @@ def test_accumulated_micro_batches_are_the_whole_batch(tmp_path, optimizer):
     ids=["bf16", "channels_last", "both", "momentum", "eval"],
 )
 def test_options_run_and_stay_near_the_plain_run(tmp_path, options):
-    common = [*NETWORKS["batch norm"], "train.max_steps=2", "curvature.samples=32"]
+    common = [*NETWORKS["batch norm"], "train.max_steps=2"]
     out = run(tmp_path, *common, *options)
     plain = run(tmp_path, *common, out="plain")
     weights = state(out)["model"]
@@ -469,6 +469,32 @@ def test_a_loss_that_is_not_finite_at_the_first_step_exits_4(tmp_path, rate):
     said = assert_gave_up(result, tmp_path / "out", checkpoint="step-00000000.pt")
     assert said["steps"] == (0 if rate == "auto" else 1)
     assert re.search("loss (is|became) (inf|nan)", said["failure"])
+
+
+def saturated(tmp_path):
+    """Outputs so large that the softmax is exactly zero or one: slope, but no curvature."""
+    signs = np.random.default_rng(0).choice([-1, 1], (12, 2, 8, 8))
+    pixels = (1e6 * signs).astype(np.float32)
+    path = write_arrays(tmp_path / "large.npz", x_train=pixels, x_test=pixels[:6])
+    return [f"data={{name: arrays, path: {path}}}", "model.hidden=[]", "batch.global_size=4"]
+
+
+def test_without_curvature_there_is_no_rate_to_find(tmp_path):
+    tiny(tmp_path)
+    arguments = ["train", tmp_path / "tiny.yaml", *saturated(tmp_path), AUTO]
+    result = invoke(*arguments, "--out", tmp_path / "out")
+    said = assert_gave_up(result, tmp_path / "out", checkpoint="step-00000000.pt")
+    assert said["failure"].endswith(": nothing limits the rate")
+
+
+def test_a_measurement_that_fails_does_not_stop_a_run_with_a_rate_of_its_own(tmp_path):
+    common = [*saturated(tmp_path), "optim.lr=1e-12"]
+    out = run(tmp_path, *common, "curvature.measure=true")
+    lines = metrics(out)
+    assert len(lines) == 12
+    assert all(line["failure"].endswith(": nothing limits the rate") for line in lines)
+    plain = run(tmp_path, *common, out="plain")
+    assert_same(state(out)["model"], state(plain)["model"])
 
 
 def test_without_checkpoints_none_is_named(tmp_path):

@@ -30,7 +30,7 @@ from batchlr.training.distributed import Processes
 from batchlr.training.interruption import stop_request
 from batchlr.training.loop import InterruptedRun
 
-SPARSE = ["curvature.samples=32", "curvature.refreshes=3"]  # before steps 0, 1, 2, 4 and 8
+SPARSE = ["curvature.refreshes=3"]  # before steps 0, 1, 2, 4, 8
 RUNS = {
     "batch norm": [*NETWORKS["batch norm"], "optim.lr=auto", *SPARSE],
     "batch norm, adam": [*NETWORKS["batch norm"], "optim={name: adam, lr: auto}", *SPARSE],
@@ -114,7 +114,7 @@ def test_the_comparison_sees_what_matters(whole):
     assert saved["controller"]["vectors"]
     assert {"generator", "next", "num_products"} <= saved["controller"].keys()
     assert {"sampler", "random_state", "scheduler"} <= saved.keys()
-    with pytest.raises(AssertionError, match="conv|weight"):
+    with pytest.raises(AssertionError, match=r"stem\.weight differs"):
         assert_same(saved, state(whole("batch norm")))
 
 
@@ -301,9 +301,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
 def test_no_process_changes_the_folder_while_another_may_be_reading(tmp_path, monkeypatch):
     """All wait for one another between finding the checkpoint and touching the folder."""
     out, seen = run(tmp_path, "train.max_steps=1"), []
-    monkeypatch.setattr(
-        Processes, "wait", lambda *_: seen.append((out / "summary.json").exists())
-    )
+    monkeypatch.setattr(Processes, "wait", lambda *_: seen.append((out / "summary.json").exists()))
     run(tmp_path, "train.max_steps=1")
     assert seen == [True]
 

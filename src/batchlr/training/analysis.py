@@ -26,6 +26,8 @@ from batchlr.training.metrics import write_json
 
 _SMALLEST_BATCH = 4
 _SLQ_STEPS, _SLQ_PROBES = 40, 3  # assumed: ends converged, bulk smooth at one percent of the range
+_END_STEPS = 80  # assumed: isolated ends take 10-40; the edge of a bulk may stay unconverged
+_TABLE_WIDTH = 80  # characters; on a narrower terminal numbers would be cut short
 _BETA1 = 0.9  # torch's default, for the optimizer not configured
 _MOMENTUM = 0.9  # the default of optim.momentum, likewise
 
@@ -105,7 +107,8 @@ def measure_spectrum(
     measure = stochastic_lanczos_quadrature(
         operator, num_steps=steps, num_probes=_SLQ_PROBES, generator=generator
     )
-    ends = top_eigenpairs(operator, which="both", tol=1e-3, generator=generator)
+    limit = min(_END_STEPS, operator.shape[0])
+    ends = top_eigenpairs(operator, which="both", tol=1e-2, max_steps=limit, generator=generator)
     content = {
         "largest_eigenvalue": float(ends.values[0]),
         "smallest_eigenvalue": float(ends.values[-1]),
@@ -134,7 +137,8 @@ def measure_spectrum(
     console = Console(highlight=False, soft_wrap=True)
     console.print(
         f"{operator.shape[0]} parameters, {sum(operator.samples)} samples: eigenvalues from "
-        f"{ends.values[-1]:.4g} to {ends.values[0]:.4g}, mean {measure.mean:.3g} +- "
+        f"{ends.values[-1]:.4g} to {ends.values[0]:.4g} (residuals {ends.residuals[-1]:.1g} and "
+        f"{ends.residuals[0]:.1g}), mean {measure.mean:.3g} +- "
         f"{measure.mean_stderr:.1g}\n"
         f"{operator.num_products} products in {content['seconds']:.1f} s; record in {folder}",
         markup=False,
@@ -178,12 +182,13 @@ def _measure(experiment: Experiment) -> CurvatureReport:
 
 def _print_rates(report: CurvatureReport, bounds: list[LRBound], folder: Path) -> None:
     console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, _TABLE_WIDTH)
     table = Table(box=SIMPLE, pad_edge=False)
     for title in ("batch", "SGD", "90 % interval", "limited by", "Adam", "90 % interval"):
         table.add_column(title, justify="right", no_wrap=True)
     half = len(bounds) // 2
     for sgd, adam in zip(bounds[:half], bounds[half:], strict=True):
-        mark = "" if sgd.reliable else " *"
+        mark = "" if sgd.reliable and adam.reliable else " *"
         table.add_row(
             f"{sgd.batch_size}{mark}",
             f"{sgd.value:.3g}",

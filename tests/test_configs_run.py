@@ -1,0 +1,96 @@
+"""Every recipe takes two real steps: full networks, real loop, files as they lie on a disk.
+
+Overrides change sizes only. Pixels are random, so nothing is said about accuracy.
+"""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from batchlr.cli import app
+from batchlr.training import loop
+from batchlr.training.checkpoint import load_checkpoint
+from batchlr.training.config import load_config
+from training.conftest import fake_cifar_checksums  # noqa: F401 - a fixture
+from training.on_disk import write_cifar100, write_imagefolder
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+# The cheapest SGD, auto and Adam recipe, and an ImageNet one; each of the others takes longer.
+QUICK = {"vgg16_swa", "preresnet110_auto", "vgg16_adam_paper", "resnet50_tv"}
+SIZES = ["batch.global_size=4", "train.max_steps=2", "train.device=cpu"]
+MEASURED_SIZES = ["curvature.samples=8", "curvature.max_products=2"]
+
+
+def recipes(folder):
+    return [
+        pytest.param(path, id=path.stem, marks=[] if path.stem in QUICK else [pytest.mark.slow])
+        for path in sorted((CONFIGS / folder).glob("*.yaml"))
+    ]
+
+
+@pytest.fixture
+def out(tmp_path, monkeypatch):
+    """Folder of the run, removed afterwards: checkpoints of real networks are large."""
+    monkeypatch.setattr(loop._Run, "draw", lambda self: None)
+    yield tmp_path / "out"
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+
+def assert_two_steps(path, out, overrides):
+    config = load_config(path).config
+    automatic = config.optim.lr == "auto"
+    sizes = [*SIZES, *overrides, *(MEASURED_SIZES if automatic else [])]
+    result = CliRunner().invoke(app, ["train", str(path), *sizes, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["steps"], summary["diverged"]) == (2, False)
+    assert math.isfinite(summary["test_loss"])
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    if automatic:
+        assert [line["failure"] for line in lines] == [None, None]
+        assert all(line["max_lr"] > 0 for line in lines)
+    else:
+        assert lines[0]["lr"] == config.optim.lr
+    checkpoints = sorted((out / "checkpoints").glob("*.pt"))
+    before, after = (load_checkpoint(path)["experiment"]["model"] for path in checkpoints)
+    assert all(bool(tensor.isfinite().all()) for tensor in after.values())
+    trained = [name for name in before if name.endswith("weight")]
+    still = [name for name in trained if torch.equal(before[name], after[name])]
+    # A measured rate may be too small to move a batch norm's ones by their last bit.
+    assert len(still) < len(trained) if automatic else not still
+
+
+@pytest.mark.parametrize("path", recipes("cifar100"))
+def test_a_cifar_recipe_runs(path, out, tmp_path, request):
+    write_cifar100(tmp_path / "data")
+    request.getfixturevalue("fake_cifar_checksums")(tmp_path / "data")
+    assert_two_steps(path, out, [f"data.root={tmp_path / 'data'}"])
+
+
+@pytest.mark.parametrize("path", recipes("imagenet"))
+def test_an_imagenet_recipe_runs(path, out, tmp_path):
+    write_imagefolder(tmp_path / "data")
+    smaller = ["data.image_size=64", "data.workers=0"]
+    assert_two_steps(path, out, [f"data.root={tmp_path / 'data'}", *smaller])
+
+
+def test_the_quick_ones_are_of_each_kind():
+    found = {path.stem: path for path in CONFIGS.rglob("*.yaml") if path.stem in QUICK}
+    assert found.keys() == QUICK
+    kinds = {
+        (path.parent.name, config.optim.name, config.optim.lr == "auto")
+        for path in found.values()
+        for config in [load_config(path).config]
+    }
+    assert kinds >= {
+        ("cifar100", "sgd", False),
+        ("cifar100", "sgd", True),
+        ("cifar100", "adamw", False),
+        ("imagenet", "sgd", False),
+    }

@@ -1,0 +1,157 @@
+"""Several processes make the run that one process would make."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs import metrics, run, state, strict_json, summary, tiny
+from torch import nn
+from typer.testing import CliRunner
+
+from batchlr.cli import app
+from batchlr.training import loop
+from batchlr.training.distributed import Processes, processes
+
+CPU = torch.device("cpu")
+
+# What torchrun starts: the run, after which every rank leaves what it ended with.
+RANKS = """
+import json, sys
+from pathlib import Path
+import torch
+from batchlr.cli import main
+from batchlr.training import loop
+
+out, config, *overrides = sys.argv[1:]
+report = loop._Run.report
+
+def leave(self, summary):
+    experiment, rank = self.experiment, self.experiment.processes.rank
+    torch.save(dict(experiment.model.state_dict()), Path(out) / f"weights-{rank}.pt")
+    end = {
+        "peaks": [update.peak for update in self.updates],
+        "eigenvalues": [update.largest_eigenvalue for update in self.updates],
+        "summary": summary,
+    }
+    (Path(out) / f"end-{rank}.json").write_text(json.dumps(end))
+    report(self, summary)
+
+loop._Run.report = leave
+loop._Run.draw = lambda self: None
+main(["train", config, *overrides, "--out", str(Path(out) / "run")])
+"""
+
+
+# One process -----------------------------------------------------------------------------------
+
+
+def test_a_process_alone_shares_with_itself(tmp_path, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with processes(tiny(tmp_path)) as alone:
+        assert alone == Processes(rank=0, world_size=1, local_rank=0)
+        assert alone.is_first
+        values = torch.tensor([1.0, 2.0])
+        assert alone.sum(values) is values
+        assert alone.same(0.3, CPU) == 0.3
+        assert (alone.any(True, CPU), alone.any(False, CPU)) == (True, False)
+        assert alone.wait(CPU) is None
+        model = nn.Linear(2, 2)
+        assert alone.wrap(model, CPU) is model
+    assert not torch.distributed.is_initialized()
+
+
+def test_torchrun_with_one_process_is_one_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    for strategy in ("auto", "single", "ddp"):
+        with processes(tiny(tmp_path, f"dist.strategy={strategy}")) as alone:
+            assert alone.world_size == 1
+
+
+def test_ddp_outside_torchrun_exits_2(tmp_path, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    tiny(tmp_path)
+    command = ["train", str(tmp_path / "tiny.yaml"), "dist.strategy=ddp"]
+    result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "dist.strategy is ddp, but this process was not started by torchrun: run "
+        "torchrun --nproc-per-node N scripts/train.py CONFIG\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_single_among_several_processes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = tiny(tmp_path, "dist.strategy=single")
+    with (
+        pytest.raises(ValueError, match="single, but torchrun started 2 processes: use auto"),
+        processes(config),
+    ):
+        pass
+
+
+# Two processes ---------------------------------------------------------------------------------
+
+
+def torchrun(folder: Path, *overrides: str) -> Path:
+    """Two processes train; returns the folder of the run, with what each rank left beside it."""
+    tiny(folder)
+    (folder / "ranks.py").write_text(RANKS)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = [str(folder / "ranks.py"), str(folder), str(folder / "tiny.yaml"), *overrides]
+    answer = subprocess.run(
+        [sys.executable, *launch, *script],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.count("record in") == 1  # one process speaks
+    return folder / "run"
+
+
+def assert_one_run(folder: Path, alone: Path) -> None:
+    """Both ranks hold the same weights, those of one process up to the order of summation."""
+    first, second = (torch.load(folder / f"weights-{rank}.pt") for rank in (0, 1))
+    expected = state(alone)["model"]
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name])
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)  # float32
+    lines = metrics(folder / "run")
+    assert [line["step"] for line in lines] == list(range(4))
+    assert [line["loss"] for line in lines] == pytest.approx(
+        [line["loss"] for line in metrics(alone)], rel=1e-4
+    )
+    found, wanted = summary(folder / "run"), summary(alone)
+    for key in ("test_loss", "train_loss", "final_lr", "peak_lr"):
+        assert found[key] == pytest.approx(wanted[key], rel=1e-4)
+    assert found["test_accuracy"] == pytest.approx(wanted["test_accuracy"], abs=1.5 / 360)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_run_of_one(tmp_path, monkeypatch):
+    """With a measured rate, the same on both ranks, and gradients accumulated in each."""
+    monkeypatch.setattr(loop._Run, "draw", lambda self: None)
+    # Measured on the same samples: two processes of 200 in parts of 100, one of 400 likewise.
+    common = ["optim.lr=auto", "train.max_steps=4", "batch.micro_size=100"]
+    torchrun(tmp_path, *common)
+    ends = [strict_json((tmp_path / f"end-{rank}.json").read_text()) for rank in (0, 1)]
+    assert ends[0]["peaks"] == ends[1]["peaks"]
+    assert len(ends[0]["peaks"]) == 4
+    assert ends[0]["eigenvalues"] == ends[1]["eigenvalues"]
+    assert ends[0]["summary"]["test_loss"] == ends[1]["summary"]["test_loss"]
+    assert_one_run(tmp_path, run(tmp_path, *common, out="alone"))
+    assert len(list((tmp_path / "run" / "checkpoints").glob("*.pt"))) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_resume_what_two_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop._Run, "draw", lambda self: None)
+    common = ["optim={name: adam, lr: 0.01}"]
+    torchrun(tmp_path, *common, "train.max_steps=2")
+    torchrun(tmp_path, *common, "train.max_steps=4", "resume=auto")
+    assert_one_run(tmp_path, run(tmp_path, *common, "train.max_steps=4", out="alone"))

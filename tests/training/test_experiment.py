@@ -1,0 +1,256 @@
+"""A configuration becomes what it says, or is refused with a way out."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from runs import NETWORKS, tiny
+from typer.testing import CliRunner
+
+from batchlr.cli import app
+from batchlr.training.distributed import Processes
+from batchlr.training.evaluation import evaluate
+from batchlr.training.experiment import (
+    build_experiment,
+    find_device,
+    measurement_sizes,
+    micro_size,
+)
+
+
+def built(folder, *overrides):
+    return build_experiment(tiny(folder, *overrides))
+
+
+# Sizes -----------------------------------------------------------------------------------------
+
+
+def test_steps_are_whole_batches_of_all_epochs(tmp_path):
+    experiment = built(tmp_path, "batch.global_size=100", "train.epochs=3")
+    assert (experiment.steps_per_epoch, experiment.total_steps) == (14, 42)  # of 1437 samples
+
+
+@pytest.mark.parametrize(
+    ("batch", "samples", "sizes"),
+    [
+        ("{global_size: 32}", 256, (32, 8)),  # as large as one forward pass
+        ("{global_size: 32, micro_size: 8}", 256, (8, 32)),
+        ("{global_size: 128}", 256, (64, 4)),  # never fewer than four
+        ("{global_size: 30}", 256, (30, 8)),
+        ("{global_size: 1}", 256, (1, 256)),
+        ("{global_size: 400}", 5000, (359, 4)),  # no more than there are: 1437
+        ("{global_size: 400}", 3, (1, 3)),
+    ],
+)
+def test_a_measurement_has_batches_of_the_size_trained_with_but_at_least_four(
+    tmp_path, batch, samples, sizes
+):
+    config = tiny(tmp_path, f"batch={batch}", f"curvature.samples={samples}")
+    experiment = build_experiment(config)
+    assert measurement_sizes(config, experiment.data) == sizes
+    if sizes[0] > 1:
+        batches = experiment.measurement_batches()
+        assert [len(labels) for _, labels in batches] == [sizes[0]] * sizes[1]
+
+
+def test_the_share_of_a_process_decides_the_size_measured(tmp_path):
+    config = tiny(tmp_path, "batch.global_size=64")
+    data = build_experiment(config).data
+    assert micro_size(config, 4) == 16
+    assert measurement_sizes(config, data, 4) == (16, 4)
+
+
+def test_measured_batches_are_disjoint_fresh_and_reproducible(tmp_path):
+    augmented = ["data.augment=standard", "batch.global_size=16"]
+    first, again = built(tmp_path, *augmented), built(tmp_path, *augmented)
+    batches, later = first.measurement_batches(), first.measurement_batches()
+    images = torch.cat([x for x, _ in batches]).flatten(1)
+    assert len(images.unique(dim=0)) == len(images) == 64
+    assert not torch.equal(images, torch.cat([x for x, _ in later]).flatten(1))
+    for (x, y), (x_again, y_again) in zip(batches, again.measurement_batches(), strict=True):
+        assert torch.equal(x, x_again)
+        assert torch.equal(y, y_again)
+    known = {tuple(x.flatten().tolist()) for x, _ in map(first.data.train.__getitem__, range(1437))}
+    assert all(tuple(row.tolist()) in known for row in images)  # training samples, not augmented
+
+
+def test_a_batch_larger_than_the_data_is_refused(tmp_path):
+    tiny(tmp_path)
+    command = ["train", str(tmp_path / "tiny.yaml"), "batch.global_size=1438"]
+    result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert result.stderr == "batch_size 1438 is larger than the 1437 samples of digits\n"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("batch", "world_size", "words"),
+    [
+        ("{global_size: 100}", 3, "by 3 processes; the nearest shareable sizes are 99 and 102"),
+        ("{global_size: 2}", 4, "by 4 processes; the nearest shareable sizes are 4 and 8"),
+        (
+            "{global_size: 12, micro_size: 4}",
+            2,
+            "by 2 processes in equal micro-batches of 4; the nearest shareable sizes are 8 and 16",
+        ),
+    ],
+)
+def test_batches_that_processes_cannot_share_are_refused(tmp_path, batch, world_size, words):
+    with pytest.raises(ValueError, match=f"batch.global_size .* cannot be shared {words}"):
+        build_experiment(tiny(tmp_path, f"batch={batch}"), Processes(0, world_size))
+
+
+def test_a_micro_batch_larger_than_a_share_is_the_share(tmp_path):
+    config = tiny(tmp_path, "batch={global_size: 8, micro_size: 8}")
+    assert [micro_size(config, world_size) for world_size in (1, 2, 4)] == [8, 4, 2]
+
+
+# Devices ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense", "cuda"])
+def test_a_device_that_is_not_there_is_refused(tmp_path, device):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("it is there")
+    tiny(tmp_path)
+    command = ["train", str(tmp_path / "tiny.yaml"), f"train.device={device}"]
+    result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("train.device 'cuda" if "cuda" in device else "train.device ")
+    assert " is not available: " in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_each_process_takes_the_accelerator_of_its_own_number(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *_, device: None)
+    third = Processes(rank=6, world_size=8, local_rank=2)
+    assert find_device(tiny(tmp_path, f"train.device={name}"), third) == torch.device("cuda:2")
+    second = tiny(tmp_path, "train.device=cuda:1")
+    assert find_device(second, Processes()) == torch.device("cuda:1")
+
+
+def test_without_an_accelerator_auto_is_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert find_device(tiny(tmp_path), Processes()) == torch.device("cpu")
+
+
+# Parts -----------------------------------------------------------------------------------------
+
+
+def test_optimizers_get_their_options(tmp_path):
+    sgd = built(tmp_path, "optim={momentum: 0.5, nesterov: true, weight_decay: 0.1}").optimizer
+    assert type(sgd) is torch.optim.SGD
+    group = sgd.param_groups[0]
+    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.5, True, 0.1)
+    options = "betas: [0.8, 0.95], eps: 1.0e-4, weight_decay: 0.1"
+    for name, kind in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
+        adam = built(tmp_path, f"optim={{name: {name}, {options}}}").optimizer
+        assert type(adam) is kind
+        group = adam.param_groups[0]
+        assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.95), 1e-4, 0.1)
+
+
+def test_a_rate_is_a_number_or_the_controllers(tmp_path):
+    fixed = built(tmp_path, "optim.lr=0.3")
+    assert (fixed.controller, fixed.scheduler.peak) == (None, 0.3)
+    measured = built(tmp_path, "optim.lr=0.3", "curvature.measure=true").controller
+    assert not measured.apply
+    assert measured.scheduler.peak == 0.3
+    assert built(tmp_path, "optim.lr=auto").controller.apply
+
+
+def test_the_controller_gets_its_options(tmp_path):
+    controller = built(
+        tmp_path,
+        "optim.lr=auto",
+        "curvature={refreshes: 4, tolerance: 0.2, max_products: 7, growth: 1.2, safety: 0.5, "
+        "adjust_momentum: true, norm_mode: eval}",
+    ).controller
+    assert controller.interval == 3  # 12 steps / 4
+    assert (controller.batch_size, controller.dataset_size) == (400, 1437)
+    assert (controller.tol, controller.max_products, controller.growth) == (0.2, 7, 1.2)
+    assert (controller.safety, controller.adjust_momentum) == (0.5, True)
+    assert controller.norm_mode == "eval"
+
+
+def test_no_refreshes_leave_the_dense_measurements(tmp_path):
+    assert built(tmp_path, "optim.lr=auto", "curvature.refreshes=0").controller.interval == 12
+
+
+def test_weights_depend_on_the_seed_only(tmp_path):
+    torch.manual_seed(7)
+    first = built(tmp_path).model.state_dict()
+    torch.manual_seed(8)
+    again, other = built(tmp_path).model.state_dict(), built(tmp_path, "seed=1").model.state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_label_smoothing_is_part_of_the_loss(tmp_path):
+    experiment = built(tmp_path, "train.label_smoothing=0.1")
+    images, labels = next(experiment.data.test.batches([torch.arange(20)]))
+    outputs = experiment.model(images)
+    shares = 0.9 * F.one_hot(labels, 10) + 0.01
+    expected = -(shares * outputs.log_softmax(1)).sum(1).mean()
+    loss = experiment.loss_fn(experiment.model, (images, labels))
+    torch.testing.assert_close(loss, expected)
+
+
+def test_channels_last_is_the_layout_of_weights_and_batches(tmp_path):
+    experiment = built(tmp_path, *NETWORKS["batch norm"], "train.channels_last=true")
+    weight = experiment.model.stem.weight
+    images, _ = experiment.measurement_batches()[0]
+    for tensor in (weight, images):
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
+        assert not tensor.is_contiguous()
+
+
+def test_saved_state_goes_into_a_fresh_experiment(tmp_path):
+    overrides = [*NETWORKS["batch norm"], "optim.lr=auto"]
+    first, second = built(tmp_path, *overrides), built(tmp_path, *overrides, "seed=3")
+    batches = first.measurement_batches()
+    first.controller.maybe_update(first.model.train(), batches)
+    first.loss_fn(first.model, batches[0]).backward()
+    first.optimizer.step()
+    first.scheduler.step()
+    torch.rand(3)
+    saved = first.state_dict()
+    drawn = torch.rand(2)
+    second.load_state_dict(saved)
+    assert torch.equal(torch.rand(2), drawn)
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[name])
+    assert second.scheduler.get_last_lr() == first.scheduler.get_last_lr()
+    assert second.optimizer.param_groups[0]["lr"] == first.scheduler.get_last_lr()[0]
+    assert second.controller.num_products == first.controller.num_products > 0
+    for (x, _), (y, _) in zip(
+        first.measurement_batches(), second.measurement_batches(), strict=True
+    ):
+        assert x.shape == y.shape
+    assert torch.equal(first.sampler.get_state(), second.sampler.get_state())
+
+
+# Evaluation ------------------------------------------------------------------------------------
+
+
+def test_evaluation_is_in_eval_mode_without_smoothing_and_leaves_no_trace(tmp_path):
+    experiment = built(tmp_path, *NETWORKS["batch norm"], "train.label_smoothing=0.3")
+    model = experiment.model.train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    result = evaluate(experiment)
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    images, labels = next(experiment.data.test.batches([torch.arange(50)]))
+    with torch.no_grad():
+        outputs = model.eval()(images)
+    assert result.accuracy == pytest.approx(float((outputs.argmax(1) == labels).double().mean()))
+    assert result.loss == pytest.approx(float(F.cross_entropy(outputs, labels)), rel=1e-5)
+
+
+def test_evaluation_weights_samples_not_batches(tmp_path):
+    """360 test images make batches of 256 and 104."""
+    experiment = built(tmp_path)
+    images, labels = next(experiment.data.test.batches([torch.arange(360)]))
+    expected = F.cross_entropy(experiment.model(images), labels).item()
+    assert evaluate(experiment).loss == pytest.approx(expected, rel=1e-5)
