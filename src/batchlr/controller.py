@@ -251,7 +251,8 @@ class CurvatureController:
         self._has_rate = state_dict["has_rate"]
         self.num_products = state_dict["num_products"]
         self.seconds = state_dict["seconds"]
-        self._vectors = tuple(state_dict["vectors"])
+        parameter = self.scheduler.optimizer.param_groups[0]["params"][0]
+        self._vectors = tuple(vector.to(parameter) for vector in state_dict["vectors"])
         self._generator.set_state(state_dict["generator"].cpu())
 
 

@@ -308,6 +308,12 @@ class CurvatureReport:
                 f"the noise rests on {self.num_batches} batches: pass {_MIN_BATCHES} or more",
             ),
             (
+                preconditioned is not None
+                and batch_size > max(self.dataset_size / 4, preconditioned.batch_size),
+                "Adam's curvature near the full batch is a lower bound, up to several times too "
+                "low: measure with batches nearer to the size asked for",
+            ),
+            (
                 self.coupled and not 1 / 4 <= ratio <= 4,
                 f"train-mode normalisation was measured on batches of {self.batch_size}: measure "
                 "with batches nearer to the size asked for",
