@@ -26,7 +26,7 @@ from batchlr.training.metrics import write_json
 
 _SMALLEST_BATCH = 4
 _SLQ_STEPS, _SLQ_PROBES = 40, 3  # assumed: ends converged, bulk smooth at one percent of the range
-_END_STEPS = 80  # assumed: isolated ends take 10-40; the edge of a bulk may stay unconverged
+_END_STEPS = 40  # assumed: isolated ends take 10-30; the edge of a bulk may stay unconverged
 _TABLE_WIDTH = 80  # characters; on a narrower terminal numbers would be cut short
 _BETA1 = 0.9  # torch's default, for the optimizer not configured
 _MOMENTUM = 0.9  # the default of optim.momentum, likewise
