@@ -374,6 +374,7 @@ UNRELIABLE = [
     ({}, 39, {"rule": "paper"}, "batch below the critical size 39.8: the second-order law oversh"),
     ({"num_samples": 20}, 100, {}, "measured on 20 samples, fewer than the critical batch size 39"),
     ({"num_batches": 3}, 100, {}, "the noise rests on 3 batches: pass 4 or more"),
+    ({}, 2501, {"optimizer": "adam"}, "Adam's curvature near the full batch is a lower bound"),
     ({"coupled": True}, 24, {}, "train-mode normalisation was measured on batches of 100"),
     ({"coupled": True}, 401, {}, "train-mode normalisation was measured on batches of 100"),
 ]

@@ -146,8 +146,9 @@ def test_the_table_has_both_optimizers_and_all_sizes(command, tmp_path, monkeypa
     content = rates(tmp_path / "out")
     for number, size in enumerate(SIZES):
         sgd, adam = content["bounds"][number], content["bounds"][9 + number]
+        mark = "" if sgd["reliable"] and adam["reliable"] else " *"
         assert rows[number] == [
-            str(size),
+            f"{size}{mark}",
             f"{sgd['value']:.3g}",
             f"{sgd['low']:.2g} .. {sgd['high']:.2g}",
             sgd["regime"],
