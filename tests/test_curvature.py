@@ -885,25 +885,3 @@ def test_other_matrices_and_norm_modes_are_refused():
             CROSS_ENTROPY,
             [first_digits(4)],
         )
-
-
-def test_an_eigenvector_overtaken_since_is_left():
-    """A start next to the second eigenvector would satisfy Lanczos at once."""
-    model = torch.nn.Linear(3, 1, bias=False).double()
-    rows = torch.diag(torch.tensor([8.0, 10.0, 1.0], dtype=torch.float64).mul(3).sqrt())
-    batch = rows, torch.zeros(3, 1, dtype=torch.float64)
-
-    def half_square(model, batch):
-        return 0.5 * (model(batch[0]) - batch[1]).square().mean()
-
-    report = measure_curvature(
-        model,
-        half_square,
-        [batch, batch],
-        optimizer="sgd",
-        num_eigenpairs=1,
-        tol=0.1,
-        tracking=True,
-        start_vectors=(torch.tensor([1.0, 1e-3, 0.0], dtype=torch.float64),),
-    )
-    assert report.largest == pytest.approx(10.0, rel=1e-6)
