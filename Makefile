@@ -5,6 +5,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+# Two workers of one thread each; a file stays on one worker, for its tests may share what they made.
+PARALLEL := OMP_NUM_THREADS=1
+WORKERS := -n 2 --dist loadfile
 BENCHMARKS := $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -21,7 +24,7 @@ demo: $(VENV)/.installed  ## install, then train a small network whose learning 
 	$(BIN)/batchlr train configs/demo/digits_vgg.yaml --out runs/demo
 
 test: $(VENV)/.installed-dev  ## install with the development tools, then run the tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PARALLEL) $(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev  ## lint, formatting and types
 	$(BIN)/python -m ruff check .
