@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 LEVELS = [
     {"random_matrix", "learning_rates", "scaling_rules", "measured", "operators"},
     {"lanczos", "trace"},
-    {"slq", "curvature_noise", "gradient_noise", "curvature_report"},
+    {"slq", "curvature_noise", "gradient_noise", "curvature_report", "optimizer_state"},
     {"curvature"},
     {"schedulers", "batch_size", "averaging", "probes", "optim"},
     {"controller"},

@@ -93,6 +93,7 @@ def test_steps_that_failed_are_left_out():
 @pytest.mark.parametrize("loss", [None, 1e30])
 def test_a_run_that_diverged_at_once_is_drawn(tmp_path, loss):
     save_figure(plot_run([{"step": 0, "loss": loss, "lr": 0.1}]), tmp_path / "run.png")
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_without_steps_is_refused():
@@ -180,6 +181,7 @@ def test_a_single_eigenvalue_is_drawn(tmp_path):
     ones = torch.ones(1, dtype=torch.float64)
     single = SpectralMeasure(ones, ones, torch.zeros(1, dtype=torch.int64), 1)
     save_figure(plot_spectrum(single, bandwidth=0.1), tmp_path / "one.png")
+    assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_illegal_bandwidth_is_refused(measure):

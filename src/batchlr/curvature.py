@@ -21,9 +21,16 @@ from batchlr.operators.curvature_matrix import (
     CurvatureMatrix,
     NormMode,
     normalises_over_batches,
-    trainable_parameters,
 )
 from batchlr.operators.supervised import LossFunction, SupervisedLoss
+from batchlr.optimizer_state import (
+    Optimizer,
+    beta1,
+    group_value,
+    is_adam,
+    rate_ratios,
+    second_moments,
+)
 
 Matrix = Literal["hessian", "ggn"]
 
@@ -42,7 +49,7 @@ def measure_curvature(
     *,
     batch_size: int | None = None,
     dataset_size: int | None = None,
-    optimizer: torch.optim.Optimizer | Literal["sgd", "adam"] | None = None,
+    optimizer: Optimizer = None,
     norm_mode: NormMode = "train",
     matrix: Matrix = "hessian",
     num_eigenpairs: int = 3,
@@ -65,7 +72,8 @@ def measure_curvature(
         batches: disjoint batches of training data. Four or more give the noise a meaningful
             error; a single one is cut into four.
         batch_size: cut the samples anew into batches of this size. It matters for models that
-            normalise over the batch: measure at the size trained with.
+            normalise over the batch: measure at the size trained with. At most half the
+            samples, for the noise needs two batches.
         dataset_size: ``N``, what batches are drawn from; by default the samples given are all.
         optimizer: the optimizer itself (its momentum, weight decay, Adam's second moments and the
             ratios of its groups' rates are used), ``"sgd"``, or ``"adam"`` to estimate second
@@ -89,7 +97,7 @@ def measure_curvature(
         ArithmeticError: loss, gradients or products are not finite.
     """
     began = time.perf_counter()
-    with_adam = _is_adam(optimizer)
+    with_adam = is_adam(optimizer)
     generator = default_generator(generator)
     batches = _disjoint(check_batches(batches), batch_size)
     operator = _operator(matrix, model, loss_fn, batches, norm_mode)
@@ -100,7 +108,7 @@ def measure_curvature(
         msg = f"the loss is {loss} on the batches given; curvature has no meaning there"
         raise ArithmeticError(msg)
     search = _Search(num_eigenpairs, tol, max_products, generator, 1 / total - 1 / size)
-    ratios = _rate_ratios(model, optimizer)
+    ratios = rate_ratios(model, optimizer)
     metric: BatchedOperator = operator
     if ratios is not None:
         metric = PreconditionedOperator(operator, ratios.sqrt())
@@ -139,8 +147,8 @@ def measure_curvature(
         matrix=matrix,
         norm_mode=norm_mode if normalises_over_batches(model) else None,
         coupled=norm_mode == "train" and normalises_over_batches(model),
-        momentum=_group_value(optimizer, "momentum"),
-        weight_decay=_group_value(optimizer, "weight_decay"),
+        momentum=group_value(optimizer, "momentum"),
+        weight_decay=group_value(optimizer, "weight_decay"),
         adam=adam,
         converged=edges.converged,
         num_products=operator.num_products,
@@ -265,7 +273,7 @@ def _kappa(values: Tensor, noise: DirectionalNoise) -> float:
 def _adam_curvature(
     operator: CurvatureMatrix,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | str | None,
+    optimizer: Optimizer,
     ratios: Tensor | None,
     search: _Search,
     start_vectors: Sequence[Tensor],
@@ -275,7 +283,7 @@ def _adam_curvature(
     moments = gradient_moments(operator, dataset_size=size)
     batch_size = sum(operator.samples) / len(operator.samples)
     inverse = max(1 / batch_size - 1 / size, 0.0)
-    state = _adam_state(model, optimizer)
+    state = second_moments(model, optimizer)
     here = moments.second_moment(1 / inverse if inverse > 0 else math.inf)
     second_moment = here
     if state is not None:
@@ -284,7 +292,7 @@ def _adam_curvature(
         averaged, age = state
         count = len(operator.samples)
         second_moment = (age * averaged + count * here) / (age + count)
-    eps = _group_value(optimizer, "eps", default=_ADAM_EPS)
+    eps = group_value(optimizer, "eps", default=_ADAM_EPS)
     metric = second_moment.sqrt() + eps
     scale = metric.rsqrt() if ratios is None else (ratios / metric).sqrt()
     preconditioned = PreconditionedOperator(operator, scale)
@@ -303,7 +311,7 @@ def _adam_curvature(
         parallel=edges.noise.parallel,
         orthogonal=edges.noise.orthogonal,
         batch_size=round(batch_size),
-        beta1=_beta1(optimizer),
+        beta1=beta1(optimizer),
         converged=edges.converged,
         source="gradients" if state is None else "state",
         batch_sizes=tuple(sizes),
@@ -377,79 +385,3 @@ def _population(dataset_size: int | None, total: int) -> int:
         msg = f"dataset_size must be at least the {total} samples given, got {dataset_size}"
         raise ValueError(msg)
     return total if dataset_size is None else dataset_size
-
-
-def _is_adam(optimizer: torch.optim.Optimizer | str | None) -> bool:
-    if isinstance(optimizer, str) and optimizer not in ("sgd", "adam"):
-        msg = f"optimizer must be 'sgd', 'adam' or a torch optimizer, got {optimizer!r}"
-        raise ValueError(msg)
-    if optimizer is None or isinstance(optimizer, str):
-        return optimizer != "sgd"
-    if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
-        return True
-    if isinstance(optimizer, torch.optim.SGD):
-        return False
-    msg = (
-        f"learning rates are known for SGD, Adam and AdamW, got {type(optimizer).__name__}; "
-        "pass optimizer='sgd' or 'adam' for the nearer one"
-    )
-    raise ValueError(msg)
-
-
-def _group_value(
-    optimizer: torch.optim.Optimizer | str | None, key: str, *, default: float = 0.0
-) -> float:
-    """The largest value of ``key`` over the optimizer's groups."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        return default
-    if key == "weight_decay" and not isinstance(optimizer, torch.optim.SGD):
-        return 0.0  # Adam's decay does not add to the preconditioned curvature by itself
-    return max(float(group.get(key, default)) for group in optimizer.param_groups)
-
-
-def _beta1(optimizer: torch.optim.Optimizer | str | None) -> float:
-    if isinstance(optimizer, torch.optim.Optimizer):
-        return max(float(group["betas"][0]) for group in optimizer.param_groups)
-    return 0.9
-
-
-def _adam_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer | str | None
-) -> tuple[Tensor, float] | None:
-    """Adam's bias-corrected second moments ``(P,)`` and age; None before its first step."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        return None
-    betas = {
-        id(p): float(group["betas"][1]) for group in optimizer.param_groups for p in group["params"]
-    }
-    moments = []
-    age = 0.0
-    for parameter in trainable_parameters(model):
-        state = optimizer.state.get(parameter, {})
-        if "exp_avg_sq" not in state:
-            return None
-        age = float(state["step"])
-        correction = 1 - betas[id(parameter)] ** age
-        moments.append((state["exp_avg_sq"] / correction).reshape(-1))
-    return torch.cat(moments), age
-
-
-def _rate_ratios(model: nn.Module, optimizer: torch.optim.Optimizer | str | None) -> Tensor | None:
-    """Each parameter's rate over the largest ``(P,)``; None if all are equal."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        return None
-    rates = {
-        id(p): float(group.get("initial_lr", group["lr"]))
-        for group in optimizer.param_groups
-        for p in group["params"]
-    }
-    parameters = trainable_parameters(model)
-    largest = max((rates.get(id(p), 0.0) for p in parameters), default=0.0)
-    if largest <= 0 or all(rates.get(id(p), 0.0) == largest for p in parameters):
-        return None
-    return torch.cat(
-        [
-            torch.full_like(p, rates.get(id(p), 0.0) / largest).reshape(-1).detach()
-            for p in parameters
-        ]
-    )

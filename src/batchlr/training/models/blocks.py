@@ -83,6 +83,35 @@ class Bottleneck(nn.Module):
         return residual + _carried(self.shortcut, x, activated, "raw")
 
 
+class PreactivatedNetwork(nn.Module):
+    """A stem and pre-activation blocks, then what ends every such network.
+
+    That is a batch norm and ReLU, the average over the image, and a linear layer. Initial weights:
+    see ``initialize``.
+
+    Args:
+        stem: First layer.
+        blocks: Blocks in order, at least one.
+        num_classes: Number of outputs.
+    """
+
+    def __init__(
+        self, stem: nn.Module, blocks: Sequence[BasicBlock | Bottleneck], num_classes: int
+    ) -> None:
+        super().__init__()
+        self.stem = stem
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.BatchNorm2d(blocks[-1].out_channels)
+        self.output = nn.Linear(blocks[-1].out_channels, num_classes)
+        initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(B, num_classes)`` of images ``(B, in_channels, H, W)``."""
+        x = self.norm(self.blocks(self.stem(x))).relu()
+        logits: Tensor = self.output(x.mean(dim=(2, 3)))
+        return logits
+
+
 def residual_blocks(
     make_block: Callable[..., BasicBlock | Bottleneck],
     *,

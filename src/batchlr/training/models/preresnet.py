@@ -2,13 +2,11 @@
 
 from typing import Literal
 
-from torch import Tensor, nn
-
 from batchlr.training.models.blocks import (
     BasicBlock,
     Bottleneck,
+    PreactivatedNetwork,
     conv3x3,
-    initialize,
     residual_blocks,
     scaled,
 )
@@ -20,7 +18,7 @@ BLOCKS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], int]] = {
 }
 
 
-class PreResNet(nn.Module):
+class PreResNet(PreactivatedNetwork):
     """Three stages of pre-activation blocks, a final batch norm and ReLU, average pool, linear.
 
     "PreResNet-110" is the name of two networks: with bottleneck blocks it has 1.2 million
@@ -47,7 +45,6 @@ class PreResNet(nn.Module):
         in_channels: int = 3,
         width: float = 1.0,
     ) -> None:
-        super().__init__()
         if block not in BLOCKS:
             msg = f"PreResNet block must be one of {', '.join(BLOCKS)}, got {block!r}"
             raise ValueError(msg)
@@ -60,20 +57,11 @@ class PreResNet(nn.Module):
             )
             raise ValueError(msg)
         stage_channels = [scaled(c, width) for c in STAGE_CHANNELS]
-        self.stem = conv3x3(in_channels, stage_channels[0])
+        stem = conv3x3(in_channels, stage_channels[0])
         blocks = residual_blocks(
             block_type,
             in_channels=stage_channels[0],
             stage_channels=stage_channels,
             num_blocks=num_blocks,
         )
-        self.blocks = nn.Sequential(*blocks)
-        self.norm = nn.BatchNorm2d(blocks[-1].out_channels)
-        self.output = nn.Linear(blocks[-1].out_channels, num_classes)
-        initialize(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(B, num_classes)`` of images ``(B, in_channels, H, W)``."""
-        x = self.norm(self.blocks(self.stem(x))).relu()
-        logits: Tensor = self.output(x.mean(dim=(2, 3)))
-        return logits
+        super().__init__(stem, blocks, num_classes)

@@ -3,14 +3,12 @@
 from functools import partial
 from typing import get_args
 
-from torch import Tensor, nn
-
 from batchlr.training.models.blocks import (
     BasicBlock,
+    PreactivatedNetwork,
     Shortcut,
     check_dropout,
     conv3x3,
-    initialize,
     residual_blocks,
 )
 
@@ -18,7 +16,7 @@ STEM_CHANNELS = 16
 STAGE_CHANNELS = (16, 32, 64)  # times the widening factor
 
 
-class WideResNet(nn.Module):
+class WideResNet(PreactivatedNetwork):
     """WRN-``depth``-``widen_factor``: three stages of wide pre-activation basic blocks.
 
     The defaults are the authors' network. Some reimplementations, among them the one behind many
@@ -49,7 +47,6 @@ class WideResNet(nn.Module):
         conv_bias: bool = False,
         shortcut: Shortcut = "preactivated",
     ) -> None:
-        super().__init__()
         num_blocks, rest = divmod(depth - 4, 6)
         if rest or num_blocks < 1:
             msg = f"WideResNet depth must be 6 n + 4 with n >= 1, got {depth}"
@@ -62,7 +59,7 @@ class WideResNet(nn.Module):
             msg = f"shortcut must be one of {legal}, got {shortcut!r}"
             raise ValueError(msg)
         check_dropout(dropout)
-        self.stem = conv3x3(in_channels, STEM_CHANNELS, bias=conv_bias)
+        stem = conv3x3(in_channels, STEM_CHANNELS, bias=conv_bias)
         make_block = partial(BasicBlock, dropout=dropout, conv_bias=conv_bias, shortcut=shortcut)
         blocks = residual_blocks(
             make_block,
@@ -70,13 +67,4 @@ class WideResNet(nn.Module):
             stage_channels=[widen_factor * channels for channels in STAGE_CHANNELS],
             num_blocks=num_blocks,
         )
-        self.blocks = nn.Sequential(*blocks)
-        self.norm = nn.BatchNorm2d(blocks[-1].out_channels)
-        self.output = nn.Linear(blocks[-1].out_channels, num_classes)
-        initialize(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(B, num_classes)`` of images ``(B, in_channels, H, W)``."""
-        x = self.norm(self.blocks(self.stem(x))).relu()
-        logits: Tensor = self.output(x.mean(dim=(2, 3)))
-        return logits
+        super().__init__(stem, blocks, num_classes)
