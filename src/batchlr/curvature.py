@@ -23,9 +23,11 @@ from batchlr.operators.curvature_matrix import (
     normalises_over_batches,
 )
 from batchlr.operators.supervised import LossFunction, SupervisedLoss
+from batchlr.projected_curvature import ProjectedCurvature
 from batchlr.optimizer_state import (
     Optimizer,
     beta1,
+    decoupled_decay,
     group_value,
     is_adam,
     rate_ratios,
@@ -35,7 +37,6 @@ from batchlr.optimizer_state import (
 Matrix = Literal["hessian", "ggn"]
 
 _SMALL_BATCH = 4  # assumed: small enough to lie below most critical sizes, and batch norm's 2
-_DEGENERATE = 0.01  # assumed: relative gap below which two eigenvalues count as one
 _ADAM_EPS = 1e-8  # torch's default, for when there is no optimizer to ask
 _GRADIENT_SHARE = 0.3  # assumed: of the gradient's direction in a warm start
 _ASIDE = 3  # assumed: products for the plain matrix where only Adam's limit is tracked
@@ -130,13 +131,15 @@ def measure_curvature(
         adam, adam_vector = _adam_curvature(
             operator, model, optimizer, ratios, search, start_vectors[1:2], size
         )
+    vectors = [edges.axes[:, 0].clone()] + ([] if adam_vector is None else [adam_vector])
     return CurvatureReport(
         largest=edges.largest,
         smallest=edges.smallest,
         noise=CurvatureNoise(edges.noise.parallel, edges.noise.orthogonal, random_direction),
-        kappa=edges.kappa,
-        kappa_smallest=edges.kappa_smallest,
-        ritz_values=edges.ritz_values,
+        kappa=edges.projected.second_order(),
+        kappa_smallest=math.nan if tracking else edges.projected.second_order("smallest"),
+        ritz_values=tuple(edges.projected.values.tolist()),
+        projected=edges.projected,
         loss=loss,
         num_params=operator.shape[0],
         num_samples=total,
@@ -148,12 +151,13 @@ def measure_curvature(
         norm_mode=norm_mode if normalises_over_batches(model) else None,
         coupled=norm_mode == "train" and normalises_over_batches(model),
         momentum=group_value(optimizer, "momentum"),
+        nesterov=group_value(optimizer, "nesterov") > 0,
         weight_decay=group_value(optimizer, "weight_decay"),
         adam=adam,
         converged=edges.converged,
         num_products=operator.num_products,
         seconds=time.perf_counter() - began,
-        top_vectors=(edges.vector,) if adam_vector is None else (edges.vector, adam_vector),
+        top_vectors=tuple(vectors),
     )
 
 
@@ -171,10 +175,8 @@ class _Edges:
     largest: Measured
     smallest: Measured
     noise: DirectionalNoise  # along the top vector
-    kappa: float
-    kappa_smallest: float
-    ritz_values: tuple[float, ...]
-    vector: Tensor  # (P,) top eigenvector
+    projected: ProjectedCurvature
+    axes: Tensor  # (P, m) Ritz vectors; the first is the top eigenvector
     converged: bool
 
 
@@ -192,27 +194,33 @@ def _edges(
         tol=search.tol,
         max_steps=min(size, max(search.max_products, 2 * k)),
         start=start,
+        with_subspace=True,
         generator=search.generator,
     )
-    top, bottom = pairs.vectors[:, :k], pairs.vectors[:, k:]
-    noise = directional_noise(operator, top[:, 0].contiguous(), others=top[:, 1:])
-    kappa = _kappa(pairs.values[:k], noise)
-    kappa_smallest = math.nan
-    smallest = Measured(float(pairs.values[-1]), float(pairs.residuals[-1]))
+    space = pairs.subspace
+    assert space is not None
+    noise = directional_noise(operator, space.axes[:, 0].contiguous(), others=space.axes[:, 1:])
+    below = None
     if not tracking and size > 1:
-        lower = directional_noise(operator, bottom[:, -1].contiguous(), others=bottom[:, :-1])
-        kappa_smallest = -_kappa(-pairs.values[k:].flip(0), _reversed(lower))
-        smallest = _of_the_whole(
-            pairs.values[-1], pairs.residuals[-1], kappa_smallest, lower, search
-        )
+        bottom, rest = space.axes[:, -1].contiguous(), space.axes[:, :-1]
+        below = directional_noise(operator, bottom, others=rest)
+    projected = ProjectedCurvature(
+        values=space.values.cpu().numpy(),
+        matrices=space.matrices.cpu().numpy(),
+        samples=operator.samples,
+        leak_largest=noise.outside,
+        leak_smallest=Measured(math.nan) if below is None else below.outside,
+    )
+    smallest = Measured(float(pairs.values[-1]), float(pairs.residuals[-1]))
+    if below is not None:
+        smallest = _of_the_whole(smallest, projected.second_order("smallest"), below, search)
+    largest = Measured(float(pairs.values[0]), float(pairs.residuals[0]))
     return _Edges(
-        largest=_of_the_whole(pairs.values[0], pairs.residuals[0], kappa, noise, search),
+        largest=_of_the_whole(largest, projected.second_order(), noise, search),
         smallest=smallest,
         noise=noise,
-        kappa=kappa,
-        kappa_smallest=kappa_smallest,
-        ritz_values=tuple(pairs.values.tolist()),
-        vector=top[:, 0].clone(),
+        projected=projected,
+        axes=space.axes,
         converged=pairs.converged,
     )
 
@@ -237,37 +245,16 @@ def _mean_gradient(operator: CurvatureMatrix) -> Tensor:
 
 
 def _of_the_whole(
-    edge: Tensor, residual: Tensor, kappa: float, noise: DirectionalNoise, search: _Search
+    edge: Measured, kappa: float, noise: DirectionalNoise, search: _Search
 ) -> Measured:
     """``edge`` without what the samples at hand, a batch of the whole, add to it.
 
     Its error is the Lanczos residual and the sampling error along the edge's own vector.
     """
-    limit = 0.5 * abs(float(edge))  # assumed: beyond it the second order says nothing
+    limit = 0.5 * abs(edge)  # assumed: beyond it the second order says nothing
     shift = max(-limit, min(kappa * search.sampling, limit))
-    error = math.hypot(float(residual), math.sqrt(noise.parallel * search.sampling))
-    return Measured(float(edge) - shift, error)
-
-
-def _reversed(noise: DirectionalNoise) -> DirectionalNoise:
-    return DirectionalNoise(noise.parallel, noise.orthogonal, noise.others.flip(0))
-
-
-def _kappa(values: Tensor, noise: DirectionalNoise) -> float:
-    """Second-order coefficient: Ritz pairs at their gaps, the rest at the distance to zero.
-
-    ``values`` ``(k,)`` descend from the edge in question; those that coincide with it belong to its
-    eigenspace and do not repel it.
-    """
-    edge = float(values[0])
-    if edge <= 0:
-        return 0.0
-    kappa, rest = 0.0, float(noise.orthogonal)
-    for value, variance in zip(values[1:].tolist(), noise.others.tolist(), strict=True):
-        rest -= variance
-        if edge - value > _DEGENERATE * edge:
-            kappa += variance / (edge - value)
-    return kappa + max(rest, 0.0) / edge
+    error = math.hypot(edge.stderr, math.sqrt(noise.parallel * search.sampling))
+    return Measured(edge - shift, error)
 
 
 def _adam_curvature(
@@ -299,24 +286,26 @@ def _adam_curvature(
     start = _start(start_vectors, scale * _mean_gradient(operator))
     edges = _edges(preconditioned, search, start, tracking=True)
     sizes = torch.logspace(0, math.log10(size), _ADAM_GRID, dtype=torch.float64).tolist()
-    stretches = []
+    metrics = []
     for other in sizes:
         share = max(1 / other - 1 / size, 0.0)
         there = moments.second_moment(1 / share if share > 0 else math.inf)
         growth = torch.where(here > 0, there / here, torch.ones_like(here))
         stretch = ((second_moment * growth).sqrt() + eps) / metric
-        stretches.append(float((edges.vector.square() * stretch).sum()))
+        metrics.append((edges.axes.T @ (stretch.unsqueeze(1) * edges.axes)).double())
     return AdamCurvature(
         largest=edges.largest,
         parallel=edges.noise.parallel,
         orthogonal=edges.noise.orthogonal,
         batch_size=round(batch_size),
         beta1=beta1(optimizer),
+        decoupled_decay=decoupled_decay(optimizer),
         converged=edges.converged,
         source="gradients" if state is None else "state",
         batch_sizes=tuple(sizes),
-        stretch=tuple(stretches),
-    ), edges.vector
+        projected=edges.projected,
+        metrics=torch.stack(metrics).cpu().numpy(),
+    ), edges.axes[:, 0].clone()
 
 
 def _small_batch(

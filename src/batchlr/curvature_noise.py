@@ -24,6 +24,7 @@ class DirectionalNoise:
     parallel: Measured  # r1: variance of v' H_i v
     orthogonal: Measured  # c1: variance of the part of H_i v orthogonal to v
     others: Tensor  # (k,) float64, variance of u_j' H_i v for the further directions u_j
+    outside: Measured  # variance of what is orthogonal to v and to all u_j
 
     @property
     def total(self) -> float:
@@ -66,12 +67,15 @@ def directional_noise(
     parallel = (deviations @ vector).double() ** 2
     total = deviations.double().square().sum(1)
     directions = vector.new_zeros(vector.numel(), 0) if others is None else others
+    across = (deviations @ directions).double() ** 2  # (K, k)
+    least = _GAUSSIAN if count == 2 else 0.0
+    orthogonal = (total - parallel).clamp(min=0)
+    outside = (orthogonal - across.sum(1)).clamp(min=0)
     return DirectionalNoise(
         parallel=_variance(samples * parallel, least=_GAUSSIAN),
-        orthogonal=_variance(
-            samples * (total - parallel).clamp(min=0), least=_GAUSSIAN if count == 2 else 0.0
-        ),
-        others=(samples @ (deviations @ directions).double() ** 2) / (count - 1),
+        orthogonal=_variance(samples * orthogonal, least=least),
+        others=samples @ across / (count - 1),
+        outside=_variance(samples * outside, least=least),
     )
 
 

@@ -1,22 +1,24 @@
 """What a measurement of curvature says about any batch size."""
 
-import json
 import math
-import zipfile
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
+from batchlr.dataclass_files import load_dataclass, save_dataclass
 from batchlr.learning_rates import max_adam_lr, max_sgd_lr, paper_adam_lr, paper_sgd_lr
+from batchlr.mean_square import Dynamics
 from batchlr.measured import Measured
+from batchlr.projected_curvature import ProjectedCurvature, RateEstimate
 
-Rule = Literal["mean-square", "paper"]
+Rule = Literal["mean-square", "top-direction", "paper"]
 
-_FORMAT = 1
-_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile)
+_RULES = ("mean-square", "top-direction", "paper")
+_FORMAT = 2
 _WIDEST = 50.0  # assumed: half an interval in the logarithm; nothing is known, nothing overflows
 _MIN_BATCHES = 4  # assumed: below it the standard error of a variance says little
 
@@ -62,9 +64,10 @@ class CurvatureNoise:
 class AdamCurvature:
     """Extremes of ``D^-1/2 H D^-1/2`` with Adam's ``D = sqrt(v) + eps``; unit: 1 / learning rate.
 
-    ``D`` depends on the batch size through the gradient noise in ``v``. ``stretch`` is the mean of
-    ``D(B)/D(batch_size)`` over the coordinates of the top eigenvector; curvature goes like its
-    inverse (a Rayleigh quotient: exact at ``batch_size``, a lower bound elsewhere).
+    ``D`` depends on the batch size through the gradient noise in ``v``. ``metrics`` are
+    ``D(B)/D(batch_size)`` on the axes of ``projected``; the curvature at another batch size is that
+    of the same matrices in this metric (Rayleigh-Ritz: exact at ``batch_size``, from below
+    elsewhere).
     """
 
     largest: Measured
@@ -72,10 +75,12 @@ class AdamCurvature:
     orthogonal: Measured
     batch_size: int  # at which D was measured
     beta1: float
+    decoupled_decay: float  # AdamW's weight decay
     converged: bool
     source: Literal["state", "gradients"]  # of v: the optimizer's state, or batch gradients
-    batch_sizes: tuple[float, ...]  # ascending
-    stretch: tuple[float, ...]  # of the same length
+    batch_sizes: tuple[float, ...]  # (G,) ascending
+    projected: ProjectedCurvature
+    metrics: npt.NDArray[np.float64] = field(compare=False)  # (G, m, m)
 
     @property
     def total(self) -> float:
@@ -83,9 +88,23 @@ class AdamCurvature:
         return self.parallel + self.orthogonal
 
     def stretch_at(self, batch_size: float) -> float:
-        """``D(B)/D(batch_size)``, interpolated in the logarithms."""
-        position = np.interp(math.log(batch_size), np.log(self.batch_sizes), np.log(self.stretch))
-        return math.exp(float(position))
+        """``D(B)/D(batch_size)`` along the top eigenvector, its Rayleigh quotient."""
+        return float(self._metric_at(batch_size)[0, 0])
+
+    def projected_at(self, batch_size: float) -> ProjectedCurvature:
+        """The matrices under the preconditioner of another batch size."""
+        return self.projected.in_metric(self._metric_at(batch_size))
+
+    def _metric_at(self, batch_size: float) -> npt.NDArray[np.float64]:
+        """``metrics``, interpolated in the logarithm of the batch size."""
+        position = float(
+            np.interp(math.log(batch_size), np.log(self.batch_sizes), range(len(self.batch_sizes)))
+        )
+        below = min(int(position), len(self.batch_sizes) - 2)
+        share = position - below
+        lower, upper = self.metrics[below], self.metrics[below + 1]
+        metric: npt.NDArray[np.float64] = (1 - share) * lower + share * upper
+        return metric
 
 
 @dataclass(frozen=True)
@@ -114,11 +133,13 @@ class CurvatureReport:
     norm_mode: str | None
     coupled: bool  # samples of a batch interact through train-mode normalisation
     momentum: float  # of the optimizer given, else 0
+    nesterov: bool  # likewise
     weight_decay: float  # likewise
     adam: AdamCurvature | None
     converged: bool
     num_products: int
     seconds: float
+    projected: ProjectedCurvature
     # (P,) of the matrix and of Adam's, if measured: where to start the next time; not saved
     top_vectors: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)
 
@@ -136,26 +157,59 @@ class CurvatureReport:
             raise ValueError(msg)
         return 1 / batch_size - 1 / self.dataset_size
 
-    def largest_at(self, batch_size: int) -> float:
-        """Expected largest eigenvalue of a batch Hessian, ``lambda_1 + kappa/b``.
+    def largest_at(self, batch_size: float, *, quantile: float | None = None) -> Measured:
+        """Expected largest eigenvalue of a batch Hessian, with its error.
 
-        Second-order perturbation; for batches below the critical size it overshoots and is capped
+        The deviations of the measured batches, scaled to ``batch_size`` and resampled, are added to
+        the mean matrix (`ProjectedCurvature.edge_at`). Below the critical size the result is capped
         by the mean measured on small batches (or by ``2 lambda_1``, its value at the critical size,
         if that is larger: larger batches never have larger curvature), continued like ``B^-1/2``
         (the Wigner edge) below their size.
-        """
-        return self._edge(batch_size)[0]
 
-    def smallest_at(self, batch_size: int) -> float:
-        """Expected smallest eigenvalue of a batch Hessian, to second order.
+        Args:
+            batch_size: of one batch; at most the size of the data set.
+            quantile: of the distribution over batches, such as 0.5, which heavy tails do not move;
+                the mean if None.
 
-        Below the size where it is twice ``lambda_P`` that overshoots, and the Wigner edge, which
-        joins it there, takes over.
+        Raises:
+            ValueError: an argument is out of range.
         """
-        shift = self.kappa_smallest * self.inverse_effective_batch_size(batch_size)
-        if shift < self.smallest < 0:
-            return -2 * math.sqrt(shift * self.smallest)
-        return self.smallest + shift
+        inverse = self.inverse_effective_batch_size(batch_size)
+        if quantile is not None and not 0 < quantile < 1:
+            msg = f"quantile must lie in (0, 1), got {quantile}"
+            raise ValueError(msg)
+        shift = self.projected.edge_at(inverse, quantile=quantile)
+        edge = self.largest + shift
+        cap = self._cap(batch_size)
+        if cap is not None and quantile is None:
+            edge = min(edge, cap)
+        return Measured(edge, math.hypot(shift.stderr, _finite(self.largest.stderr)))
+
+    def smallest_at(self, batch_size: float, *, quantile: float | None = None) -> Measured:
+        """Expected smallest eigenvalue of a batch Hessian; as `largest_at`, without a cap.
+
+        Below the size where the second order doubles ``lambda_P`` the Wigner edge, which joins it
+        there, bounds it.
+        """
+        inverse = self.inverse_effective_batch_size(batch_size)
+        if quantile is not None and not 0 < quantile < 1:
+            msg = f"quantile must lie in (0, 1), got {quantile}"
+            raise ValueError(msg)
+        shift = self.projected.edge_at(inverse, "smallest", quantile=quantile)
+        edge = self.smallest - shift
+        second_order = self.kappa_smallest * inverse
+        if second_order < self.smallest < 0:
+            edge = max(edge, -2 * math.sqrt(second_order * self.smallest))
+        return Measured(edge, math.hypot(shift.stderr, _finite(self.smallest.stderr)))
+
+    def _cap(self, batch_size: float) -> float | None:
+        """Largest value `largest_at` may take; None where there is no reason for one."""
+        shift = self.kappa * self.inverse_effective_batch_size(batch_size)
+        if self.small_batch is None or shift <= self.largest:
+            return None
+        size, measured = self.small_batch
+        excess = max(measured - self.largest, float(self.largest))
+        return float(self.largest) + excess * math.sqrt(max(1.0, size / batch_size))
 
     @property
     def critical_batch_size(self) -> float:
@@ -184,9 +238,10 @@ class CurvatureReport:
             momentum: SGD's, or Adam's ``beta1``; by default that of the optimizer measured with,
                 else 0 for SGD and 0.9 for Adam.
             rule: ``"mean-square"``, where the second moment of a perturbation stops shrinking
-                under momentum and batch noise; ``"paper"``, ``2/lambda_1'`` for SGD and
-                ``2/sqrt(lambda_1')`` for Adam (Granziol, Zohren & Roberts 2022), which knows
-                neither momentum nor the noise's variance.
+                under momentum and batch noise, in all measured directions together;
+                ``"top-direction"``, its closed form for one direction (`max_sgd_lr`); ``"paper"``,
+                ``2/lambda_1'`` for SGD and ``2/sqrt(lambda_1')`` for Adam (Granziol, Zohren &
+                Roberts 2022), which knows neither momentum nor the noise's variance.
 
         Raises:
             ValueError: an argument is illegal, there is no positive curvature, or Adam was not
@@ -196,18 +251,18 @@ class CurvatureReport:
         if optimizer not in ("sgd", "adam"):
             msg = f"optimizer must be 'sgd' or 'adam', got {optimizer!r}"
             raise ValueError(msg)
-        if rule not in ("mean-square", "paper"):
-            msg = f"rule must be 'mean-square' or 'paper', got {rule!r}"
+        if rule not in _RULES:
+            msg = f"rule must be one of {', '.join(map(repr, _RULES))}, got {rule!r}"
             raise ValueError(msg)
         if momentum is None:
             beta1 = 0.9 if self.adam is None else self.adam.beta1
             momentum = self.momentum if optimizer == "sgd" else beta1
         if rule == "paper":
             rate = self._paper(batch_size, optimizer)
-        elif optimizer == "sgd":
-            rate = self._mean_square_sgd(batch_size, momentum)
+        elif rule == "top-direction":
+            rate = self._top_direction(batch_size, optimizer, momentum)
         else:
-            rate = self._mean_square_adam(batch_size, momentum)
+            rate = self._mean_square(batch_size, optimizer, momentum)
         margin = math.exp(min(_student_95(self.num_batches - 1) * rate.error, _WIDEST))
         reasons = self._reasons(batch_size, optimizer, rule)
         return LRBound(
@@ -224,68 +279,92 @@ class CurvatureReport:
             rule=rule,
         )
 
-    def _edge(self, batch_size: float) -> tuple[float, float]:
-        """`largest_at` and how much it falls per unit of ``ln B``."""
-        shift = self.kappa * self.inverse_effective_batch_size(batch_size)
-        law = float(self.largest) + shift, self.kappa / batch_size
-        if self.small_batch is None or shift <= self.largest:
-            return law
-        size, measured = self.small_batch
-        excess = max(measured - self.largest, float(self.largest))
-        excess *= math.sqrt(max(1.0, size / batch_size))
-        return min(law, (self.largest + excess, excess / 2 if batch_size < size else 0.0))
-
     def _paper(self, batch_size: int, optimizer: str) -> "_Rate":
-        largest, fall = self._edge(batch_size)
+        edge = self.largest_at(batch_size)
+        largest = float(edge)
         decay, power = (self.weight_decay, 1.0) if optimizer == "sgd" else (0.0, 0.5)
         value = (
             paper_sgd_lr(largest, weight_decay=decay)
             if optimizer == "sgd"
             else paper_adam_lr(largest)
         )
-        shift = self.kappa * self.inverse_effective_batch_size(batch_size)
-        orthogonal = self.noise.orthogonal  # kappa is proportional to it
-        shift_error = shift * _finite(orthogonal.stderr) / orthogonal if orthogonal > 0 else 0.0
-        error = math.hypot(_finite(self.largest.stderr), shift_error)
+        low, high = self._around(batch_size)
+        fall = float(self.largest_at(low) - self.largest_at(high)) / math.log(high / low)
+        orthogonal = self.noise.orthogonal  # the shift is proportional to it
+        share = _finite(orthogonal.stderr) / orthogonal if orthogonal > 0 else 0.0
+        error = math.hypot(edge.stderr, (largest - self.largest) * share)
         return _Rate(
             value=value,
             error=power * error / (largest + decay),
-            exponent=power * fall / (largest + decay),
+            exponent=power * max(fall, 0.0) / (largest + decay),
             noise_share=(largest - self.largest) / (largest + decay),
         )
 
-    def _mean_square_sgd(self, batch_size: int, momentum: float) -> "_Rate":
+    def _mean_square(self, batch_size: float, optimizer: str, momentum: float) -> "_Rate":
         inverse = self.inverse_effective_batch_size(batch_size)
-        noise = self.noise.total * inverse / self.largest if self.largest > 0 else 0.0
-        value = max_sgd_lr(self.largest, noise, momentum=momentum, weight_decay=self.weight_decay)
-        error, weight = _noise_weight(
-            self.largest, self.noise, momentum, inverse, weight_decay=self.weight_decay
-        )
-        return _Rate(value, error, exponent=weight / batch_size, noise_share=weight * inverse)
-
-    def _mean_square_adam(self, batch_size: int, beta1: float) -> "_Rate":
-        adam = self.adam
-        if adam is None:
-            msg = (
-                "Adam's curvature was not measured; pass optimizer='adam' (or the optimizer) to "
-                "measure_curvature, or take rule='paper'"
+        sampling = max(1 / self.num_samples - 1 / self.dataset_size, 0.0)
+        if optimizer == "sgd":
+            dynamics = Dynamics(momentum, nesterov=self.nesterov, weight_decay=self.weight_decay)
+            rate = self.projected.mean_square(
+                dynamics, inverse, largest=self.largest, sampling=sampling
             )
-            raise ValueError(msg)
+            exponent = rate.exponent / (batch_size * inverse) if inverse > 0 else 0.0
+            return _Rate(rate.lr, rate.error, exponent, 1 - rate.lr / rate.noiseless)
+        adam = self._measured_adam()
+        dynamics = Dynamics(momentum, averaged=True, decoupled_decay=adam.decoupled_decay)
+
+        def rate_at(size: float) -> RateEstimate:
+            projected = adam.projected_at(size)
+            # what the sample adds to the top eigenvalue is the same share in any metric
+            largest = float(projected.values[0]) * adam.largest / float(adam.projected.values[0])
+            return projected.mean_square(
+                dynamics,
+                self.inverse_effective_batch_size(size),
+                largest=largest,
+                sampling=sampling,
+            )
+
+        rate = rate_at(batch_size)
+        low, high = self._around(batch_size)
+        exponent = math.log(rate_at(high).lr / rate_at(low).lr) / math.log(high / low)
+        return _Rate(rate.lr, rate.error, exponent, 1 - rate.lr / rate.noiseless)
+
+    def _top_direction(self, batch_size: float, optimizer: str, momentum: float) -> "_Rate":
+        inverse = self.inverse_effective_batch_size(batch_size)
+        if optimizer == "sgd":
+            noise = self.noise.total * inverse / self.largest if self.largest > 0 else 0.0
+            decay = self.weight_decay
+            value = max_sgd_lr(self.largest, noise, momentum=momentum, weight_decay=decay)
+            error, weight = _noise_weight(
+                self.largest, self.noise, momentum, inverse, weight_decay=decay
+            )
+            return _Rate(value, error, exponent=weight / batch_size, noise_share=weight * inverse)
+        adam = self._measured_adam()
 
         def value_at(size: float) -> float:
             inverse = self.inverse_effective_batch_size(size)
             stretch = adam.stretch_at(size)
             noise = adam.total * inverse / (adam.largest * stretch) if adam.largest > 0 else 0.0
-            return max_adam_lr(adam.largest / stretch, noise, beta1=beta1)
+            return max_adam_lr(adam.largest / stretch, noise, beta1=momentum)
 
-        value = value_at(batch_size)
-        inverse = self.inverse_effective_batch_size(batch_size)
-        error, weight = _noise_weight(adam.largest, adam, beta1, inverse)
-        low, high = max(1.0, batch_size / 1.1), min(self.dataset_size, batch_size * 1.1)
-        exponent = (
-            math.log(value_at(high) / value_at(low)) / math.log(high / low) if high > low else 0.0
-        )
-        return _Rate(value, error, exponent, noise_share=weight * inverse)
+        error, weight = _noise_weight(adam.largest, adam, momentum, inverse)
+        low, high = self._around(batch_size)
+        exponent = math.log(value_at(high) / value_at(low)) / math.log(high / low)
+        return _Rate(value_at(batch_size), error, exponent, noise_share=weight * inverse)
+
+    def _measured_adam(self) -> AdamCurvature:
+        if self.adam is None:
+            msg = (
+                "Adam's curvature was not measured; pass optimizer='adam' (or the optimizer) to "
+                "measure_curvature, or take rule='paper'"
+            )
+            raise ValueError(msg)
+        return self.adam
+
+    def _around(self, batch_size: float) -> tuple[float, float]:
+        """Two sizes a tenth below and above, for a difference quotient."""
+        low, high = max(1.0, batch_size / 1.1), min(float(self.dataset_size), batch_size * 1.1)
+        return low, max(high, low * 1.001)
 
     def _reasons(self, batch_size: int, optimizer: str, rule: Rule) -> tuple[str, ...]:
         ratio = batch_size / self.batch_size
@@ -326,16 +405,7 @@ class CurvatureReport:
 
         The suffix ``.json`` is added if missing. ``top_vectors`` are not kept.
         """
-        content = asdict(replace(self, top_vectors=())) | {"format": _FORMAT}
-        measured = {name: _errors(value) for name, value in _measured_parts(self).items()}
-        path = _json_path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {"ritz_values": np.asarray(content.pop("ritz_values"), dtype=np.float64)}
-        if self.adam is not None:
-            for name in ("batch_sizes", "stretch"):
-                arrays[f"adam_{name}"] = np.asarray(content["adam"].pop(name), dtype=np.float64)
-        np.savez(path.with_suffix(".npz"), allow_pickle=False, **arrays)
-        path.write_text(json.dumps(content | {"standard_errors": measured}, indent=1) + "\n")
+        save_dataclass(replace(self, top_vectors=()), path, version=_FORMAT)
 
     @staticmethod
     def load(path: str | Path) -> "CurvatureReport":
@@ -345,17 +415,7 @@ class CurvatureReport:
             FileNotFoundError: one of the two files is missing.
             ValueError: they are not a report of this format.
         """
-        path = _json_path(path)
-        try:
-            content = json.loads(path.read_text())
-            with (
-                path.with_suffix(".npz").open("rb") as file,
-                np.load(file, allow_pickle=False) as arrays,
-            ):
-                return _from_content(content, {name: arrays[name] for name in arrays.files})
-        except _UNREADABLE as error:
-            msg = f"{path} is not a curvature report of format {_FORMAT}: {error}"
-            raise ValueError(msg) from error
+        return load_dataclass(CurvatureReport, path, version=_FORMAT)
 
 
 class _Rate(NamedTuple):
@@ -404,46 +464,3 @@ def _student_95(freedom: int) -> float:
 
 def _finite(error: float) -> float:
     return error if math.isfinite(error) else 0.0
-
-
-def _json_path(path: str | Path) -> Path:
-    """``path`` with the suffix ``.json``; other dots in its name are part of it."""
-    path = Path(path)
-    return path if path.suffix == ".json" else path.with_name(path.name + ".json")
-
-
-def _measured_parts(report: CurvatureReport) -> dict[str, dict[str, Measured]]:
-    parts: dict[str, Any] = {"": report, "noise": report.noise, "adam": report.adam}
-    return {
-        name: {k: v for k, v in vars(part).items() if isinstance(v, Measured)}
-        for name, part in parts.items()
-        if part is not None
-    }
-
-
-def _errors(values: dict[str, Measured]) -> dict[str, float]:
-    return {name: value.stderr for name, value in values.items()}
-
-
-def _from_content(content: dict[str, Any], arrays: dict[str, Any]) -> CurvatureReport:
-    if content.pop("format") != _FORMAT:
-        msg = "another format version"
-        raise KeyError(msg)
-    errors = content.pop("standard_errors")
-    for name, stderrs in errors.items():
-        part = content[name] if name else content
-        for key, stderr in stderrs.items():
-            part[key] = Measured(part[key], stderr)
-    adam = content.pop("adam")
-    if adam is not None:
-        for name in ("batch_sizes", "stretch"):
-            adam[name] = tuple(arrays[f"adam_{name}"].tolist())
-        adam = AdamCurvature(**adam)
-    small_batch = content.pop("small_batch")
-    content.pop("top_vectors")
-    return CurvatureReport(
-        **content | {"noise": CurvatureNoise(**content["noise"])},
-        ritz_values=tuple(arrays["ritz_values"].tolist()),
-        small_batch=None if small_batch is None else (small_batch[0], small_batch[1]),
-        adam=adam,
-    )

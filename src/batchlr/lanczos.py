@@ -1,13 +1,15 @@
 """Lanczos: an operator and a start vector become a small tridiagonal matrix."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal, final
 
 import torch
 from torch import Tensor
 
 from batchlr.operators import LinearOperator
+from batchlr.operators.base import BatchedOperator
 
 Which = Literal["largest", "smallest", "both"]
 _ENDS = ("largest", "smallest")
@@ -17,6 +19,9 @@ MAX_STEPS = 200
 
 _RESTART_STEPS = 5
 """Steps in a fresh Krylov space before its eigenvalues are believed (assumed)."""
+
+_BLOCK = 8
+"""Products of batches held at a time (assumed: P numbers each)."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,21 @@ class Eigenpairs:
     residuals: Tensor  # (k,) norm of A v - value v: an eigenvalue lies within it of the value
     num_products: int
     converged: bool
+    subspace: "Subspace | None" = None  # the whole Krylov space, if asked for
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """The matrices of all batches, seen on one Krylov space of their mean.
+
+    Its axes are the Ritz vectors, so that the weighted mean of the matrices is ``diag(values)`` up
+    to rounding.
+    """
+
+    values: Tensor  # (m,) float64, descending Ritz values
+    weights: Tensor  # (m,) float64, squared overlaps of the Ritz vectors with the start; sum to 1
+    matrices: Tensor  # (K, m, m) float64, one a batch
+    axes: Tensor  # (P, m) Ritz vectors
 
 
 def lanczos(
@@ -103,6 +123,7 @@ def top_eigenpairs(
     settle: Which | None = None,
     max_steps: int | None = None,
     start: Tensor | None = None,
+    with_subspace: bool = False,
     generator: torch.Generator | None = None,
 ) -> Eigenpairs:
     """The ``k`` largest or smallest eigenvalues (or ``k`` at both ends), with error bounds.
@@ -121,6 +142,8 @@ def top_eigenpairs(
         settle: stop once the pairs of this end are that good; by default all wanted ones.
         max_steps: products at most; by default ``min(P, 200)``.
         start: ``(P,)``, a guess: the last top eigenvector saves most of the products.
+        with_subspace: also return each batch's own matrix on the Krylov space. It takes no product,
+            ``m P`` flops a batch and step, and an operator of batches.
         generator: for the start, where none is given.
 
     Raises:
@@ -145,8 +168,13 @@ def top_eigenpairs(
     if steps < wanted:
         msg = f"max_steps must be at least the {wanted} pairs asked for, got {max_steps}"
         raise ValueError(msg)
+    if with_subspace and not isinstance(operator, BatchedOperator):
+        msg = f"with_subspace needs an operator of batches, got {type(operator).__name__}"
+        raise TypeError(msg)
     generator = default_generator(generator)
-    process = _Process(operator, steps, first_vector(operator, start, generator))
+    process = _Process(
+        operator, steps, first_vector(operator, start, generator), by_batch=with_subspace
+    )
     pairs = None
     trusted_from = 0  # the step from which the current Krylov space is old enough
     while process.count < steps:
@@ -162,7 +190,7 @@ def top_eigenpairs(
             process.start_again(gaussian(operator, generator))
             trusted_from = process.count + _RESTART_STEPS
     assert pairs is not None
-    return pairs
+    return replace(pairs, subspace=process.subspace()) if with_subspace else pairs
 
 
 def _ritz_pairs(process: "_Process", k: int, which: Which, settle: Which, tol: float) -> Eigenpairs:
@@ -194,7 +222,9 @@ def _ritz_pairs(process: "_Process", k: int, which: Which, settle: Which, tol: f
 class _Process:
     """The Lanczos recurrence, one product a step."""
 
-    def __init__(self, operator: LinearOperator, num_steps: int, start: Tensor) -> None:
+    def __init__(
+        self, operator: LinearOperator, num_steps: int, start: Tensor, *, by_batch: bool = False
+    ) -> None:
         self.operator = operator
         self.size = operator.shape[0]
         self.count = 0
@@ -203,12 +233,16 @@ class _Process:
         self.off_diagonal = torch.zeros_like(self.diagonal)
         self.scale = torch.zeros((), dtype=torch.float64, device=operator.device)
         self.next = start
+        self.projections: Tensor | None = None  # (K, m, m), upper triangles
+        if by_batch and isinstance(operator, BatchedOperator):
+            count = len(operator.samples)
+            self.projections = self.diagonal.new_zeros(count, num_steps, num_steps)
 
     def advance(self) -> None:
         """One product. After a breakdown the next vector is zero, and so is all that follows."""
         j = self.count
         self.basis[j] = self.next
-        w = self.operator @ self.next
+        w = self._product()
         self.diagonal[j] = torch.dot(w.double(), self.next.double())
         norm_before = w.double().norm()
         w = self._orthogonalise(w, j + 1)
@@ -221,6 +255,38 @@ class _Process:
         self.off_diagonal[j] = length
         self.next = torch.where(length > 0, w / length.to(w.dtype), torch.zeros_like(w))
         self.count += 1
+
+    def _product(self) -> Tensor:
+        """``A next``; on the way each batch's part of it is projected on the basis so far."""
+        if self.projections is None or not isinstance(self.operator, BatchedOperator):
+            return self.operator @ self.next
+        j = self.count
+        samples = self.operator.samples
+        total = torch.zeros_like(self.next)
+        products = self.operator.batch_products(self.next)
+        for first in range(0, len(samples), _BLOCK):
+            block = torch.stack(list(islice(products, _BLOCK)))  # (block, P)
+            last = first + len(block)
+            weights = block.new_tensor(samples[first:last]) / sum(samples)
+            total += weights @ block
+            self.projections[first:last, : j + 1, j] = (block @ self.basis[: j + 1].T).double()
+        return total
+
+    def subspace(self) -> Subspace:
+        """What the batches' products said on the way; needs ``by_batch``."""
+        assert self.projections is not None
+        tridiagonal = self.tridiagonal()
+        values, vectors = tridiagonal.eigh()
+        values, vectors = values.flip(0), vectors.flip(1)
+        m = len(values)
+        upper = self.projections[:, :m, :m]
+        matrices = upper + upper.triu(1).transpose(1, 2)
+        return Subspace(
+            values=values,
+            weights=vectors[0].square(),
+            matrices=vectors.T @ matrices @ vectors,
+            axes=tridiagonal.basis.T @ vectors.to(self.basis.dtype),
+        )
 
     def _orthogonalise(self, vector: Tensor, count: int) -> Tensor:
         basis = self.basis[:count]

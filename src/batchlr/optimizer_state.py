@@ -53,6 +53,18 @@ def beta1(optimizer: Optimizer) -> float:
     return _BETA1
 
 
+def decoupled_decay(optimizer: Optimizer) -> float:
+    """Weight decay that acts beside the gradient (AdamW), the largest over the groups."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return 0.0
+    decays = (
+        float(group["weight_decay"])
+        for group in optimizer.param_groups
+        if group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
+    )
+    return max(decays, default=0.0)
+
+
 def second_moments(model: nn.Module, optimizer: Optimizer) -> tuple[Tensor, float] | None:
     """Adam's bias-corrected second moments ``(P,)`` and age; None before its first step."""
     if not isinstance(optimizer, torch.optim.Optimizer):

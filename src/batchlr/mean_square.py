@@ -1,0 +1,263 @@
+"""Where SGD on a noisy quadratic stops contracting in the mean square, in many directions at once.
+
+`learning_rates.max_sgd_lr` knows one direction; here the noise may carry energy from any direction
+to any other. Without noise each direction answers an impulse on its own; what noise feeds back is
+the response to it, so that stability is a question of one positive linear map (`loop_gain`).
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+_STEP = 1e-4  # assumed: relative step of the difference quotients, exact to about 1e-8
+_LOG_TOLERANCE = 1e-4  # assumed: of a limit, relative; its sampling error is far larger
+_DENSE = 8  # assumed: directions up to which a map on matrices is solved as a dense one
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """What an optimizer makes of gradients, linear in them (PyTorch's conventions).
+
+    ``v <- momentum v + dampening (g + weight_decay w)`` and ``w <- (1 - lr decoupled_decay) w - lr
+    v``, with ``dampening = 1 - momentum`` for an average (Adam) and 1 for SGD. Nesterov's variant
+    steps by ``g + momentum v``.
+
+    Raises:
+        ValueError: momentum is outside [0, 1), a decay is negative, or an average has Nesterov's
+            step.
+    """
+
+    momentum: float = 0.0
+    nesterov: bool = False
+    averaged: bool = False
+    weight_decay: float = 0.0
+    decoupled_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            msg = f"momentum must lie in [0, 1), got {self.momentum}"
+            raise ValueError(msg)
+        if not (0 <= self.weight_decay < math.inf and 0 <= self.decoupled_decay < math.inf):
+            msg = (
+                "weight decays must be finite and at least 0, got "
+                f"{self.weight_decay} and {self.decoupled_decay}"
+            )
+            raise ValueError(msg)
+        if self.nesterov and self.averaged:
+            msg = "Nesterov's step is defined for SGD's momentum, not for an average"
+            raise ValueError(msg)
+
+    def noiseless_limit(self, largest: float) -> float:
+        """The rate at which curvature ``largest`` alone stops contracting.
+
+        ``2 (1 + m) / (largest + decay)`` for SGD with momentum; from Jury's criterion for the
+        2 x 2 recursion of weight and velocity.
+        """
+        m = self.momentum
+        stiffness = (largest + self.weight_decay) * (1 + 2 * m if self.nesterov else 1)
+        if self.averaged:
+            stiffness *= 1 - m
+        return 2 * (1 + m) / (stiffness + (1 + m) * self.decoupled_decay)
+
+    def flat_response(self, lr: float) -> float:
+        """``h g`` as the curvature ``h`` of a direction goes to zero: ``lr / (2 (1 - momentum))``.
+
+        For an average without the ``1 - momentum``, which its impulses carry already.
+        """
+        return lr / 2 if self.averaged else lr / (2 * (1 - self.momentum))
+
+    def response(self, curvatures: Array, lr: float) -> Array:
+        """``g_ij = sum_t c_i(t) c_j(t)`` ``(d, d)``, with ``c_i`` the weight's impulse response.
+
+        ``c_i(t)`` is how far the weight along direction ``i`` stands ``t`` steps after a unit
+        impulse in its gradient. For plain SGD ``g_ij = lr / (h_i + h_j - lr h_i h_j)``.
+        """
+        return self._response(curvatures, curvatures, lr)
+
+    def _response(self, rows: Array, columns: Array, lr: float) -> Array:
+        first, second = self._recursion(rows, lr), self._recursion(columns, lr)
+        pairs = np.einsum("iab,jcd->ijacbd", first, second).reshape(len(rows), len(columns), 4, 4)
+        impulse = self._impulse(lr)
+        forcing = np.outer(impulse, impulse).reshape(4, 1)
+        moments = np.linalg.solve(np.eye(4) - pairs, np.broadcast_to(forcing, (*pairs.shape[:3], 1)))
+        result: Array = moments[..., 0, 0]
+        return result
+
+    def _recursion(self, curvatures: Array, lr: float) -> Array:
+        """``(w, v) -> (w, v)`` ``(d, 2, 2)`` along each direction."""
+        m = self.momentum
+        gain = 1 - m if self.averaged else 1.0
+        pull = gain * (curvatures + self.weight_decay)
+        kept = 1 - lr * self.decoupled_decay
+        matrix = np.empty((len(curvatures), 2, 2))
+        matrix[:, 1, 0], matrix[:, 1, 1] = pull, m
+        if self.nesterov:
+            matrix[:, 0, 0], matrix[:, 0, 1] = kept - lr * (1 + m) * pull, -lr * m * m
+        else:
+            matrix[:, 0, 0], matrix[:, 0, 1] = kept - lr * pull, -lr * m
+        return matrix
+
+    def _impulse(self, lr: float) -> Array:
+        gain = 1 - self.momentum if self.averaged else 1.0
+        return gain * np.array([-lr * (1 + self.momentum if self.nesterov else 1.0), 1.0])
+
+
+@dataclass(frozen=True)
+class CurvatureSpread:
+    """How a symmetric ``(d, d)`` matrix of mean ``diag(curvatures)`` fluctuates from step to step.
+
+    The fluctuations are ``sum_k X -> scale D_k X D_k``, the covariance of ``K`` deviations;
+    ``leak`` is the variance that the leading direction sends out of these ``d`` directions, over
+    its curvature.
+    """
+
+    curvatures: Array  # (d,) positive, descending
+    deviations: Array  # (K, d, d) symmetric
+    scale: float = 1.0
+    leak: float = 0.0  # unit: curvature
+
+    def feed(self, second_moment: Array) -> Array:
+        """``E D X D`` ``(d, d)`` of a symmetric ``X``: what noise makes of the second moment."""
+        fed = np.matmul(np.matmul(self.deviations, second_moment), self.deviations).sum(0)
+        symmetric: Array = self.scale * (fed + fed.T) / 2
+        return symmetric
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A largest stable rate and how it depends on what it was computed from."""
+
+    lr: float
+    noiseless: float  # the limit without fluctuations, never smaller
+    steepness: float  # d ln(gain) / d ln(lr) at the limit; infinite where noise does not limit
+    by_deviation: Array  # (K,) what each deviation's own feed contributes to the gain there
+    by_curvature: Array  # (d,) d ln(lr) / d curvature
+
+
+def loop_gain(dynamics: Dynamics, spread: CurvatureSpread, lr: float) -> float:
+    """Growth of the second moment through noise: below 1 it contracts, above 1 it grows.
+
+    A perturbation of second moment ``X`` is fed back as ``g o E[D X D]``, with ``g`` the response
+    and ``o`` the entrywise product. The gain is the spectral radius of that map, which keeps the
+    cone of positive semi-definite matrices, plus ``leak`` times the response of flat directions for
+    what returns from outside. Where it reaches 1 the full recursion of all second moments of
+    weight and velocity has spectral radius 1 (Mulayoff & Michaeli 2024 for plain SGD).
+    """
+    return _gain(dynamics, spread, lr, None)[0]
+
+
+def mean_square_limit(dynamics: Dynamics, spread: CurvatureSpread) -> Limit:
+    """The rate at which `loop_gain` reaches 1.
+
+    Raises:
+        ValueError: there is no positive curvature, or a number is not finite.
+    """
+    curvatures = spread.curvatures
+    if len(curvatures) == 0 or not 0 < curvatures.max() < math.inf or curvatures.min() <= 0:
+        msg = (
+            "curvatures must be positive and finite, got "
+            f"{curvatures.tolist()[:5]}: directions that do not curve upwards have no limit"
+        )
+        raise ValueError(msg)
+    if not (np.isfinite(spread.deviations).all() and 0 <= spread.leak < math.inf):
+        msg = "the deviations and the leak must be finite"
+        raise ValueError(msg)
+    noiseless = dynamics.noiseless_limit(float(curvatures.max()))
+    start: Array | None = None
+    below, above = -math.inf, math.log(noiseless) - 1e-9
+    gain, start = _gain(dynamics, spread, math.exp(above), start)
+    if gain <= 1:
+        return Limit(
+            noiseless,
+            noiseless,
+            math.inf,
+            np.zeros(len(spread.deviations)),
+            _noiseless_slope(dynamics, curvatures),
+        )
+    # A secant on ln(gain) against ln(lr), which is nearly straight, kept inside the bracket.
+    here, value = above, math.log(gain)
+    slope = 1.0
+    for _ in range(100):
+        guess = here - value / slope
+        if not below < guess < above:
+            guess = above - 1.0 if math.isinf(below) else (below + above) / 2
+        gain, start = _gain(dynamics, spread, math.exp(guess), start)
+        level = math.log(gain)
+        slope = max((level - value) / (guess - here), 0.5) if guess != here else 1.0
+        here, value = guess, level
+        if level > 0:
+            above = here
+        else:
+            below = here
+        if abs(level) < _LOG_TOLERANCE or above - below < _LOG_TOLERANCE:
+            break
+    return _sensitivities(dynamics, spread, math.exp(here - value / slope), noiseless, start)
+
+
+def _gain(
+    dynamics: Dynamics, spread: CurvatureSpread, lr: float, start: Array | None
+) -> tuple[float, Array]:
+    """`loop_gain`, and the second moment ``(d, d)`` that grows by it."""
+    response = dynamics.response(spread.curvatures, lr)
+    outside = spread.leak * dynamics.flat_response(lr)
+    size = len(response)
+    if not spread.deviations.any():
+        return outside, np.eye(size)
+    if size <= _DENSE:
+        basis = np.eye(size * size).reshape(-1, size, size)
+        columns = [(response * spread.feed(unit)).ravel() for unit in basis]
+        values, vectors = np.linalg.eig(np.stack(columns, 1))
+        top = int(np.abs(values).argmax())
+        return float(abs(values[top])) + outside, _moment(vectors[:, top].real, size)
+    from scipy.sparse.linalg import LinearOperator, eigs
+
+    def multiply(flat: Array) -> Array:
+        moment = flat.reshape(size, size)
+        return (response * spread.feed((moment + moment.T) / 2)).ravel()
+
+    guess = np.diag(np.diag(response)) if start is None else start
+    operator = LinearOperator((size * size, size * size), matvec=multiply, dtype=np.float64)
+    values, vectors = eigs(operator, k=1, which="LM", v0=guess.ravel(), ncv=16, tol=1e-6)
+    return float(abs(values[0])) + outside, _moment(vectors[:, 0].real, size)
+
+
+def _moment(flat: Array, size: int) -> Array:
+    matrix = flat.reshape(size, size)
+    return (matrix + matrix.T) / 2 * (1.0 if np.trace(matrix) >= 0 else -1.0)
+
+
+def _sensitivities(
+    dynamics: Dynamics, spread: CurvatureSpread, lr: float, noiseless: float, start: Array
+) -> Limit:
+    """First-order perturbation of the gain: ``<X, N X> / <X, X / g>`` is stationary in ``X``."""
+    lr = min(lr, noiseless)
+    _, moment = _gain(dynamics, spread, lr, start)
+    curvatures = spread.curvatures
+    response = dynamics.response(curvatures, lr)
+    norm = float((moment**2 / response).sum())
+    outside = spread.leak * dynamics.flat_response(lr)
+    fed = np.matmul(np.matmul(spread.deviations, moment), spread.deviations)
+    shares = spread.scale * np.einsum("kij,ij->k", fed, moment) / norm
+    inside = float(shares.sum())
+    faster = dynamics.response(curvatures, lr * (1 - _STEP))
+    by_rate = (response - faster) / _STEP
+    weight = moment**2 / response**2 / norm * inside
+    steepness = float((weight * by_rate).sum()) + outside
+    steps = _STEP * curvatures
+    rows = dynamics._response(curvatures - steps, curvatures, lr)
+    slopes = (response - rows) / steps[:, None]
+    by_curvature = -2 * (weight * slopes).sum(1) / steepness
+    return Limit(lr, noiseless, steepness, shares, by_curvature)
+
+
+def _noiseless_slope(dynamics: Dynamics, curvatures: Array) -> Array:
+    slope = np.zeros(len(curvatures))
+    top = int(curvatures.argmax())
+    here = dynamics.noiseless_limit(float(curvatures[top]))
+    there = dynamics.noiseless_limit(float(curvatures[top]) * (1 - _STEP))
+    slope[top] = math.log(here / there) / (_STEP * curvatures[top])
+    return slope
