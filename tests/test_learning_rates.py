@@ -215,6 +215,25 @@ def test_the_limit_is_the_first_fixed_point_of_the_second_moments(kind, momentum
     assert spectral_radius(above) > 1
 
 
+@given(
+    momentum=momenta, deviation=st.floats(0, 100), decay=st.floats(0, 1e3), nesterov=st.booleans()
+)
+def test_the_limit_is_a_fixed_point_between_the_points_of_the_grid_too(
+    momentum, deviation, decay, nesterov
+):
+    options = {"momentum": momentum, "nesterov": True} if nesterov else {"beta1": momentum}
+    rate, step = (max_sgd_lr, nesterov_step) if nesterov else (max_adam_lr, adamw_step)
+    limit = rate(1.0, deviation**2, weight_decay=decay, **options)
+
+    def determinant(lr):
+        exact = step(lr, Fraction(momentum), Fraction(decay))
+        return fixed_point_determinant(moments_of(exact, Fraction(1), Fraction(deviation)))
+
+    margin = Fraction(1, 10**9)
+    below, above = (determinant(Fraction(limit) * (1 + sign * margin)) for sign in (-1, 1))
+    assert below * above < 0
+
+
 @pytest.mark.parametrize("kind", ["nesterov", "adamw"])
 def test_the_steps_of_the_recursion_are_torch_s(kind):
     lr, momentum, decay, curvature = 0.3, 0.7, 0.2, 1.7

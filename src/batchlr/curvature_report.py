@@ -37,7 +37,7 @@ class LRBound:
     reasons: tuple[str, ...]  # why not reliable; empty if it is
     batch_size: int
     optimizer: str
-    momentum: float  # SGD's, or Adam's beta1
+    momentum: float  # SGD's or RMSprop's, or Adam's beta1
     rule: Rule
 
     def __float__(self) -> float:
@@ -60,7 +60,9 @@ class CurvatureNoise:
 
 @dataclass(frozen=True)
 class AdamCurvature:
-    """Extremes of ``D^-1/2 H D^-1/2`` with Adam's ``D = sqrt(v) + eps``; unit: 1 / learning rate.
+    """Extremes of ``D^-1/2 H D^-1/2``, ``D = sqrt(v) + eps``; unit: 1 / learning rate.
+
+    ``D`` is what Adam, or RMSprop, divides by.
 
     ``D`` depends on the batch size through the gradient noise in ``v``. ``stretch`` is the mean of
     ``D(B)/D(batch_size)`` over the coordinates of the top eigenvector; curvature goes like its
@@ -71,11 +73,12 @@ class AdamCurvature:
     parallel: Measured
     orthogonal: Measured
     batch_size: int  # at which D was measured
-    beta1: float
+    beta1: float  # Adam's, or RMSprop's momentum
     converged: bool
     source: Literal["state", "gradients"]  # of v: the optimizer's state, or batch gradients
     batch_sizes: tuple[float, ...]  # ascending
     stretch: tuple[float, ...]  # of the same length
+    optimizer: Literal["adam", "rmsprop"] = "adam"  # whose v it is
 
     @property
     def total(self) -> float:
@@ -119,6 +122,9 @@ class CurvatureReport:
     converged: bool
     num_products: int
     seconds: float
+    gradient_norm: float = math.nan  # |g_B|, mean over the batches; NaN if not measured
+    clip_norm: float | None = None  # at which training clips the gradient's norm; None: nowhere
+    kinked: str | None = None  # name of the criterion if it is piecewise linear
     # (P,) of the matrix and of Adam's, if measured: where to start the next time; not saved
     top_vectors: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)
 
@@ -172,7 +178,7 @@ class CurvatureReport:
         self,
         batch_size: int,
         *,
-        optimizer: Literal["sgd", "adam"] = "sgd",
+        optimizer: Literal["sgd", "adam", "rmsprop"] = "sgd",
         momentum: float | None = None,
         rule: Rule = "mean-square",
     ) -> LRBound:
@@ -180,9 +186,11 @@ class CurvatureReport:
 
         Args:
             batch_size: of one optimizer step, at most the size of the data set.
-            optimizer: ``"adam"`` stands for Adam and AdamW.
-            momentum: SGD's, or Adam's ``beta1``; by default that of the optimizer measured with,
-                else 0 for SGD and 0.9 for Adam.
+            optimizer: ``"adam"`` stands for Adam and AdamW. ``"rmsprop"`` is limited by the same
+                preconditioned curvature, but its momentum adds gradients up like SGD's where
+                Adam's averages them.
+            momentum: SGD's or RMSprop's, or Adam's ``beta1``; by default that of the optimizer
+                measured with, else 0, and 0.9 for Adam.
             rule: ``"mean-square"``, where the second moment of a perturbation stops shrinking
                 under momentum and batch noise; ``"paper"``, ``2/lambda_1'`` for SGD and
                 ``2/sqrt(lambda_1')`` for Adam (Granziol, Zohren & Roberts 2022), which knows
@@ -193,21 +201,22 @@ class CurvatureReport:
                 measured.
         """
         self.inverse_effective_batch_size(batch_size)  # refuses illegal sizes
-        if optimizer not in ("sgd", "adam"):
-            msg = f"optimizer must be 'sgd' or 'adam', got {optimizer!r}"
+        if optimizer not in ("sgd", "adam", "rmsprop"):
+            msg = f"optimizer must be 'sgd', 'adam' or 'rmsprop', got {optimizer!r}"
             raise ValueError(msg)
         if rule not in ("mean-square", "paper"):
             msg = f"rule must be 'mean-square' or 'paper', got {rule!r}"
             raise ValueError(msg)
         if momentum is None:
-            beta1 = 0.9 if self.adam is None else self.adam.beta1
-            momentum = self.momentum if optimizer == "sgd" else beta1
+            momentum = self._momentum_of(optimizer)
         if rule == "paper":
             rate = self._paper(batch_size, optimizer)
         elif optimizer == "sgd":
             rate = self._mean_square_sgd(batch_size, momentum)
         else:
             rate = self._mean_square_adam(batch_size, momentum)
+            if optimizer == "rmsprop":  # a sum of gradients is 1 / (1 - m) times their average
+                rate = rate._replace(value=(1 - momentum) * rate.value)
         margin = math.exp(min(_student_95(self.num_batches - 1) * rate.error, _WIDEST))
         reasons = self._reasons(batch_size, optimizer, rule)
         return LRBound(
@@ -223,6 +232,13 @@ class CurvatureReport:
             momentum=momentum,
             rule=rule,
         )
+
+    def _momentum_of(self, optimizer: str) -> float:
+        if optimizer == "sgd":
+            return self.momentum
+        if self.adam is not None and self.adam.optimizer == optimizer:
+            return self.adam.beta1
+        return 0.9 if optimizer == "adam" else 0.0
 
     def _edge(self, batch_size: float) -> tuple[float, float]:
         """`largest_at` and how much it falls per unit of ``ln B``."""
@@ -289,7 +305,7 @@ class CurvatureReport:
 
     def _reasons(self, batch_size: int, optimizer: str, rule: Rule) -> tuple[str, ...]:
         ratio = batch_size / self.batch_size
-        preconditioned = self.adam if optimizer == "adam" and rule == "mean-square" else None
+        preconditioned = self.adam if optimizer != "sgd" and rule == "mean-square" else None
         converged = self.converged if preconditioned is None else preconditioned.converged
         checks = [
             (not converged, "Lanczos did not converge: allow more products"),
@@ -317,6 +333,17 @@ class CurvatureReport:
                 self.coupled and not 1 / 4 <= ratio <= 4,
                 f"train-mode normalisation was measured on batches of {self.batch_size}: measure "
                 "with batches nearer to the size asked for",
+            ),
+            (
+                self.clip_norm is not None and self.gradient_norm > self.clip_norm,
+                f"gradient clipping at {self.clip_norm} is active: batch gradients have norm "
+                f"{self.gradient_norm:.3g}; clipped steps are shorter than the limit assumes, so "
+                "it is on the safe side",
+            ),
+            (
+                self.kinked is not None,
+                f"{self.kinked} is piecewise linear: its kinks limit the step and have no second "
+                "derivative, so the limit misses them",
             ),
         ]
         return tuple(reason for holds, reason in checks if holds)

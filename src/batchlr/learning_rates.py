@@ -88,7 +88,7 @@ def max_adam_lr(
 
     This is the limit of a run under way. At step ``t`` Adam divides by ``1 - beta1^t`` as well: the
     effective rate is ``lr / (1 - beta1^t)``, ten times the nominal one at the first step with
-    ``beta1 = 0.9``, though on an average that has seen but ``t`` gradients. Warm-up covers it.
+    ``beta1 = 0.9``, on an average of but ``t`` gradients. The limit is not about those steps.
 
     Args:
         largest: Largest eigenvalue of the preconditioned matrix.
@@ -106,9 +106,9 @@ def max_adam_lr(
     """
     _require_fraction(beta1=beta1)
     _require_non_negative(weight_decay=weight_decay)
-    coupled = max_sgd_lr(largest, noise, momentum=beta1) / (1.0 - beta1)
+    undecayed = max_sgd_lr(largest, noise, momentum=beta1) / (1.0 - beta1)
     if weight_decay == 0.0:
-        return coupled
+        return undecayed
     # In units of `largest`: s^2 and the decay, and the determinant a x^2 + b x - c over x.
     s2, d, m = noise / largest, weight_decay / largest, beta1
     a = m * d * ((1 - m) * (1 - s2) + 2 * d + (1 + m) * d**2)
