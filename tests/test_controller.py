@@ -112,6 +112,25 @@ def test_adam_is_measured_in_its_own_metric():
     )
 
 
+def test_rmsprop_gets_the_rate_of_its_own_law():
+    problem = linear_problem(torch.optim.RMSprop, momentum=0.5)
+    controller = CurvatureController(problem[2], MSE, tol=1e-6)
+    first = updates_of(controller, problem, 3)[0]
+    assert (first.bound.optimizer, first.bound.momentum, first.momentum) == ("rmsprop", 0.5, 0.5)
+    assert first.largest_eigenvalue == first.report.adam.largest
+    adam = first.report.max_lr(BATCH, optimizer="adam", momentum=0.5)
+    assert first.peak == pytest.approx(0.5 * adam.value, rel=1e-12)  # 1 - momentum
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1e-3, 1e3])
+def test_active_clipping_is_a_reason_for_distrust(clip_norm):
+    model, _, scheduler, batches = linear_problem()
+    controller = CurvatureController(scheduler, MSE, clip_norm=clip_norm)
+    update = controller.maybe_update(model, batches)
+    clipped = [reason for reason in update.bound.reasons if "clipping" in reason]
+    assert len(clipped) == (clip_norm == 1e-3)
+
+
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
 def test_adjusting_momentum_balances_noise_and_curvature(kind):
     problem = linear_problem(kind)
@@ -577,10 +596,16 @@ def test_steps_and_refreshes_are_positive(refreshes, total_steps):
         CurvatureController(linear_problem()[2], MSE, refreshes=refreshes, total_steps=total_steps)
 
 
+def test_rmsprop_s_momentum_is_not_adjusted():
+    scheduler = linear_problem(torch.optim.RMSprop)[2]
+    with pytest.raises(ValueError, match="adjust_momentum needs SGD or Adam, got RMSprop, which"):
+        CurvatureController(scheduler, MSE, adjust_momentum=True)
+
+
 def test_an_optimizer_without_a_theory_is_refused_at_the_first_measurement():
     model, _, _, batches = linear_problem()
     scheduler = BatchAwareLR(torch.optim.Adagrad(model.parameters(), lr=1.0), 0.1)
-    with pytest.raises(ValueError, match="known for SGD, Adam and AdamW, got Adagrad"):
+    with pytest.raises(ValueError, match="known for SGD, Adam, AdamW and RMSprop, got Adagrad"):
         CurvatureController(scheduler, MSE).maybe_update(model, batches)
 
 

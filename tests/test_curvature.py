@@ -198,7 +198,7 @@ def everything(model, optimizer):
     )
 
 
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
 @pytest.mark.parametrize("norm_mode", ["train", "eval"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("matrix", ["hessian", "ggn"])
@@ -690,6 +690,98 @@ def test_adam_s_own_second_moments_are_pooled_with_the_batches_by_age(steps, eps
     assert report.momentum == 0.0  # SGD's
 
 
+def rmsprop_after(steps, model, batch, **options):
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-3, **options)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        rows = torch.randperm(len(batch[0]), generator=generator)[:25]
+        optimizer.zero_grad()
+        CROSS_ENTROPY(model, (batch[0][rows], batch[1][rows])).backward()
+        optimizer.step()
+    return optimizer
+
+
+def preconditioned_largest(model, batch, metric):
+    scale = metric.rsqrt()
+    return float(torch.linalg.eigvalsh(scale[:, None] * dense_hessian(model, batch) * scale)[-1])
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("steps", [3, 200])
+def test_rmsprop_s_root_is_of_its_own_average_without_correction(steps, centred):
+    model, batch = network(), first_digits(200)
+    options = {"alpha": 0.97, "momentum": 0.6, "eps": 1e-4, "centered": centred}
+    optimizer = rmsprop_after(steps, model, batch, **options)
+    report = measure(model, batch, 25, optimizer=optimizer, **TOP)
+
+    def flat(key):
+        return torch.cat([optimizer.state[p][key].reshape(-1) for p in model.parameters()])
+
+    average = flat("square_avg")
+    if centred:
+        average = average - flat("grad_avg").square()
+    at = batch_second_moment(model, batch, 25, 8, 200)
+    here = at(25)
+    if centred:  # of batches out of 200: E g_B^2 less its value for the full batch
+        here = batch_variance(model, batch, 25, 8) * (1 / 25 - 1 / 200)
+    share = 1 - 0.97**steps  # what the average has of its steady size
+    metric = ((steps * average + share * 8 * here) / (steps + 8)).sqrt() + 1e-4
+    want = preconditioned_largest(model, batch, metric)
+    assert report.adam.largest == pytest.approx(want, rel=1e-8)
+    assert (report.adam.source, report.adam.optimizer, report.adam.beta1) == (
+        "state",
+        "rmsprop",
+        0.6,
+    )
+    assert report.momentum == 0.0  # SGD's
+    assert report.max_lr(25, optimizer="rmsprop").momentum == 0.6
+    assert report.max_lr(25, optimizer="adam").momentum == 0.9
+
+
+def batch_variance(model, batch, batch_size, num_batches):
+    """Per-sample variance ``(P,)`` of the gradient, from batch gradients by plain autograd."""
+    gradients = []
+    for k in range(num_batches):
+        part = [t[k * batch_size : (k + 1) * batch_size] for t in batch]
+        pieces = torch.autograd.grad(CROSS_ENTROPY(model, part), list(model.parameters()))
+        gradients.append(torch.cat([g.reshape(-1) for g in pieces]))
+    return batch_size * torch.stack(gradients).var(0, unbiased=True)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_rmsprop_diverges_just_above_its_rate_and_not_below(momentum):
+    x = torch.tensor([[3.0, 0.0], [0.0, 1.0]], dtype=torch.float64).repeat(8, 1)
+    batch = (x, torch.zeros(16, 1, dtype=torch.float64))  # batches of two are all alike
+    eps = 1e9  # next to which the root of the second moment vanishes: D = eps throughout
+
+    def run(factor, steps=400):
+        model = nn.Linear(2, 1, bias=False, dtype=torch.float64)
+        nn.init.ones_(model.weight)
+        optimizer = torch.optim.RMSprop(model.parameters(), lr=1.0, eps=eps, momentum=momentum)
+        report = measure_curvature(model, half_mse, [batch], batch_size=2, optimizer=optimizer)
+        optimizer.param_groups[0]["lr"] = factor * report.max_lr(2, optimizer="rmsprop").value
+        for _ in range(steps):
+            optimizer.zero_grad()
+            half_mse(model, batch).backward()
+            optimizer.step()
+        return float(model.weight.detach().abs().max())
+
+    assert run(0.95) < 1.0 < 10.0 < run(1.05)
+
+
+def test_rmsprop_by_name_takes_its_preconditioner_from_gradients():
+    model, batch = train(network(), 1), first_digits(200)
+    named = measure(model, batch, 25, optimizer="rmsprop", **TOP)
+    fresh = measure(model, batch, 25, optimizer=torch.optim.RMSprop(model.parameters()), **TOP)
+    want = preconditioned_largest(
+        model, batch, batch_second_moment(model, batch, 25, 8, 200)(25).sqrt() + 1e-8
+    )
+    for report in (named, fresh):
+        assert report.adam.largest == pytest.approx(want, rel=1e-8)
+        assert (report.adam.source, report.adam.optimizer) == ("gradients", "rmsprop")
+        assert report.max_lr(25, optimizer="rmsprop").momentum == 0.0
+
+
 def test_adam_with_a_large_eps_sees_the_hessian_over_it():
     model, batch = network(), first_digits(200)
     optimizer = adam_after(5, model, batch, eps=1e6)
@@ -710,6 +802,37 @@ def test_adam_with_unequal_groups_measures_both_metrics_at_once():
     assert report.adam.largest == pytest.approx(float(torch.linalg.eigvalsh(dense)[-1]), rel=1e-8)
     assert report.adam.source == "gradients"  # before its first step there is no state
     assert report.weight_decay == 0.0  # decoupled
+
+
+def test_the_gradient_norm_is_the_mean_over_batches_and_decides_whether_clipping_is_active():
+    model, batch = train(network(), 1), first_digits(100)
+    norms = []
+    for k in range(4):
+        part = [t[25 * k : 25 * (k + 1)] for t in batch]
+        pieces = torch.autograd.grad(CROSS_ENTROPY(model, part), list(model.parameters()))
+        norms.append(torch.stack([piece.norm() for piece in pieces]).norm())
+    mean = float(torch.stack(norms).mean())
+    plain = measure(model, batch, 25)
+    assert plain.gradient_norm == pytest.approx(mean, rel=1e-12)
+    assert plain.clip_norm is None
+    for clip_norm, active in ((0.99 * mean, True), (1.01 * mean, False)):
+        clipped = measure(model, batch, 25, clip_norm=clip_norm)
+        limit = clipped.max_lr(25)
+        assert limit.value == plain.max_lr(25).value  # clipping changes no number
+        assert any(f"gradient clipping at {clip_norm}" in r for r in limit.reasons) == active
+
+
+def test_a_piecewise_linear_criterion_is_a_reason_for_distrust():
+    model, x, y = least_squares(40, [2.0, 1.0, 0.5])
+    kinked = supervised(nn.L1Loss())
+    for loss_fn, words in ((half_mse, ""), (supervised(nn.MSELoss()), ""), (kinked, "L1Loss is")):
+        report = measure_curvature(model, loss_fn, [(x, y - 1)], optimizer="sgd")
+        assert report.kinked == (words.split(" ")[0] or None)
+    # Without weights in it the second derivative of the absolute error is zero almost everywhere.
+    assert report.largest == 0.0
+    deeper = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    report = measure_curvature(deeper, kinked, [(x, y - 1)], optimizer="sgd")
+    assert any(reason.startswith("L1Loss is piecew") for reason in report.max_lr(10).reasons)
 
 
 def test_by_default_both_kinds_of_optimizer_are_measured():
@@ -865,11 +988,21 @@ def test_an_unknown_optimizer_is_refused_before_anything_is_measured():
         raise AssertionError
 
     model, batches = network(), [first_digits(40)]
-    with pytest.raises(ValueError, match="optimizer must be 'sgd', 'adam' or a torch optimizer"):
+    with pytest.raises(
+        ValueError, match="must be 'sgd', 'adam', 'rmsprop' or a torch optimizer, got"
+    ):
         measure_curvature(model, untouched, batches, optimizer="lion")
-    optimizer = torch.optim.RMSprop(model.parameters())
-    with pytest.raises(ValueError, match="known for SGD, Adam and AdamW, got RMSprop; pass opt"):
+    optimizer = torch.optim.Adagrad(model.parameters())
+    with pytest.raises(ValueError, match="for SGD, Adam, AdamW and RMSprop, got Adagrad; pass opt"):
         measure_curvature(model, untouched, batches, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, -1.0, math.inf, math.nan])
+def test_clipping_at_no_positive_number_is_refused(clip_norm):
+    with pytest.raises(
+        ValueError, match=f"clip_norm must be positive and finite, got {clip_norm}; None is no cl"
+    ):
+        measure(network(), first_digits(40), batch_size=10, clip_norm=clip_norm)
 
 
 def test_other_matrices_and_norm_modes_are_refused():

@@ -114,6 +114,27 @@ def test_adam_s_limit_is_the_mean_square_one_in_the_stretched_metric(batch_size)
 
 
 @pytest.mark.parametrize("batch_size", [1, 32, 500, 10_000])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_rmsprop_s_limit_is_sgd_s_in_adam_s_metric(batch_size, momentum):
+    stretch = (0.1 + 90 / batch_size) ** 0.5
+    noise = 2500 * (1 / batch_size - 1e-4) / (50 * stretch)
+    limit = make_report().max_lr(batch_size, optimizer="rmsprop", momentum=momentum)
+    want = max_sgd_lr(50 / stretch, noise, momentum=momentum)
+    assert limit.value == pytest.approx(want, rel=1e-3)  # interpolated
+    adam = make_report().max_lr(batch_size, optimizer="adam", momentum=momentum)
+    for name in ("exponent", "regime", "reasons"):  # a factor changes none of them
+        assert getattr(limit, name) == getattr(adam, name)
+    assert limit.high / limit.low == pytest.approx(adam.high / adam.low)
+    assert limit.optimizer == "rmsprop"
+
+
+def test_rmsprop_s_paper_rule_is_adam_s():
+    report = make_report()
+    adam, rmsprop = (report.max_lr(40, optimizer=o, rule="paper") for o in ("adam", "rmsprop"))
+    assert rmsprop == replace(adam, optimizer="rmsprop", momentum=0.0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 32, 500, 10_000])
 def test_the_paper_s_rules_divide_by_the_batch_s_largest_eigenvalue(batch_size):
     report = make_report(weight_decay=0.5)
     largest = 2 + 80 * (1 / batch_size - 1e-4)
@@ -132,6 +153,10 @@ def test_momentum_is_by_default_that_measured_with():
     assert measured.max_lr(32, optimizer="adam", momentum=0.5).momentum == 0.5
     without = make_report(momentum=0.7, adam=None)
     assert without.max_lr(32, optimizer="adam", rule="paper").momentum == 0.9
+    assert measured.max_lr(32, optimizer="rmsprop").momentum == 0.0
+    rmsprop = make_report(adam=replace(ADAM, optimizer="rmsprop"))
+    assert rmsprop.max_lr(32, optimizer="rmsprop").momentum == 0.8
+    assert rmsprop.max_lr(32, optimizer="adam").momentum == 0.9
 
 
 def test_a_bound_is_frozen_and_is_its_value():
@@ -377,6 +402,14 @@ UNRELIABLE = [
     ({}, 2501, {"optimizer": "adam"}, "Adam's curvature near the full batch is a lower bound"),
     ({"coupled": True}, 24, {}, "train-mode normalisation was measured on batches of 100"),
     ({"coupled": True}, 401, {}, "train-mode normalisation was measured on batches of 100"),
+    ({}, 2501, {"optimizer": "rmsprop"}, "Adam's curvature near the full batch is a lower bound"),
+    (
+        {"clip_norm": 1.0, "gradient_norm": 2.345},
+        100,
+        {},
+        "gradient clipping at 1.0 is active: batch gradients have norm 2.35; clipped steps are sh",
+    ),
+    ({"kinked": "L1Loss"}, 100, {}, "L1Loss is piecewise linear: its kinks limit the step and ha"),
 ]
 
 
@@ -394,6 +427,9 @@ def test_doubts_do_not_spread_to_what_they_do_not_touch():
     assert make_report(coupled=True).max_lr(400).reliable
     assert make_report(adam=replace(ADAM, converged=False)).max_lr(100).reliable
     assert make_report(converged=False).max_lr(100, optimizer="adam").reliable
+    for gradient_norm in (1.0, 0.5, math.nan):
+        assert make_report(clip_norm=1.0, gradient_norm=gradient_norm).max_lr(100).reliable
+    assert make_report(gradient_norm=1e9).max_lr(100).reliable  # without clipping
     doubts = make_report(converged=False, num_batches=2, coupled=True).max_lr(1, rule="paper")
     assert len(doubts.reasons) == 4
 
@@ -436,7 +472,7 @@ def test_adam_must_have_been_measured():
 
 def test_unknown_names_and_momenta_are_refused():
     report = make_report()
-    with pytest.raises(ValueError, match="optimizer must be 'sgd' or 'adam', got 'lion'"):
+    with pytest.raises(ValueError, match="must be 'sgd', 'adam' or 'rmsprop', got 'lion'"):
         report.max_lr(32, optimizer="lion")
     with pytest.raises(ValueError, match="rule must be 'mean-square' or 'paper', got 'linear'"):
         report.max_lr(32, rule="linear")
@@ -471,13 +507,15 @@ def same(one, two):
     [
         make_report(),
         make_report(adam=None, small_batch=(4, 12.5), norm_mode="train", coupled=True),
+        make_report(adam=replace(ADAM, optimizer="rmsprop"), clip_norm=0.5, gradient_norm=0.7),
+        make_report(kinked="L1Loss"),
         make_report(
             kappa_smallest=math.nan,
             noise=CurvatureNoise(Measured(1 / 3, math.nan), Measured(0.0, 0.0), Measured(math.nan)),
             top_vectors=(torch.ones(10),),
         ),
     ],
-    ids=["adam", "sgd", "nan"],
+    ids=["adam", "sgd", "rmsprop, clipped", "kinked", "nan"],
 )
 def test_a_report_comes_back_from_disk_as_it_was(report, tmp_path):
     path = tmp_path / "deep" / "report.json"

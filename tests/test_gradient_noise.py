@@ -93,6 +93,14 @@ def test_second_moment_is_never_negative():
     assert moments.second_moment(4.0).tolist() == [0.0, 1.5]
 
 
+def test_the_centred_second_moment_is_the_variance_of_a_batch():
+    _, _, _, gradients = problem(num_samples=6)
+    moments = gradient_moments(cut(gradients, range(6), (1,) * 6))
+    means = [gradients[list(rows)].mean(0) for rows in itertools.combinations(range(6), 2)]
+    variance = torch.stack(means).var(0, unbiased=False)  # over all batches of two
+    close(moments.second_moment(1 / (1 / 2 - 1 / 6), centred=True), variance)
+
+
 def test_adam_s_second_moment_tends_to_it():
     model, x, y, _ = problem(num_samples=64)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0, betas=(0.9, 0.999))

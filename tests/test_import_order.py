@@ -13,8 +13,8 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src"
 LEVELS = [
-    {"random_matrix", "learning_rates", "scaling_rules", "measured", "operators"},
-    {"lanczos", "trace"},
+    {"random_matrix", "learning_rates", "scaling_rules", "measured", "mean_square", "operators"},
+    {"lanczos", "trace", "dataclass_files", "projected_curvature"},
     {"slq", "curvature_noise", "gradient_noise", "curvature_report", "optimizer_state"},
     {"curvature"},
     {"schedulers", "batch_size", "averaging", "probes", "optim"},

@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +17,9 @@ from batchlr.learning_rates import (
     min_damping,
     paper_adam_lr,
     paper_sgd_lr,
+    shrinkage_damping,
+    shrinkage_from_weight_decay,
+    weight_decay_from_shrinkage,
 )
 from batchlr.random_matrix import SpikedWigner
 
@@ -132,6 +136,160 @@ def test_adam_limit_without_noise_is_38_over_curvature():
     assert max_adam_lr(2.0) == pytest.approx(19.0)
 
 
+# --- Nesterov's momentum and AdamW's decay -------------------------------------------------------
+
+
+def symmetric_square(matrix):
+    """What a step ``matrix`` of ``(w, v)`` does to ``(w^2, w v, v^2)``."""
+    (a, b), (c, d) = matrix
+    return [
+        [a * a, 2 * a * b, b * b],
+        [a * c, a * d + b * c, b * d],
+        [c * c, 2 * c * d, d * d],
+    ]
+
+
+def moments_of(step, mean, deviation):
+    """Second moments' map of ``step(curvature)``; two points of equal weight have all it needs.
+
+    ``step`` is linear in the curvature, hence its square quadratic, and mean and variance decide.
+    """
+    one, two = (symmetric_square(step(mean + sign * deviation)) for sign in (-1, 1))
+    return [[(x + y) / 2 for x, y in zip(a, b, strict=True)] for a, b in zip(one, two, strict=True)]
+
+
+def nesterov_step(lr, momentum, decay):
+    """torch.optim.SGD(nesterov=True), written out: g, then the velocity, then g + m v."""
+
+    def step(curvature):
+        gradient = curvature + decay  # times w
+        return [
+            [1 - lr * (gradient + momentum * gradient), -lr * momentum * momentum],
+            [gradient, momentum],
+        ]
+
+    return step
+
+
+def adamw_step(lr, beta1, decay):
+    """torch.optim.AdamW with a unit preconditioner: decay, then the average, then the step."""
+
+    def step(curvature):
+        gain = (1 - beta1) * curvature
+        return [[1 - lr * decay - lr * gain, -lr * beta1], [gain, beta1]]
+
+    return step
+
+
+MOMENTA = (0, 0.1, 0.5, 0.6, 0.9, 0.99)
+DEVIATIONS = (0, 0.1, 1, 30)  # of the curvature, relative to its mean
+DECAYS = (0, 1e-3, 0.3, 2, 50)
+
+
+@pytest.mark.parametrize("momentum", MOMENTA)
+@pytest.mark.parametrize("deviation", DEVIATIONS)
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("kind", ["nesterov", "adamw"])
+def test_the_limit_is_the_first_fixed_point_of_the_second_moments(kind, momentum, deviation, decay):
+    largest = 3.0
+    noise = largest * deviation**2
+    if kind == "nesterov":
+        step = nesterov_step
+        limit = max_sgd_lr(largest, noise, momentum=momentum, weight_decay=decay, nesterov=True)
+    else:
+        step, limit = adamw_step, max_adam_lr(largest, noise, beta1=momentum, weight_decay=decay)
+    mean, m, wd = Fraction(largest), Fraction(momentum), Fraction(decay)
+
+    def determinant(lr):  # in exact arithmetic, so that its sign is beyond doubt
+        return fixed_point_determinant(
+            moments_of(step(lr, m, wd), mean, mean * Fraction(deviation))
+        )
+
+    margin = Fraction(1, 10**9)
+    below = determinant(Fraction(limit) * (1 - margin))
+    assert below * determinant(Fraction(limit) * (1 + margin)) < 0
+    for fraction in (0.01, 0.1, 0.5, 0.99):  # the first one: all below is stable
+        moments = moments_of(step(fraction * limit, momentum, decay), largest, largest * deviation)
+        assert spectral_radius(moments) < 1
+    above = moments_of(step(1.01 * limit, momentum, decay), largest, largest * deviation)
+    assert spectral_radius(above) > 1
+
+
+@given(
+    momentum=momenta, deviation=st.floats(0, 100), decay=st.floats(0, 1e3), nesterov=st.booleans()
+)
+def test_the_limit_is_a_fixed_point_between_the_points_of_the_grid_too(
+    momentum, deviation, decay, nesterov
+):
+    options = {"momentum": momentum, "nesterov": True} if nesterov else {"beta1": momentum}
+    rate, step = (max_sgd_lr, nesterov_step) if nesterov else (max_adam_lr, adamw_step)
+    limit = rate(1.0, deviation**2, weight_decay=decay, **options)
+
+    def determinant(lr):
+        exact = step(lr, Fraction(momentum), Fraction(decay))
+        return fixed_point_determinant(moments_of(exact, Fraction(1), Fraction(deviation)))
+
+    margin = Fraction(1, 10**9)
+    below, above = (determinant(Fraction(limit) * (1 + sign * margin)) for sign in (-1, 1))
+    assert below * above < 0
+
+
+@pytest.mark.parametrize("kind", ["nesterov", "adamw"])
+def test_the_steps_of_the_recursion_are_torch_s(kind):
+    lr, momentum, decay, curvature = 0.3, 0.7, 0.2, 1.7
+    w = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
+    if kind == "nesterov":
+        options = {"momentum": momentum, "weight_decay": decay, "nesterov": True}
+        optimizer = torch.optim.SGD([w], lr=lr, **options)
+        matrix = np.array(nesterov_step(lr, momentum, decay)(curvature))
+    else:
+        eps = 1e12  # next to which the root of the second moment vanishes: D = eps
+        options = {"betas": (momentum, 0.0), "eps": eps, "weight_decay": decay / eps}
+        optimizer = torch.optim.AdamW([w], lr=lr * eps, **options)
+        matrix = np.array(adamw_step(lr, momentum, decay)(curvature))
+    state = np.array([1.0, 0.0])
+    for step in range(1, 5):
+        before = state
+        state = matrix @ state
+        if kind == "adamw":  # bias correction stretches the step, not the average
+            state[0] = (1 - lr * decay) * before[0] - lr * state[1] / (1 - momentum**step)
+        optimizer.zero_grad()
+        (0.5 * curvature * w.square()).sum().backward()
+        optimizer.step()
+        assert w.item() == pytest.approx(state[0], rel=1e-9)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_nesterov_s_limit_without_and_with_overwhelming_noise(momentum):
+    free = max_sgd_lr(3.0, momentum=momentum, nesterov=True)
+    assert free == pytest.approx(2 * (1 + momentum) / (1 + 2 * momentum) / 3, rel=1e-14)
+    heavy_ball_limit = max_sgd_lr(3.0, 1e12, momentum=momentum)  # relative difference: 3/1e12
+    overwhelmed = max_sgd_lr(3.0, 1e12, momentum=momentum, nesterov=True)
+    assert overwhelmed == pytest.approx(heavy_ball_limit, rel=1e-9)
+
+
+@given(largest=curvatures, noise_ratio=noise_ratios)
+def test_without_momentum_nesterov_is_plain_sgd(largest, noise_ratio):
+    noise = noise_ratio * largest
+    plain = max_sgd_lr(largest, noise)
+    assert max_sgd_lr(largest, noise, nesterov=True) == pytest.approx(plain, rel=1e-14)
+
+
+@given(largest=curvatures, noise_ratio=noise_ratios, beta1=momenta)
+def test_a_vanishing_decay_leaves_adam_s_limit(largest, noise_ratio, beta1):
+    coupled = max_adam_lr(largest, noise_ratio * largest, beta1=beta1)
+    tiny = 1e-14 * largest  # counts (1 + beta1) / (1 - beta1) times, at most 199
+    decayed = max_adam_lr(largest, noise_ratio * largest, beta1=beta1, weight_decay=tiny)
+    assert decayed == pytest.approx(coupled, rel=1e-11)
+
+
+@given(largest=curvatures, beta1=momenta, decay=st.floats(0.0, 1e3))
+def test_without_noise_decoupled_decay_adds_to_the_inverse_rate(largest, beta1, decay):
+    limit = max_adam_lr(largest, beta1=beta1, weight_decay=decay)
+    inverse = 1 / max_adam_lr(largest, beta1=beta1) + decay / 2
+    assert 1 / limit == pytest.approx(inverse, rel=1e-10)
+
+
 # --- the paper's rules -------------------------------------------------------------------------
 
 
@@ -189,6 +347,52 @@ def test_min_damping_puts_the_missed_direction_at_its_stability_limit():
     damping = min_damping(lr=0.3, noise=7.0)
     assert 0.3 / damping == pytest.approx(max_sgd_lr(7.0))
     assert min_damping(lr=0.3, noise=0.0) == 0.0
+
+
+KFAC_GRID = ((16, 16), (8, 32), (4, 64), (2, 128), (1, 256))  # (damping, B) of the paper's code
+
+
+@pytest.mark.parametrize(("damping", "batch_size"), KFAC_GRID)
+def test_min_damping_is_the_authors_grid_at_the_one_kappa_that_fits_any_of_them(
+    damping, batch_size
+):
+    kappa = 512.0  # 2 * damping * B / lr at their lr = 1
+    assert min_damping(lr=1.0, noise=kappa / batch_size) == damping
+
+
+def test_at_the_wigner_edge_min_damping_goes_like_the_root_of_the_batch():
+    num_params, sigma = 400, 0.3
+
+    def edge(batch_size):
+        return SpikedWigner(noise_std=sigma * math.sqrt(num_params / batch_size)).edges[1]
+
+    scaled = [min_damping(0.1, edge(size)) * math.sqrt(size) for size in (4, 64, 1024)]
+    assert scaled == pytest.approx([0.1 * 20 * sigma] * 3, rel=1e-14)
+
+
+@given(alpha=st.floats(1e-6, 1.0), target=st.floats(1e-6, 1e6))
+def test_a_shrunk_matrix_is_the_damped_one_at_a_larger_rate(alpha, target):
+    curvature, gradient, lr = 2.5, 0.7, 0.1
+    shrunk = lr * gradient / (alpha * curvature + (1 - alpha) * target)
+    damped = lr / alpha * gradient / (curvature + shrinkage_damping(alpha, target=target))
+    assert damped == pytest.approx(shrunk, rel=1e-12)
+
+
+@given(alpha=st.floats(1e-6, 1.0), target=st.floats(1e-6, 1e6), weight=st.floats(-10, 10))
+def test_a_shrunk_gradient_is_the_decayed_one_at_a_smaller_rate(alpha, target, weight):
+    gradient, lr = 0.7, 0.1
+    shrunk = lr * (alpha * gradient + (1 - alpha) * target * weight)
+    decay = weight_decay_from_shrinkage(alpha, target)
+    decayed = lr * alpha * (gradient + decay * weight)
+    assert decayed == pytest.approx(shrunk, rel=1e-9, abs=1e-9 * lr * alpha)
+    # 1 - alpha has lost digits where alpha is near 1, none of which alpha itself can lose.
+    assert shrinkage_from_weight_decay(decay, target) == pytest.approx(alpha, rel=1e-12)
+
+
+def test_no_shrinkage_is_no_damping_and_no_decay():
+    assert shrinkage_damping(1.0) == weight_decay_from_shrinkage(1.0, 3.0) == 0.0
+    assert shrinkage_damping(0.5) == 1.0  # towards the identity
+    assert shrinkage_from_weight_decay(0.0, 3.0) == 1.0
 
 
 # --- least squares: the exact limit of Mulayoff & Michaeli 2024 ---------------------------------
@@ -342,3 +546,32 @@ def test_min_damping_refuses_negative_arguments():
         min_damping(-1.0, 1.0)
     with pytest.raises(ValueError, match=r"noise must be finite and at least 0, got -1.0"):
         min_damping(1.0, -1.0)
+
+
+@pytest.mark.parametrize("alpha", [0.0, -0.5, 1.5, math.nan])
+def test_shrinkage_outside_its_range_is_refused(alpha):
+    for function in (shrinkage_damping, lambda a: weight_decay_from_shrinkage(a, 1.0)):
+        with pytest.raises(ValueError, match=rf"alpha must lie in \(0, 1\], got {alpha}: 1 keeps"):
+            function(alpha)
+
+
+@pytest.mark.parametrize("target", [0.0, -1.0, math.inf, math.nan])
+def test_a_decay_needs_a_positive_target_to_be_a_shrinkage(target):
+    with pytest.raises(
+        ValueError, match=f"target must be positive and finite, got {target}: it sets the decay"
+    ):
+        shrinkage_from_weight_decay(1.0, target)
+
+
+@pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
+def test_shrinkage_s_other_arguments_are_finite_and_not_negative(value):
+    with pytest.raises(ValueError, match=f"target must be finite and at least 0, got {value}"):
+        shrinkage_damping(0.5, target=value)
+    with pytest.raises(
+        ValueError, match=f"weight_decay must be finite and at least 0, got {value}"
+    ):
+        shrinkage_from_weight_decay(value, 1.0)
+    with pytest.raises(
+        ValueError, match=f"weight_decay must be finite and at least 0, got {value}"
+    ):
+        max_adam_lr(1.0, weight_decay=value)

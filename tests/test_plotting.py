@@ -135,9 +135,10 @@ def test_points_that_are_not_reliable_are_hollow():
     assert edges == {faces[16]} != {faces[4]}
 
 
-def test_one_optimizer_alone_may_be_drawn():
-    (axis,) = plot_rates([bound(4, 0.1, optimizer="adam")]).axes
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["Adam, momentum 0.9"]
+@pytest.mark.parametrize(("optimizer", "name"), [("adam", "Adam"), ("rmsprop", "RMSprop")])
+def test_one_optimizer_alone_may_be_drawn(optimizer, name):
+    (axis,) = plot_rates([bound(4, 0.1, optimizer=optimizer)]).axes
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == [f"{name}, momentum 0.9"]
 
 
 def test_no_rates_are_refused():

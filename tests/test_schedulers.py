@@ -304,7 +304,12 @@ def test_a_named_rule_carries_the_peak_to_another_batch_size(rule, peak):
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [(torch.optim.SGD, "sgd"), (torch.optim.Adam, "adam"), (torch.optim.AdamW, "adam")],
+    [
+        (torch.optim.SGD, "sgd"),
+        (torch.optim.Adam, "adam"),
+        (torch.optim.AdamW, "adam"),
+        (torch.optim.RMSprop, "rmsprop"),
+    ],
 )
 def test_a_report_carries_the_peak_as_its_own_limit_of_the_optimizer(kind, name):
     report = make_report(adam=ADAM)
@@ -313,7 +318,7 @@ def test_a_report_carries_the_peak_as_its_own_limit_of_the_optimizer(kind, name)
     scheduler.set_batch_size(512, report=report)
     old, new = (report.max_lr(size, optimizer=name).value for size in (32, 512))
     assert scheduler.peak == pytest.approx(0.01 * new / old, rel=1e-15)
-    other = {"sgd": "adam", "adam": "sgd"}[name]
+    other = "adam" if name == "sgd" else "sgd"
     scheduler.set_batch_size(32, report=report, optimizer=other)
     old, new = (report.max_lr(size, optimizer=other).value for size in (512, 32))
     assert rates_of(optimizer)[0] == scheduler.peak

@@ -28,6 +28,8 @@ from batchlr.operators import HessianOperator as HessianOperator
 from batchlr.operators import LinearOperator as LinearOperator
 from batchlr.operators import PreconditionedOperator as PreconditionedOperator
 from batchlr.operators import supervised as supervised
+from batchlr.probes import BatchSharpness as BatchSharpness
+from batchlr.probes import batch_sharpness as batch_sharpness
 from batchlr.random_matrix import SpikedMarchenkoPastur as SpikedMarchenkoPastur
 from batchlr.random_matrix import SpikedWigner as SpikedWigner
 from batchlr.scaling_rules import rescale_lr as rescale_lr

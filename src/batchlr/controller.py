@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from batchlr.learning_rates import balanced_momentum
 from batchlr.operators.batches import count_samples
 from batchlr.operators.curvature_matrix import NormMode
 from batchlr.operators.supervised import LossFunction
+from batchlr.optimizer_state import Kind
 from batchlr.schedulers import BatchAwareLR
 
 logger = logging.getLogger("batchlr")
@@ -72,6 +73,7 @@ class CurvatureController:
         tol: relative residual at which Lanczos stops (assumed; the eigenvalue's own
             error is of second order in it).
         max_products: of one Lanczos run.
+        clip_norm: at which training clips the gradient's norm; the rates then say if it is active.
         generator: for start vectors; without one the seed is 0.
 
     Raises:
@@ -94,6 +96,7 @@ class CurvatureController:
         norm_mode: NormMode = "train",
         tol: float = 0.1,
         max_products: int = 20,
+        clip_norm: float | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         if not 0 < safety <= 1:
@@ -101,6 +104,12 @@ class CurvatureController:
             raise ValueError(msg)
         if not growth > 1:
             msg = f"growth must be above 1, got {growth}"
+            raise ValueError(msg)
+        if adjust_momentum and isinstance(scheduler.optimizer, torch.optim.RMSprop):
+            msg = (
+                "adjust_momentum needs SGD or Adam, got RMSprop, which makes its momentum's buffer "
+                "only once; set its momentum yourself and leave adjust_momentum out"
+            )
             raise ValueError(msg)
         if refreshes < 1 or (total_steps is not None and total_steps < 1):
             msg = f"refreshes and total_steps must be positive, got {refreshes} and {total_steps}"
@@ -116,6 +125,7 @@ class CurvatureController:
         self.norm_mode: NormMode = norm_mode
         self.tol = tol
         self.max_products = max_products
+        self.clip_norm = clip_norm
         self.interval = 100 if total_steps is None else max(1, total_steps // refreshes)
         self.num_products = 0
         self.seconds = 0.0
@@ -186,6 +196,7 @@ class CurvatureController:
             max_products=self.max_products,
             tracking=True,
             start_vectors=self._vectors,
+            clip_norm=self.clip_norm,
             generator=self._generator,
         )
         self.num_products += report.num_products
@@ -194,7 +205,7 @@ class CurvatureController:
         return report
 
     def _bound(self, report: CurvatureReport, batch_size: int) -> LRBound:
-        kind: Literal["sgd", "adam"] = "sgd" if report.adam is None else "adam"
+        kind: Kind = "sgd" if report.adam is None else report.adam.optimizer
         part = report if report.adam is None else report.adam
         if part.largest <= 0:
             msg = (

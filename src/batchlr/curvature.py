@@ -22,17 +22,17 @@ from batchlr.operators.curvature_matrix import (
     NormMode,
     normalises_over_batches,
 )
-from batchlr.operators.supervised import LossFunction, SupervisedLoss
-from batchlr.projected_curvature import ProjectedCurvature
+from batchlr.operators.supervised import LossFunction, SupervisedLoss, piecewise_linear
 from batchlr.optimizer_state import (
     Optimizer,
     beta1,
     decoupled_decay,
     group_value,
-    is_adam,
+    optimizer_kind,
     rate_ratios,
     second_moments,
 )
+from batchlr.projected_curvature import ProjectedCurvature
 
 Matrix = Literal["hessian", "ggn"]
 
@@ -59,13 +59,14 @@ def measure_curvature(
     num_small_batches: int = 8,
     tracking: bool = False,
     start_vectors: Sequence[Tensor] = (),
+    clip_norm: float | None = None,
     generator: torch.Generator | None = None,
 ) -> CurvatureReport:
     """Extremal curvature of the mean loss, how it fluctuates between batches, and what follows.
 
     Weights, ``.grad``, buffers, flags and global random state are bit-identical afterwards. Costs
     one Lanczos run (10-40 products from a random start, 2-5 from an earlier report's vectors) and
-    three products for the noise; twice that with Adam.
+    three products for the noise; twice that with Adam or RMSprop.
 
     Args:
         model: see `HessianOperator`.
@@ -77,8 +78,8 @@ def measure_curvature(
             samples, for the noise needs two batches.
         dataset_size: ``N``, what batches are drawn from; by default the samples given are all.
         optimizer: the optimizer itself (its momentum, weight decay, Adam's second moments and the
-            ratios of its groups' rates are used), ``"sgd"``, or ``"adam"`` to estimate second
-            moments from the batches' gradients; None measures for both kinds.
+            ratios of its groups' rates are used), ``"sgd"``, or ``"adam"`` or ``"rmsprop"`` to
+            estimate second moments from the batches' gradients; None measures for SGD and Adam.
         norm_mode: ``"train"`` measures the loss a training step descends, ``"eval"`` the one that
             is a sum over samples.
         matrix: ``"ggn"`` needs a loss from `supervised`.
@@ -91,6 +92,8 @@ def measure_curvature(
             random direction, the lower end's noise); with Adam, the plain matrix gets three
             products only.
         start_vectors: the ``top_vectors`` of an earlier report, to start from.
+        clip_norm: at which training clips the gradient's norm, if it does; the report's rates then
+            say whether it is active at the batches' size. It changes no number.
         generator: for start vectors and subsamples; without one the seed is 0.
 
     Raises:
@@ -98,7 +101,10 @@ def measure_curvature(
         ArithmeticError: loss, gradients or products are not finite.
     """
     began = time.perf_counter()
-    with_adam = is_adam(optimizer)
+    with_adam = optimizer_kind(optimizer) != "sgd"
+    if clip_norm is not None and not 0 < clip_norm < math.inf:
+        msg = f"clip_norm must be positive and finite, got {clip_norm}; None is no clipping"
+        raise ValueError(msg)
     generator = default_generator(generator)
     batches = _disjoint(check_batches(batches), batch_size)
     operator = _operator(matrix, model, loss_fn, batches, norm_mode)
@@ -157,6 +163,9 @@ def measure_curvature(
         converged=edges.converged,
         num_products=operator.num_products,
         seconds=time.perf_counter() - began,
+        gradient_norm=_mean_norm(operator),
+        clip_norm=clip_norm,
+        kinked=piecewise_linear(loss_fn),
         top_vectors=tuple(vectors),
     )
 
@@ -244,6 +253,12 @@ def _mean_gradient(operator: CurvatureMatrix) -> Tensor:
     return torch.stack([gradient * (count / total) for count, gradient in pairs]).sum(0)
 
 
+def _mean_norm(operator: CurvatureMatrix) -> float:
+    """Mean norm of the batches' gradients."""
+    norms = torch.stack([gradient.norm() for gradient in operator.batch_gradients()])
+    return float(norms.mean())
+
+
 def _of_the_whole(
     edge: Measured, kappa: float, noise: DirectionalNoise, search: _Search
 ) -> Measured:
@@ -271,14 +286,15 @@ def _adam_curvature(
     batch_size = sum(operator.samples) / len(operator.samples)
     inverse = max(1 / batch_size - 1 / size, 0.0)
     state = second_moments(model, optimizer)
-    here = moments.second_moment(1 / inverse if inverse > 0 else math.inf)
+    centred = group_value(optimizer, "centered") > 0
+    here = moments.second_moment(1 / inverse if inverse > 0 else math.inf, centred=centred)
     second_moment = here
     if state is not None:
         # A young average is of few gradients, some near zero by chance; the batches at hand are
         # as many more.
-        averaged, age = state
+        averaged, age, fraction = state
         count = len(operator.samples)
-        second_moment = (age * averaged + count * here) / (age + count)
+        second_moment = fraction * (age * averaged + count * here) / (age + count)
     eps = group_value(optimizer, "eps", default=_ADAM_EPS)
     metric = second_moment.sqrt() + eps
     scale = metric.rsqrt() if ratios is None else (ratios / metric).sqrt()
@@ -289,7 +305,7 @@ def _adam_curvature(
     metrics = []
     for other in sizes:
         share = max(1 / other - 1 / size, 0.0)
-        there = moments.second_moment(1 / share if share > 0 else math.inf)
+        there = moments.second_moment(1 / share if share > 0 else math.inf, centred=centred)
         growth = torch.where(here > 0, there / here, torch.ones_like(here))
         stretch = ((second_moment * growth).sqrt() + eps) / metric
         metrics.append((edges.axes.T @ (stretch.unsqueeze(1) * edges.axes)).double())
@@ -302,6 +318,7 @@ def _adam_curvature(
         decoupled_decay=decoupled_decay(optimizer),
         converged=edges.converged,
         source="gradients" if state is None else "state",
+        optimizer="rmsprop" if optimizer_kind(optimizer) == "rmsprop" else "adam",
         batch_sizes=tuple(sizes),
         projected=edges.projected,
         metrics=torch.stack(metrics).cpu().numpy(),

@@ -39,7 +39,7 @@ class LRBound:
     reasons: tuple[str, ...]  # why not reliable; empty if it is
     batch_size: int
     optimizer: str
-    momentum: float  # SGD's, or Adam's beta1
+    momentum: float  # SGD's or RMSprop's, or Adam's beta1
     rule: Rule
 
     def __float__(self) -> float:
@@ -62,7 +62,9 @@ class CurvatureNoise:
 
 @dataclass(frozen=True)
 class AdamCurvature:
-    """Extremes of ``D^-1/2 H D^-1/2`` with Adam's ``D = sqrt(v) + eps``; unit: 1 / learning rate.
+    """Extremes of ``D^-1/2 H D^-1/2``, ``D = sqrt(v) + eps``; unit: 1 / learning rate.
+
+    ``D`` is what Adam, or RMSprop, divides by.
 
     ``D`` depends on the batch size through the gradient noise in ``v``. ``metrics`` are
     ``D(B)/D(batch_size)`` on the axes of ``projected``; the curvature at another batch size is that
@@ -74,13 +76,14 @@ class AdamCurvature:
     parallel: Measured
     orthogonal: Measured
     batch_size: int  # at which D was measured
-    beta1: float
+    beta1: float  # Adam's, or RMSprop's momentum
     decoupled_decay: float  # AdamW's weight decay
     converged: bool
     source: Literal["state", "gradients"]  # of v: the optimizer's state, or batch gradients
     batch_sizes: tuple[float, ...]  # (G,) ascending
     projected: ProjectedCurvature
     metrics: npt.NDArray[np.float64] = field(compare=False)  # (G, m, m)
+    optimizer: Literal["adam", "rmsprop"] = "adam"  # whose v it is
 
     @property
     def total(self) -> float:
@@ -140,6 +143,9 @@ class CurvatureReport:
     num_products: int
     seconds: float
     projected: ProjectedCurvature
+    gradient_norm: float = math.nan  # |g_B|, mean over the batches; NaN if not measured
+    clip_norm: float | None = None  # at which training clips the gradient's norm; None: nowhere
+    kinked: str | None = None  # name of the criterion if it is piecewise linear
     # (P,) of the matrix and of Adam's, if measured: where to start the next time; not saved
     top_vectors: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)
 
@@ -226,7 +232,7 @@ class CurvatureReport:
         self,
         batch_size: int,
         *,
-        optimizer: Literal["sgd", "adam"] = "sgd",
+        optimizer: Literal["sgd", "adam", "rmsprop"] = "sgd",
         momentum: float | None = None,
         rule: Rule = "mean-square",
     ) -> LRBound:
@@ -234,9 +240,11 @@ class CurvatureReport:
 
         Args:
             batch_size: of one optimizer step, at most the size of the data set.
-            optimizer: ``"adam"`` stands for Adam and AdamW.
-            momentum: SGD's, or Adam's ``beta1``; by default that of the optimizer measured with,
-                else 0 for SGD and 0.9 for Adam.
+            optimizer: ``"adam"`` stands for Adam and AdamW. ``"rmsprop"`` is limited by the same
+                preconditioned curvature, but its momentum adds gradients up like SGD's where
+                Adam's averages them.
+            momentum: SGD's or RMSprop's, or Adam's ``beta1``; by default that of the optimizer
+                measured with, else 0, and 0.9 for Adam.
             rule: ``"mean-square"``, where the second moment of a perturbation stops shrinking
                 under momentum and batch noise, in all measured directions together;
                 ``"top-direction"``, its closed form for one direction (`max_sgd_lr`); ``"paper"``,
@@ -248,15 +256,14 @@ class CurvatureReport:
                 measured.
         """
         self.inverse_effective_batch_size(batch_size)  # refuses illegal sizes
-        if optimizer not in ("sgd", "adam"):
-            msg = f"optimizer must be 'sgd' or 'adam', got {optimizer!r}"
+        if optimizer not in ("sgd", "adam", "rmsprop"):
+            msg = f"optimizer must be 'sgd', 'adam' or 'rmsprop', got {optimizer!r}"
             raise ValueError(msg)
         if rule not in _RULES:
             msg = f"rule must be one of {', '.join(map(repr, _RULES))}, got {rule!r}"
             raise ValueError(msg)
         if momentum is None:
-            beta1 = 0.9 if self.adam is None else self.adam.beta1
-            momentum = self.momentum if optimizer == "sgd" else beta1
+            momentum = self._momentum_of(optimizer)
         if rule == "paper":
             rate = self._paper(batch_size, optimizer)
         elif rule == "top-direction":
@@ -278,6 +285,13 @@ class CurvatureReport:
             momentum=momentum,
             rule=rule,
         )
+
+    def _momentum_of(self, optimizer: str) -> float:
+        if optimizer == "sgd":
+            return self.momentum
+        if self.adam is not None and self.adam.optimizer == optimizer:
+            return self.adam.beta1
+        return 0.9 if optimizer == "adam" else 0.0
 
     def _paper(self, batch_size: int, optimizer: str) -> "_Rate":
         edge = self.largest_at(batch_size)
@@ -311,7 +325,9 @@ class CurvatureReport:
             exponent = rate.exponent / (batch_size * inverse) if inverse > 0 else 0.0
             return _Rate(rate.lr, rate.error, exponent, 1 - rate.lr / rate.noiseless)
         adam = self._measured_adam()
-        dynamics = Dynamics(momentum, averaged=True, decoupled_decay=adam.decoupled_decay)
+        dynamics = Dynamics(
+            momentum, averaged=optimizer == "adam", decoupled_decay=adam.decoupled_decay
+        )
 
         def rate_at(size: float) -> RateEstimate:
             projected = adam.projected_at(size)
@@ -345,7 +361,11 @@ class CurvatureReport:
             inverse = self.inverse_effective_batch_size(size)
             stretch = adam.stretch_at(size)
             noise = adam.total * inverse / (adam.largest * stretch) if adam.largest > 0 else 0.0
-            return max_adam_lr(adam.largest / stretch, noise, beta1=momentum)
+            average = max_adam_lr(
+                adam.largest / stretch, noise, beta1=momentum, weight_decay=adam.decoupled_decay
+            )
+            # a sum of gradients is 1 / (1 - m) times their average
+            return average if optimizer == "adam" else (1 - momentum) * average
 
         error, weight = _noise_weight(adam.largest, adam, momentum, inverse)
         low, high = self._around(batch_size)
@@ -368,7 +388,7 @@ class CurvatureReport:
 
     def _reasons(self, batch_size: int, optimizer: str, rule: Rule) -> tuple[str, ...]:
         ratio = batch_size / self.batch_size
-        preconditioned = self.adam if optimizer == "adam" and rule == "mean-square" else None
+        preconditioned = self.adam if optimizer != "sgd" and rule == "mean-square" else None
         converged = self.converged if preconditioned is None else preconditioned.converged
         checks = [
             (not converged, "Lanczos did not converge: allow more products"),
@@ -396,6 +416,17 @@ class CurvatureReport:
                 self.coupled and not 1 / 4 <= ratio <= 4,
                 f"train-mode normalisation was measured on batches of {self.batch_size}: measure "
                 "with batches nearer to the size asked for",
+            ),
+            (
+                self.clip_norm is not None and self.gradient_norm > self.clip_norm,
+                f"gradient clipping at {self.clip_norm} is active: batch gradients have norm "
+                f"{self.gradient_norm:.3g}; clipped steps are shorter than the limit assumes, so "
+                "it is on the safe side",
+            ),
+            (
+                self.kinked is not None,
+                f"{self.kinked} is piecewise linear: its kinks limit the step and have no second "
+                "derivative, so the limit misses them",
             ),
         ]
         return tuple(reason for holds, reason in checks if holds)

@@ -15,9 +15,13 @@ class GradientMoments:
     mean_square: Tensor  # (P,) square of the mean gradient, unbiased: may be negative
     variance: Tensor  # (P,) per-sample variance
 
-    def second_moment(self, effective_batch_size: float) -> Tensor:
-        """``E g_B^2`` ``(P,)`` of a batch, ``b = B / (1 - B/N)``: what Adam's ``v`` tends to."""
-        return (self.mean_square + self.variance / effective_batch_size).clamp(min=0)
+    def second_moment(self, effective_batch_size: float, *, centred: bool = False) -> Tensor:
+        """``E g_B^2`` ``(P,)`` of a batch, ``b = B / (1 - B/N)``: what Adam's ``v`` tends to.
+
+        ``centred`` leaves out the mean gradient, as RMSprop does if ``centered``.
+        """
+        noise = self.variance / effective_batch_size
+        return noise if centred else (self.mean_square + noise).clamp(min=0)
 
 
 def gradient_moments(

@@ -11,9 +11,14 @@ from dataclasses import dataclass
 
 
 def max_sgd_lr(
-    largest: float, noise: float = 0.0, *, momentum: float = 0.0, weight_decay: float = 0.0
+    largest: float,
+    noise: float = 0.0,
+    *,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
 ) -> float:
-    """Mean-square stability limit of SGD with heavy-ball momentum.
+    """Mean-square stability limit of SGD with heavy-ball or Nesterov momentum.
 
     ``2 (1 + m) / (largest + weight_decay + (1 + m) / (1 - m) noise)``, in PyTorch's convention
     ``v <- m v + g``, ``w <- w - lr v``. Without momentum and noise it is the classical
@@ -27,6 +32,13 @@ def max_sgd_lr(
     below to 1 % above the exact limit (Mulayoff & Michaeli 2024) from batch size 8 on; at 1 to 4
     it was up to 50 % too high in a few, mostly where the second eigenvalue is close to the first.
 
+    Nesterov's step ``v <- m v + g``, ``w <- w - lr (g + m v)`` with PyTorch's one gradient a step
+    has, under the same assumption and exactly with weight decay too, the positive root of
+    ``m (1 + 2m) q a lr^2 + ((1 - m - 4m^2) a^2 + (1 + m) s^2) lr = 2 (1 - m^2) a``, where
+    ``a = largest + weight_decay`` and ``q = a^2 + s^2`` (this library's derivation). Without noise
+    it is ``2 (1 + m) / ((1 + 2m) a)``, a third of the heavy ball's for ``m`` near 1; where noise
+    dominates, the same ``2 (1 - m) a / s^2``.
+
     Args:
         largest: Largest eigenvalue of the empirical matrix, free of batch noise.
         noise: ``s^2 / largest = (r1 + c1) / (b largest)``: ``r1`` and ``c1`` are the per-sample
@@ -34,6 +46,7 @@ def max_sgd_lr(
             it, and ``1/b = 1/B - 1/N``. With ``r1`` alone it is only a necessary bound.
         momentum: In [0, 1).
         weight_decay: Coupled L2 strength; it shifts the curvature, not the noise.
+        nesterov: Whether the momentum is Nesterov's, as by ``torch.optim.SGD(nesterov=True)``.
 
     Raises:
         ValueError: ``largest`` is not positive, or another argument is out of range.
@@ -44,15 +57,21 @@ def max_sgd_lr(
     0.25
     >>> max_sgd_lr(1.0, noise=1.0, momentum=0.5)
     0.75
+    >>> max_sgd_lr(4.0, momentum=0.5, nesterov=True)
+    0.375
     """
     _require_curvature(largest=largest)
     _require_non_negative(noise=noise, weight_decay=weight_decay)
     _require_fraction(momentum=momentum)
+    if nesterov:
+        return _max_nesterov_lr(largest + weight_decay, largest * noise, momentum)
     amplified_noise = (1.0 + momentum) / (1.0 - momentum) * noise
     return 2.0 * (1.0 + momentum) / (largest + weight_decay + amplified_noise)
 
 
-def max_adam_lr(largest: float, noise: float = 0.0, *, beta1: float = 0.9) -> float:
+def max_adam_lr(
+    largest: float, noise: float = 0.0, *, beta1: float = 0.9, weight_decay: float = 0.0
+) -> float:
     """Mean-square stability limit of Adam, whose momentum is an average.
 
     `max_sgd_lr` on the *preconditioned* matrix ``D^-1/2 H D^-1/2`` (``D`` the diagonal Adam
@@ -60,19 +79,58 @@ def max_adam_lr(largest: float, noise: float = 0.0, *, beta1: float = 0.9) -> fl
     The preconditioner counts as frozen. Without noise and at ``beta1 = 0.9`` it is
     ``38 / largest`` (Cohen et al. 2022).
 
+    AdamW's decay ``w <- (1 - lr weight_decay) w`` passes by preconditioner and average: without
+    momentum it adds ``weight_decay`` to the preconditioned curvature; with it, ``(1 + beta1) /
+    (1 - beta1)`` times as much, so that without noise the limit is ``2 / ((1 - beta1) / (1 + beta1)
+    largest + weight_decay)``. With noise it is the root of a quadratic, exact like `max_sgd_lr`
+    (this library's derivation). Adam's coupled decay is part of the gradient, hence of the
+    preconditioner, and has no place here.
+
+    This is the limit of a run under way. At step ``t`` Adam divides by ``1 - beta1^t`` as well: the
+    effective rate is ``lr / (1 - beta1^t)``, ten times the nominal one at the first step with
+    ``beta1 = 0.9``, on an average of but ``t`` gradients. The limit is not about those steps.
+
     Args:
         largest: Largest eigenvalue of the preconditioned matrix.
         noise: As in `max_sgd_lr`, of the preconditioned matrix.
         beta1: Decay rate of the gradient average, in [0, 1).
+        weight_decay: AdamW's, decoupled; unit: of the preconditioned curvature.
 
     Raises:
         ValueError: ``largest`` is not positive, or another argument is out of range.
 
     >>> round(max_adam_lr(1.0), 9)
     38.0
+    >>> max_adam_lr(3.0, beta1=0.0, weight_decay=1.0)
+    0.5
     """
     _require_fraction(beta1=beta1)
-    return max_sgd_lr(largest, noise, momentum=beta1) / (1.0 - beta1)
+    _require_non_negative(weight_decay=weight_decay)
+    undecayed = max_sgd_lr(largest, noise, momentum=beta1) / (1.0 - beta1)
+    if weight_decay == 0.0:
+        return undecayed
+    # In units of `largest`: s^2 and the decay, and the determinant a x^2 + b x - c over x.
+    s2, d, m = noise / largest, weight_decay / largest, beta1
+    a = m * d * ((1 - m) * (1 - s2) + 2 * d + (1 + m) * d**2)
+    b = (1 - m) ** 2 + 2 * d * (1 - 2 * m - m**2) + d**2 * (1 - 3 * m) * (1 + m) + (1 - m**2) * s2
+    return _smaller_root(a, b, 2 * (1 + d) * (1 - m**2)) / largest
+
+
+def _max_nesterov_lr(curvature: float, variance: float, m: float) -> float:
+    s2 = variance / curvature**2
+    a = m * (1 + 2 * m) * (1 + s2)
+    b = 1 - m - 4 * m**2 + (1 + m) * s2
+    return _smaller_root(a, b, 2 * (1 - m**2)) / curvature
+
+
+def _smaller_root(a: float, b: float, c: float) -> float:
+    """Least positive root of ``a x^2 + b x - c`` for ``c > 0``; ``b > 0`` where ``a <= 0``.
+
+    The second moments' map keeps the cone of positive matrices, so that its spectral radius is an
+    eigenvalue: stability ends at the first root of ``det(map - 1)``, which this is.
+    """
+    root = math.sqrt(b * b + 4 * a * c)
+    return 2 * c / (b + root) if b > 0 else (root - b) / (2 * a)
 
 
 def paper_sgd_lr(largest: float, *, weight_decay: float = 0.0) -> float:
@@ -167,8 +225,9 @@ def min_damping(lr: float, noise: float) -> float:
 
     Args:
         lr: Dimensionless rate of the second-order step.
-        noise: Curvature that batch noise alone creates, by default ``kappa / b`` (the shift of the
-            largest eigenvalue).
+        noise: Curvature that batch noise alone creates: ``kappa / b``, the shift of the largest
+            eigenvalue, by which ``damping * B`` is constant; or the Wigner edge ``2 sqrt(P / b)
+            sigma``, by which it is ``damping * sqrt(B)``.
 
     Raises:
         ValueError: An argument is negative or not finite.
@@ -178,6 +237,73 @@ def min_damping(lr: float, noise: float) -> float:
     """
     _require_non_negative(lr=lr, noise=noise)
     return lr / 2.0 * noise
+
+
+def shrinkage_damping(alpha: float, *, target: float = 1.0) -> float:
+    """Damping ``(1 - alpha) / alpha * target`` that shrinking a curvature matrix amounts to.
+
+    ``alpha C + (1 - alpha) target I`` is ``alpha`` times ``C`` plus this damping, so a step through
+    its inverse is the damped one at rate ``lr / alpha`` (Granziol et al. 2020, arXiv:2011.08181).
+
+    Args:
+        alpha: Weight of the measured matrix against the multiple of the identity, in (0, 1].
+        target: ``target I`` is what the matrix is shrunk towards, for instance its mean
+            eigenvalue; unit: curvature.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    >>> shrinkage_damping(0.75, target=3.0)
+    1.0
+    """
+    if not 0.0 < alpha <= 1.0:
+        message = f"alpha must lie in (0, 1], got {alpha}: 1 keeps the matrix as it is"
+        raise ValueError(message)
+    _require_non_negative(target=target)
+    return (1.0 - alpha) / alpha * target
+
+
+def weight_decay_from_shrinkage(alpha: float, target: float) -> float:
+    """Weight decay ``(1 - alpha) / alpha * target`` that a shrunk gradient amounts to.
+
+    ``alpha g + (1 - alpha) target w`` is ``alpha`` times the gradient with this coupled decay. It
+    is `shrinkage_damping`: one number damps a second-order step and decays the weights
+    (Granziol et al. 2020, arXiv:2011.08181).
+
+    Args:
+        alpha: Weight of the measured curvature, in (0, 1].
+        target: Curvature it is shrunk towards.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    >>> weight_decay_from_shrinkage(0.5, 2e-3)
+    0.002
+    """
+    return shrinkage_damping(alpha, target=target)
+
+
+def shrinkage_from_weight_decay(weight_decay: float, target: float) -> float:
+    """Shrinkage ``alpha = target / (target + weight_decay)``, in (0, 1], that a decay amounts to.
+
+    The inverse of `weight_decay_from_shrinkage`, and of `shrinkage_damping` for a damping in place
+    of the decay.
+
+    Args:
+        weight_decay: Coupled L2 strength, or damping; unit: curvature.
+        target: Curvature shrunk towards, positive.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    >>> shrinkage_from_weight_decay(1.0, 3.0)
+    0.75
+    """
+    _require_non_negative(weight_decay=weight_decay)
+    if not 0.0 < target < math.inf:
+        message = f"target must be positive and finite, got {target}: it sets the decay's scale"
+        raise ValueError(message)
+    return target / (target + weight_decay)
 
 
 def _require_curvature(*, largest: float) -> None:

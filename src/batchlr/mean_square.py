@@ -83,7 +83,9 @@ class Dynamics:
         pairs = np.einsum("iab,jcd->ijacbd", first, second).reshape(len(rows), len(columns), 4, 4)
         impulse = self._impulse(lr)
         forcing = np.outer(impulse, impulse).reshape(4, 1)
-        moments = np.linalg.solve(np.eye(4) - pairs, np.broadcast_to(forcing, (*pairs.shape[:3], 1)))
+        moments = np.linalg.solve(
+            np.eye(4) - pairs, np.broadcast_to(forcing, (*pairs.shape[:3], 1))
+        )
         result: Array = moments[..., 0, 0]
         return result
 

@@ -1,38 +1,42 @@
 """What curvature needs to know of an optimizer: its kind, rates, decays and second moments.
 
-An optimizer is a torch optimizer, or ``"sgd"``, ``"adam"`` or None where there is none yet.
+An optimizer is a torch optimizer, or ``"sgd"``, ``"adam"``, ``"rmsprop"`` or None where there is
+none yet.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from batchlr.operators.curvature_matrix import trainable_parameters
 
-Optimizer = torch.optim.Optimizer | Literal["sgd", "adam"] | None
+Kind = Literal["sgd", "adam", "rmsprop"]
+Optimizer = torch.optim.Optimizer | Kind | None
 
 _BETA1 = 0.9  # torch's default, for when there is no optimizer to ask
 
 
-def is_adam(optimizer: Optimizer) -> bool:
-    """Whether Adam's curvature is wanted; None wants both kinds.
+def optimizer_kind(optimizer: Optimizer) -> Kind | None:
+    """Which law limits the optimizer's rate; None, that of SGD and that of Adam, stays None.
 
     Raises:
         ValueError: no learning rate is known for the optimizer.
     """
-    if isinstance(optimizer, str) and optimizer not in ("sgd", "adam"):
-        msg = f"optimizer must be 'sgd', 'adam' or a torch optimizer, got {optimizer!r}"
+    if isinstance(optimizer, str) and optimizer not in ("sgd", "adam", "rmsprop"):
+        msg = f"optimizer must be 'sgd', 'adam', 'rmsprop' or a torch optimizer, got {optimizer!r}"
         raise ValueError(msg)
     if optimizer is None or isinstance(optimizer, str):
-        return optimizer != "sgd"
+        return optimizer
     if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
-        return True
+        return "adam"
+    if isinstance(optimizer, torch.optim.RMSprop):
+        return "rmsprop"
     if isinstance(optimizer, torch.optim.SGD):
-        return False
+        return "sgd"
     msg = (
-        f"learning rates are known for SGD, Adam and AdamW, got {type(optimizer).__name__}; "
-        "pass optimizer='sgd' or 'adam' for the nearer one"
+        f"learning rates are known for SGD, Adam, AdamW and RMSprop, got "
+        f"{type(optimizer).__name__}; pass optimizer='sgd', 'adam' or 'rmsprop' for the nearest one"
     )
     raise ValueError(msg)
 
@@ -43,14 +47,18 @@ def group_value(optimizer: Optimizer, key: str, *, default: float = 0.0) -> floa
         return default
     if key == "weight_decay" and not isinstance(optimizer, torch.optim.SGD):
         return 0.0  # Adam's decay does not add to the preconditioned curvature by itself
+    if key == "momentum" and not isinstance(optimizer, torch.optim.SGD):
+        return 0.0  # RMSprop's is that of its preconditioned gradients: `beta1`
     return max(float(group.get(key, default)) for group in optimizer.param_groups)
 
 
 def beta1(optimizer: Optimizer) -> float:
-    """Adam's decay rate of the gradient average, the largest over its groups."""
+    """Adam's decay rate of the gradient average, or RMSprop's momentum; the largest over groups."""
+    if isinstance(optimizer, torch.optim.RMSprop):
+        return max(float(group["momentum"]) for group in optimizer.param_groups)
     if isinstance(optimizer, torch.optim.Optimizer):
         return max(float(group["betas"][0]) for group in optimizer.param_groups)
-    return _BETA1
+    return 0.0 if optimizer == "rmsprop" else _BETA1
 
 
 def decoupled_decay(optimizer: Optimizer) -> float:
@@ -65,23 +73,43 @@ def decoupled_decay(optimizer: Optimizer) -> float:
     return max(decays, default=0.0)
 
 
-def second_moments(model: nn.Module, optimizer: Optimizer) -> tuple[Tensor, float] | None:
-    """Adam's bias-corrected second moments ``(P,)`` and age; None before its first step."""
+class SecondMoments(NamedTuple):
+    """What an adaptive optimizer has averaged so far."""
+
+    average: Tensor  # (P,) of squared gradients, bias-corrected; unit: gradient squared
+    age: float  # steps
+    share: Tensor  # (P,) of that average the optimizer takes the root of: all, if it corrects
+
+
+def second_moments(model: nn.Module, optimizer: Optimizer) -> SecondMoments | None:
+    """Adam's or RMSprop's second moments; None before the first step.
+
+    RMSprop divides by the root of an average it does not correct for its start at zero, and, if
+    ``centered``, less the square of the averaged gradient.
+    """
     if not isinstance(optimizer, torch.optim.Optimizer):
         return None
-    betas = {
-        id(p): float(group["betas"][1]) for group in optimizer.param_groups for p in group["params"]
+    corrects = not isinstance(optimizer, torch.optim.RMSprop)
+    key = "exp_avg_sq" if corrects else "square_avg"
+    decays = {
+        id(p): float(group["betas"][1] if corrects else group["alpha"])
+        for group in optimizer.param_groups
+        for p in group["params"]
     }
-    moments = []
+    moments, shares = [], []
     age = 0.0
     for parameter in trainable_parameters(model):
         state = optimizer.state.get(parameter, {})
-        if "exp_avg_sq" not in state:
+        if key not in state:
             return None
         age = float(state["step"])
-        correction = 1 - betas[id(parameter)] ** age
-        moments.append((state["exp_avg_sq"] / correction).reshape(-1))
-    return torch.cat(moments), age
+        correction = 1 - decays[id(parameter)] ** age
+        moment = state[key].reshape(-1)
+        if "grad_avg" in state:
+            moment = (moment - state["grad_avg"].reshape(-1).square()).clamp(min=0)
+        moments.append(moment / correction)
+        shares.append(torch.full_like(moment, 1.0 if corrects else correction))
+    return SecondMoments(torch.cat(moments), age, torch.cat(shares))
 
 
 def rate_ratios(model: nn.Module, optimizer: Optimizer) -> Tensor | None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from batchlr.slq import SpectralMeasure
 
 _RATE, _LOSS, _EIGENVALUE, _SECOND = "#0b6e99", "#444444", "#b3471d", "#6b4c9a"
+_OPTIMIZERS = {"sgd": ("SGD", _RATE), "adam": ("Adam", _SECOND), "rmsprop": ("RMSprop", _LOSS)}
 
 
 def save_figure(figure: "Figure", path: str | Path) -> None:
@@ -55,14 +56,12 @@ def plot_rates(bounds: Sequence["LRBound"], *, ax: "Axes | None" = None) -> "Fig
         msg = "there are no rates to draw: pass at least one bound"
         raise ValueError(msg)
     figure, ax = _canvas(ax)
-    for optimizer, colour in (("sgd", _RATE), ("adam", _SECOND)):
+    for optimizer, (name, colour) in _OPTIMIZERS.items():
         own = sorted((b for b in bounds if b.optimizer == optimizer), key=lambda b: b.batch_size)
         if not own:
             continue
         sizes = [b.batch_size for b in own]
-        label = (
-            f"{optimizer.upper() if optimizer == 'sgd' else 'Adam'}, momentum {own[0].momentum:g}"
-        )
+        label = f"{name}, momentum {own[0].momentum:g}"
         ax.fill_between(sizes, [b.low for b in own], [b.high for b in own], color=colour, alpha=0.2)
         ax.plot(sizes, [b.value for b in own], color=colour, label=label)
         for bound in own:

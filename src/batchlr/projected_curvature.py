@@ -201,9 +201,7 @@ class ProjectedCurvature:
             exponent = 1 / limit.steepness
         diagonals = np.einsum("kii->ki", deviations)
         mean_error = math.sqrt(sampling * float(((diagonals @ limit.by_curvature) ** 2).sum()))
-        return RateEstimate(
-            limit.lr, math.hypot(feed_error, mean_error), limit.noiseless, exponent
-        )
+        return RateEstimate(limit.lr, math.hypot(feed_error, mean_error), limit.noiseless, exponent)
 
     def in_metric(self, metric: Array) -> "ProjectedCurvature":
         """The same matrices where length is measured by ``metric`` ``(m, m)`` on the axes.

@@ -118,7 +118,7 @@ class BatchAwareLR(LRScheduler):
         batch_size: int,
         *,
         report: CurvatureReport | None = None,
-        optimizer: Literal["sgd", "adam"] | None = None,
+        optimizer: Literal["sgd", "adam", "rmsprop"] | None = None,
         rule: Literal["linear", "sqrt", "none"] | None = None,
     ) -> None:
         """Carry the peak over to another batch size, by measurement or by a named rule.
@@ -212,7 +212,9 @@ def _positive(name: str, value: float) -> float:
     return float(value)
 
 
-def _kind(optimizer: Optimizer) -> Literal["sgd", "adam"]:
+def _kind(optimizer: Optimizer) -> Literal["sgd", "adam", "rmsprop"]:
+    if isinstance(optimizer, torch.optim.RMSprop):
+        return "rmsprop"
     return "adam" if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) else "sgd"
 
 

@@ -6,9 +6,38 @@ import torch.nn.functional as F
 from torch import nn
 
 from batchlr import supervised
-from batchlr.operators.supervised import split_batch
+from batchlr.operators.supervised import piecewise_linear, split_batch
 
 X, Y = torch.arange(6.0).reshape(3, 2), torch.tensor([0, 1, 0])
+
+
+class TestPiecewiseLinear:
+    @pytest.mark.parametrize(
+        "criterion",
+        [
+            nn.L1Loss(),
+            nn.HingeEmbeddingLoss(),
+            nn.MarginRankingLoss(),
+            nn.MultiMarginLoss(),
+            nn.MultiLabelMarginLoss(),
+            nn.TripletMarginLoss(),
+            F.l1_loss,
+            F.multi_margin_loss,
+        ],
+    )
+    def test_names_a_criterion_with_kinks(self, criterion):
+        name = piecewise_linear(supervised(criterion))
+        assert name == getattr(criterion, "__name__", type(criterion).__name__)
+
+    @pytest.mark.parametrize(
+        "criterion",
+        [nn.CrossEntropyLoss(), nn.MSELoss(), nn.HuberLoss(), nn.MultiMarginLoss(p=2), F.mse_loss],
+    )
+    def test_leaves_smooth_ones_alone(self, criterion):
+        assert piecewise_linear(supervised(criterion)) is None
+
+    def test_sees_nothing_inside_a_function(self):
+        assert piecewise_linear(lambda model, batch: F.l1_loss(model(X), Y)) is None
 
 
 class TestSupervised:

@@ -135,6 +135,13 @@ def test_adam_is_measured_with_its_own_options(command, tmp_path):
         assert many["value"] > 10 * few["value"]
 
 
+def test_active_clipping_is_said(command):
+    result = command("lr", "train.clip_norm=1e-3")
+    assert result.exit_code == 0, result.output
+    assert "* gradient clipping at 0.001 is active: batch gradients" in result.stdout
+    assert "* gradient clipping" not in command("lr", "train.clip_norm=1e6").stdout
+
+
 @pytest.mark.parametrize("columns", ["40", "200"])
 def test_the_table_has_both_optimizers_and_all_sizes(command, tmp_path, monkeypatch, columns):
     """On a narrow terminal too."""

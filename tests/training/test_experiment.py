@@ -172,6 +172,11 @@ def test_the_controller_gets_its_options(tmp_path):
     assert (controller.tol, controller.max_products, controller.growth) == (0.2, 7, 1.2)
     assert (controller.safety, controller.adjust_momentum) == (0.5, True)
     assert controller.norm_mode == "eval"
+    assert controller.clip_norm is None
+
+
+def test_the_controller_knows_of_clipping(tmp_path):
+    assert built(tmp_path, "optim.lr=auto", "train.clip_norm=0.5").controller.clip_norm == 0.5
 
 
 def test_no_refreshes_leave_the_dense_measurements(tmp_path):

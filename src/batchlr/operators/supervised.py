@@ -4,12 +4,29 @@ from collections.abc import Callable, Mapping
 from typing import Any, final
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
 # What the two entries of a dict batch are called in the data sets and collators people use.
 _INPUT_KEYS = ("x", "input", "inputs", "image", "images", "pixel_values", "input_ids")
 _TARGET_KEYS = ("y", "target", "targets", "label", "labels")
+
+_KINKED_MODULES = (
+    nn.L1Loss,
+    nn.HingeEmbeddingLoss,
+    nn.MarginRankingLoss,
+    nn.MultiLabelMarginLoss,
+    nn.TripletMarginLoss,  # in distances, which it compares like a hinge
+)
+_KINKED_FUNCTIONS = (
+    functional.l1_loss,
+    functional.hinge_embedding_loss,
+    functional.margin_ranking_loss,
+    functional.multi_margin_loss,  # of p = 1, its default
+    functional.multilabel_margin_loss,
+    functional.triplet_margin_loss,
+)
 
 
 @final
@@ -60,6 +77,19 @@ def supervised(criterion: Callable[[Tensor, Tensor], Tensor]) -> SupervisedLoss:
         ValueError: the criterion has a ``reduction`` other than ``"mean"``.
     """
     return SupervisedLoss(criterion)
+
+
+def piecewise_linear(loss_fn: LossFunction) -> str | None:
+    """Name of the criterion if it is one of torch's piecewise-linear ones, else None.
+
+    The second derivative of such a loss says nothing of its kinks. Only a loss from `supervised`
+    shows its criterion. Losses with linear tails (Huber) are not among them.
+    """
+    criterion = loss_fn.criterion if isinstance(loss_fn, SupervisedLoss) else None
+    hinge = isinstance(criterion, nn.MultiMarginLoss) and criterion.p == 1
+    if hinge or isinstance(criterion, _KINKED_MODULES) or criterion in _KINKED_FUNCTIONS:
+        return str(getattr(criterion, "__name__", type(criterion).__name__))
+    return None
 
 
 def split_batch(batch: Any) -> tuple[Tensor, Tensor]:

@@ -170,6 +170,7 @@ def _measure(experiment: Experiment) -> CurvatureReport:
         optimizer=None if isinstance(config.optim, SGDOptions) else experiment.optimizer,
         norm_mode=config.curvature.norm_mode,
         tol=min(config.curvature.tolerance, 1e-2),
+        clip_norm=config.train.clip_norm,
         generator=torch.Generator().manual_seed(config.seed),
     )
     sgd = config.optim if isinstance(config.optim, SGDOptions) else None

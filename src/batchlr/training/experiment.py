@@ -241,5 +241,6 @@ def _controller(
         norm_mode=options.norm_mode,
         tol=options.tolerance,
         max_products=options.max_products,
+        clip_norm=config.train.clip_norm,
         generator=torch.Generator().manual_seed(config.seed),
     )
