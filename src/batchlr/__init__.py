@@ -9,6 +9,8 @@ from batchlr.controller import CurvatureUpdate as CurvatureUpdate
 from batchlr.curvature import measure_curvature as measure_curvature
 from batchlr.curvature_report import CurvatureReport as CurvatureReport
 from batchlr.curvature_report import LRBound as LRBound
+from batchlr.edge_laws import EdgeLaw as EdgeLaw
+from batchlr.edge_laws import edge_laws as edge_laws
 
 # Spectra
 from batchlr.lanczos import Eigenpairs as Eigenpairs

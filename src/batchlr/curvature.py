@@ -33,6 +33,7 @@ from batchlr.optimizer_state import (
     second_moments,
 )
 from batchlr.projected_curvature import ProjectedCurvature
+from batchlr.slq import stochastic_lanczos_quadrature
 
 Matrix = Literal["hessian", "ggn"]
 
@@ -40,6 +41,7 @@ _SMALL_BATCH = 4  # assumed: small enough to lie below most critical sizes, and 
 _ADAM_EPS = 1e-8  # torch's default, for when there is no optimizer to ask
 _GRADIENT_SHARE = 0.3  # assumed: of the gradient's direction in a warm start
 _ASIDE = 3  # assumed: products for the plain matrix where only Adam's limit is tracked
+_TRACE_PROBES = 4  # assumed: it only feeds laws given for comparison
 _ADAM_GRID = 41  # batch sizes at which Adam's preconditioner is tabulated; interpolated between
 
 
@@ -86,8 +88,8 @@ def measure_curvature(
         num_eigenpairs: at each end; further ones sharpen ``kappa``.
         tol: relative residual at which Lanczos stops.
         max_products: of one Lanczos run.
-        num_small_batches: batches of 4 whose largest eigenvalue caps the law for small batches;
-            0 leaves the cap out.
+        num_small_batches: batches of 4 whose largest eigenvalues lead the law for small batches;
+            0 leaves them out.
         tracking: leave out what only the report's other batch sizes need (small batches, the
             random direction, the lower end's noise); with Adam, the plain matrix gets three
             products only.
@@ -123,12 +125,14 @@ def measure_curvature(
     start = _start(start_vectors[:1], slope if ratios is None else ratios.sqrt() * slope)
     plain = replace(search, max_products=_ASIDE) if tracking and with_adam else search
     edges = _edges(metric, plain, start, tracking)
-    random_direction = Measured(math.nan)
+    random_direction = trace = ggn = Measured(math.nan)
     small_batch = None
     if not tracking:
         probe = first_vector(operator, None, generator)
         noise = directional_noise(metric, probe)
         random_direction = Measured(noise.total, noise.orthogonal.stderr)
+        trace = _trace(metric, generator)
+        ggn = _ggn_along(edges.axes[:, 0], model, loss_fn, batches, norm_mode, ratios)
         small_batch = _small_batch(
             matrix, model, loss_fn, batches, norm_mode, ratios, num_small_batches, generator
         )
@@ -145,6 +149,9 @@ def measure_curvature(
         kappa=edges.projected.second_order(),
         kappa_smallest=math.nan if tracking else edges.projected.second_order("smallest"),
         ritz_values=tuple(edges.projected.values.tolist()),
+        ritz_weights=() if start is not None else tuple(edges.weights.tolist()),
+        trace=trace,
+        ggn_along_top=ggn,
         projected=edges.projected,
         loss=loss,
         num_params=operator.shape[0],
@@ -186,6 +193,7 @@ class _Edges:
     noise: DirectionalNoise  # along the top vector
     projected: ProjectedCurvature
     axes: Tensor  # (P, m) Ritz vectors; the first is the top eigenvector
+    weights: Tensor  # (m,) their squared overlaps with the start
     converged: bool
 
 
@@ -230,6 +238,7 @@ def _edges(
         noise=noise,
         projected=projected,
         axes=space.axes,
+        weights=space.weights,
         converged=pairs.converged,
     )
 
@@ -325,6 +334,35 @@ def _adam_curvature(
     ), edges.axes[:, 0].clone()
 
 
+def _trace(operator: BatchedOperator, generator: torch.Generator) -> Measured:
+    """``tr A`` from random directions."""
+    size = operator.shape[0]
+    measure = stochastic_lanczos_quadrature(
+        operator, num_steps=1, num_probes=_TRACE_PROBES, generator=generator
+    )
+    return Measured(size * measure.mean, size * measure.mean_stderr)
+
+
+def _ggn_along(
+    vector: Tensor,
+    model: nn.Module,
+    loss_fn: LossFunction,
+    batches: list[Any],
+    norm_mode: NormMode,
+    ratios: Tensor | None,
+) -> Measured:
+    """``v' G v`` with its residual ``|G v - (v' G v) v|``; one product, if the loss has halves."""
+    if not isinstance(loss_fn, SupervisedLoss):
+        return Measured(math.nan)
+    operator: BatchedOperator = GGNOperator(model, loss_fn, batches, norm_mode=norm_mode)
+    if ratios is not None:
+        operator = PreconditionedOperator(operator, ratios.sqrt())
+    unit = vector.contiguous()
+    product = operator @ unit
+    value = torch.dot(product.double(), unit.double())
+    return Measured(float(value), float((product - value.to(unit.dtype) * unit).norm()))
+
+
 def _small_batch(
     matrix: Matrix,
     model: nn.Module,
@@ -334,7 +372,7 @@ def _small_batch(
     ratios: Tensor | None,
     count: int,
     generator: torch.Generator,
-) -> tuple[int, float] | None:
+) -> tuple[int, Measured] | None:
     """Mean largest eigenvalue of ``count`` random batches of 4; None if they cannot be cut."""
     try:
         whole = join(batches)
@@ -353,7 +391,8 @@ def _small_batch(
         steps = min(operator.shape[0], 20)
         pairs = top_eigenpairs(operator, tol=1e-2, max_steps=steps, generator=generator)
         values.append(float(pairs.values[0]))
-    return _SMALL_BATCH, sum(values) / count
+    mean, scatter = sum(values) / count, torch.tensor(values, dtype=torch.float64).std()
+    return _SMALL_BATCH, Measured(mean, float(scatter) / math.sqrt(count))
 
 
 def _operator(

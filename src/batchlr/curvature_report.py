@@ -124,14 +124,17 @@ class CurvatureReport:
     noise: CurvatureNoise
     kappa: float  # E lambda_1(H_B) = lambda_1 + kappa/b to second order; unit: curvature
     kappa_smallest: float  # the same of lambda_P, not positive
-    ritz_values: tuple[float, ...]  # descending, at both ends
+    ritz_values: tuple[float, ...]  # descending, all of the Krylov space
+    ritz_weights: tuple[float, ...]  # of the spectrum at each; empty if the start was not random
+    trace: Measured  # tr H, from random directions; NaN if not measured
+    ggn_along_top: Measured  # v1' G v1 of the Gauss-Newton matrix, with residual; NaN likewise
     loss: float
     num_params: int
     num_samples: int  # measured
     num_batches: int  # disjoint, for the noise
     batch_size: int  # of those batches
     dataset_size: int  # N
-    small_batch: tuple[int, float] | None  # (B, mean lambda_1 of batches of B), caps the law
+    small_batch: tuple[int, Measured] | None  # (B, mean lambda_1 of batches of B)
     matrix: str
     norm_mode: str | None
     coupled: bool  # samples of a batch interact through train-mode normalisation
@@ -167,10 +170,10 @@ class CurvatureReport:
         """Expected largest eigenvalue of a batch Hessian, with its error.
 
         The deviations of the measured batches, scaled to ``batch_size`` and resampled, are added to
-        the mean matrix (`ProjectedCurvature.edge_at`). Below the critical size the result is capped
-        by the mean measured on small batches (or by ``2 lambda_1``, its value at the critical size,
-        if that is larger: larger batches never have larger curvature), continued like ``B^-1/2``
-        (the Wigner edge) below their size.
+        the mean matrix (`ProjectedCurvature.edge_at`). Below the size of the measured batches their
+        skew says too little: there the excess over ``lambda_1`` goes, as a power of the size, to
+        the mean measured on small batches, and on like ``B^-1/2`` (the Wigner edge) below their
+        size.
 
         Args:
             batch_size: of one batch; at most the size of the data set.
@@ -184,12 +187,29 @@ class CurvatureReport:
         if quantile is not None and not 0 < quantile < 1:
             msg = f"quantile must lie in (0, 1), got {quantile}"
             raise ValueError(msg)
-        shift = self.projected.edge_at(inverse, quantile=quantile)
-        edge = self.largest + shift
-        cap = self._cap(batch_size)
-        if cap is not None and quantile is None:
-            edge = min(edge, cap)
-        return Measured(edge, math.hypot(shift.stderr, _finite(self.largest.stderr)))
+        if quantile is None:
+            shift = self._mean_shift(batch_size)
+        else:
+            shift = self.projected.edge_at(inverse, quantile=quantile)
+        error = math.hypot(shift.stderr, _finite(self.largest.stderr))
+        return Measured(self.largest + shift, error)
+
+    def _mean_shift(self, batch_size: float) -> Measured:
+        inverse = self.inverse_effective_batch_size(batch_size)
+        if self.small_batch is None or not self.small_batch[0] < self.batch_size:
+            return self.projected.edge_at(inverse)
+        size, mean = self.small_batch
+        here = self.projected.edge_at(
+            self.inverse_effective_batch_size(max(batch_size, self.batch_size))
+        )
+        if batch_size >= self.batch_size or here <= 0:
+            return here
+        there = max(mean - self.largest, float(here))
+        share = min(1.0, math.log(self.batch_size / batch_size) / math.log(self.batch_size / size))
+        shift = math.exp((1 - share) * math.log(here) + share * math.log(there))
+        shift *= math.sqrt(max(1.0, size / batch_size))
+        error = math.hypot((1 - share) * here.stderr / here, share * _finite(mean.stderr) / there)
+        return Measured(shift, shift * error)
 
     def smallest_at(self, batch_size: float, *, quantile: float | None = None) -> Measured:
         """Expected smallest eigenvalue of a batch Hessian; as `largest_at`, without a cap.
@@ -207,15 +227,6 @@ class CurvatureReport:
         if second_order < self.smallest < 0:
             edge = max(edge, -2 * math.sqrt(second_order * self.smallest))
         return Measured(edge, math.hypot(shift.stderr, _finite(self.smallest.stderr)))
-
-    def _cap(self, batch_size: float) -> float | None:
-        """Largest value `largest_at` may take; None where there is no reason for one."""
-        shift = self.kappa * self.inverse_effective_batch_size(batch_size)
-        if self.small_batch is None or shift <= self.largest:
-            return None
-        size, measured = self.small_batch
-        excess = max(measured - self.largest, float(self.largest))
-        return float(self.largest) + excess * math.sqrt(max(1.0, size / batch_size))
 
     @property
     def critical_batch_size(self) -> float:

@@ -73,6 +73,9 @@ def _plain(
             content[field.name] = _plain(part, where, arrays, errors)
         return content
     if isinstance(value, (tuple, list)):
+        for index, part in enumerate(value):
+            if isinstance(part, Measured):
+                errors.setdefault(name, {})[str(index)] = part.stderr
         return [_plain(part, name, arrays, errors) for part in value]
     return float(value) if isinstance(value, float) else value
 
@@ -85,7 +88,16 @@ def _build(
     if typing.get_origin(kind) is types.UnionType:
         kind = next(choice for choice in typing.get_args(kind) if choice is not type(None))
     if not is_dataclass(kind):
-        return tuple(content) if isinstance(content, list) else content
+        if not isinstance(content, list):
+            return content
+        parts = tuple(content)
+        for index, error in errors.get(name, {}).items():
+            parts = (
+                *parts[: int(index)],
+                Measured(parts[int(index)], error),
+                *parts[int(index) + 1 :],
+            )
+        return parts
     hints = typing.get_type_hints(kind)
     values = {}
     for field in fields(kind):
