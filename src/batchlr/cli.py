@@ -82,6 +82,35 @@ def spectrum_command(
         measure_spectrum(loaded.config, out=_folder(out, loaded.config), checkpoint=checkpoint)
 
 
+@app.command("sweep")
+def sweep_command(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    out: Out = None,
+    checkpoint: Checkpoint = None,
+    batch_sizes: Annotated[
+        str, typer.Option("--batch-sizes", help="Batch sizes, separated by commas.")
+    ] = "4,16,64,256",
+    optimizers: Annotated[
+        str, typer.Option("--optimizers", help="sgd, adam or both, separated by a comma.")
+    ] = "sgd,adam",
+    steps: Annotated[int, typer.Option(help="Steps of one run.", min=5)] = 200,
+) -> None:
+    """Train at many rates: the largest that survive beside those predicted."""
+    with _exit_codes():
+        loaded = _load(config, overrides)
+        from batchlr.training.sweep import parse_batch_sizes, parse_optimizers, sweep
+
+        sweep(
+            loaded.config,
+            out=_folder(out, loaded.config),
+            batch_sizes=parse_batch_sizes(batch_sizes),
+            optimizers=parse_optimizers(optimizers),
+            steps=steps,
+            checkpoint=checkpoint,
+        )
+
+
 @app.command("env")
 def env_command() -> None:
     """Print versions and devices as JSON."""

@@ -75,6 +75,34 @@ def plot_rates(bounds: Sequence["LRBound"], *, ax: "Axes | None" = None) -> "Fig
     return figure
 
 
+def plot_sweep(cells: Sequence[dict[str, Any]], *, ax: "Axes | None" = None) -> "Figure":
+    """Predicted limits with their intervals, and the rates that training survived.
+
+    Args:
+        cells: dictionaries with ``optimizer``, ``batch_size``, ``predicted``, ``low``, ``high`` and
+            ``survived``.
+        ax: where to draw; by default a new figure.
+    """
+    figure, ax = _canvas(ax)
+    for number, kind in enumerate(dict.fromkeys(cell["optimizer"] for cell in cells)):
+        rows = sorted(
+            (cell for cell in cells if cell["optimizer"] == kind), key=lambda r: r["batch_size"]
+        )
+        sizes = [row["batch_size"] for row in rows]
+        colour = f"C{number}"
+        ax.plot(sizes, [row["predicted"] for row in rows], color=colour, label=f"{kind}: predicted")
+        lows, highs = [row["low"] for row in rows], [row["high"] for row in rows]
+        ax.fill_between(sizes, lows, highs, color=colour, alpha=0.2, linewidth=0)
+        survived = [row["survived"] for row in rows]
+        ax.plot(sizes, survived, "o", color=colour, label=f"{kind}: survived")
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xlabel("batch size")
+    ax.set_ylabel("learning rate")
+    ax.legend()
+    return figure
+
+
 def plot_spectrum(
     measure: "SpectralMeasure", *, bandwidth: float | None = None, ax: "Axes | None" = None
 ) -> "Figure":

@@ -50,7 +50,7 @@ def measure_rates(
     Raises:
         ArithmeticError: the loss is not finite, or there is no curvature to limit a rate.
     """
-    experiment = _experiment(config, checkpoint)
+    experiment = build_at(config, checkpoint)
     report = _measure(experiment)
     if report.largest <= 0:
         msg = f"the largest eigenvalue is {report.largest}: no curvature limits the rate here"
@@ -92,7 +92,7 @@ def measure_spectrum(
     Raises:
         ArithmeticError: the loss is not finite.
     """
-    experiment = _experiment(config, checkpoint)
+    experiment = build_at(config, checkpoint)
     batches = experiment.measurement_batches()
     operator = HessianOperator(
         experiment.model, experiment.loss_fn, batches, norm_mode=config.curvature.norm_mode
@@ -146,7 +146,7 @@ def measure_spectrum(
     return content
 
 
-def _experiment(config: TrainConfig, checkpoint: Path | None) -> Experiment:
+def build_at(config: TrainConfig, checkpoint: Path | None) -> Experiment:
     """The configured experiment, in train mode, at its initial weights or a checkpoint's."""
     experiment = build_experiment(config)
     if checkpoint is not None:
