@@ -17,11 +17,11 @@ from batchlr.training import loop
 from batchlr.training.checkpoint import load_checkpoint
 from batchlr.training.config import load_config
 from training.conftest import fake_cifar_checksums  # noqa: F401 - a fixture
-from training.on_disk import write_cifar100, write_imagefolder
+from training.on_disk import write_cifar10, write_cifar100, write_imagefolder
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # The cheapest SGD, auto and Adam recipe, and an ImageNet one; each of the others takes longer.
-QUICK = {"vgg16_swa", "preresnet110_auto", "vgg16_adam_paper", "resnet50_tv"}
+QUICK = {"vgg16_swa", "preresnet110_auto", "vgg16_adamw_b128", "vgg16_ssgdmn", "resnet50_tv"}
 SIZES = ["batch.global_size=4", "train.max_steps=2", "train.device=cpu"]
 MEASURED_SIZES = ["curvature.samples=8", "curvature.max_products=2"]
 
@@ -52,7 +52,10 @@ def assert_two_steps(path, out, overrides):
     assert (summary["steps"], summary["diverged"]) == (2, False)
     assert math.isfinite(summary["test_loss"])
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    if automatic:
+    if config.curvature.policy != "mean_square":
+        assert [line.get("failure") for line in lines] == [None]  # measured once; one line in 50
+        assert lines[0]["peak_lr"] > 0
+    elif automatic:
         assert [line["failure"] for line in lines] == [None, None]
         assert all(line["max_lr"] > 0 for line in lines)
     else:
@@ -69,6 +72,14 @@ def assert_two_steps(path, out, overrides):
 @pytest.mark.parametrize("path", recipes("cifar100"))
 def test_a_cifar_recipe_runs(path, out, tmp_path, request):
     write_cifar100(tmp_path / "data")
+    request.getfixturevalue("fake_cifar_checksums")(tmp_path / "data")
+    assert_two_steps(path, out, [f"data.root={tmp_path / 'data'}"])
+
+
+@pytest.mark.parametrize("path", recipes("paper"))
+def test_a_recipe_of_the_paper_runs(path, out, tmp_path, request):
+    write_cifar100(tmp_path / "data")
+    write_cifar10(tmp_path / "data")
     request.getfixturevalue("fake_cifar_checksums")(tmp_path / "data")
     assert_two_steps(path, out, [f"data.root={tmp_path / 'data'}"])
 
@@ -91,6 +102,7 @@ def test_the_quick_ones_are_of_each_kind():
     assert kinds >= {
         ("cifar100", "sgd", False),
         ("cifar100", "sgd", True),
-        ("cifar100", "adamw", False),
+        ("paper", "adamw", False),
+        ("paper", "sgd", True),
         ("imagenet", "sgd", False),
     }

@@ -105,7 +105,7 @@ def plot_spectrum(
 def plot_batch_spectra(entries: Sequence[dict[str, Any]], *, ax: "Axes | None" = None) -> "Figure":
     """Largest eigenvalue against the batch size: a dot a draw, a line through the means.
 
-    One line for each epoch among ``entries``, the later the darker.
+    One line for each checkpoint among ``entries``, the later the darker.
 
     Args:
         entries: the lines of a ``spectra.jsonl``.
@@ -118,15 +118,15 @@ def plot_batch_spectra(entries: Sequence[dict[str, Any]], *, ax: "Axes | None" =
         msg = "there are no spectra to draw: spectra.jsonl is empty"
         raise ValueError(msg)
     figure, ax = _canvas(ax)
-    epochs = sorted({entry["epoch"] for entry in entries})
-    for number, epoch in enumerate(epochs):
+    points = sorted({(entry["epoch"], str(entry["checkpoint"])) for entry in entries})
+    for number, (epoch, checkpoint) in enumerate(points):
         largest: dict[int, list[float]] = {}
         for entry in entries:
-            if entry["epoch"] == epoch:
+            if (entry["epoch"], str(entry["checkpoint"])) == (epoch, checkpoint):
                 largest.setdefault(entry["batch_size"], []).append(entry["largest"])
         sizes = sorted(largest)
         means = [sum(largest[size]) / len(largest[size]) for size in sizes]
-        alpha = (number + 1) / len(epochs)
+        alpha = (number + 1) / len(points)
         ax.plot(sizes, means, color=_EIGENVALUE, alpha=alpha, label=f"epoch {epoch}")
         for size in sizes:
             draws = largest[size]

@@ -133,12 +133,8 @@ def _go_to(experiment: Experiment, source: Path | None) -> dict[str, Any]:
     """Load the weights; returns what a line says about them."""
     if source is None:
         return {"checkpoint": None, "step": 0, "epoch": 0}
-    progress = load_weights(experiment, source).get("progress", {})
-    return {
-        "checkpoint": str(source),
-        "step": progress.get("step"),
-        "epoch": progress.get("epoch"),
-    }
+    progress = load_weights(experiment, source)["progress"]
+    return {"checkpoint": str(source), "step": progress["step"], "epoch": progress["epoch"]}
 
 
 def _measure(experiment: Experiment, cell: _Cell, folder: Path) -> dict[str, Any]:
