@@ -13,7 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 from batchlr.cli import app
-from batchlr.training import loop
+from batchlr.policies import POLICIES
+from batchlr.training import loop, spectra
 from batchlr.training.checkpoint import load_checkpoint
 from batchlr.training.config import load_config
 from training.conftest import fake_cifar_checksums  # noqa: F401 - a fixture
@@ -82,6 +83,41 @@ def test_a_recipe_of_the_paper_runs(path, out, tmp_path, request):
     write_cifar10(tmp_path / "data")
     request.getfixturevalue("fake_cifar_checksums")(tmp_path / "data")
     assert_two_steps(path, out, [f"data.root={tmp_path / 'data'}"])
+
+
+@pytest.mark.parametrize(
+    "name", ["vgg16_spectra", pytest.param("wrn28x10_spectra", marks=pytest.mark.slow)]
+)
+def test_a_grid_of_the_paper_measures(name, out, tmp_path, request, monkeypatch):
+    """Its smallest batches: a single image leaves batch norm no other sample."""
+    monkeypatch.setattr(spectra, "save_figure", lambda *_: None)
+    write_cifar100(tmp_path / "data")
+    request.getfixturevalue("fake_cifar_checksums")(tmp_path / "data")
+    sizes = ["spectrum.batch_sizes=[1, 2]", "spectrum.draws=1", "spectrum.steps=2"]
+    command = [
+        "spectrum",
+        str(CONFIGS / "paper" / f"{name}.yaml"),
+        f"data.root={tmp_path / 'data'}",
+    ]
+    result = CliRunner().invoke(app, [*command, *sizes, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    text = (out / "curvature" / "spectra.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["batch_size"] for line in lines] == [1, 2]
+    assert all(math.isfinite(line["largest"]) for line in lines)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_demo_runs_with_a_published_policy(policy, out):
+    path = CONFIGS / "demo" / "digits_vgg.yaml"
+    overrides = [f"curvature.policy={policy}", "curvature.samples=32", "train.max_steps=3"]
+    result = CliRunner().invoke(app, ["train", str(path), *overrides, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["failure"] for line in lines] == [None, None, None]
+    assert all(line["products"] == 20 and line["peak_lr"] > 0 for line in lines)
+    momenta = {line["momentum"] for line in lines}
+    assert momenta == {0.0} if policy == "paper_sgd" else 0.9 not in momenta
 
 
 @pytest.mark.parametrize("path", recipes("imagenet"))

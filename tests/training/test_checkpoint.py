@@ -62,6 +62,9 @@ def test_the_newest_stay_and_the_last_is_named(tmp_path):
     assert names(tmp_path) == {"step-00000002.pt", "step-00000003.pt", "manifest.json"}
     assert latest_checkpoint(tmp_path) == tmp_path / "step-00000003.pt"
     assert listed_checkpoints(tmp_path) == [tmp_path / f"step-0000000{step}.pt" for step in (2, 3)]
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["last"] == "step-00000003.pt"
+    assert [entry["step"] for entry in manifest["checkpoints"]] == [2, 3]
 
 
 def test_the_digest_on_record_is_that_of_the_file(tmp_path):
@@ -77,9 +80,6 @@ def test_the_digest_on_record_is_that_of_the_file(tmp_path):
 def test_a_folder_without_checkpoints_lists_none(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint in "):
         listed_checkpoints(tmp_path)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["last"] == "step-00000003.pt"
-    assert [entry["step"] for entry in manifest["checkpoints"]] == [2, 3]
 
 
 def test_newest_means_saved_last_not_the_highest_step(tmp_path):
