@@ -94,6 +94,7 @@ def test_a_grid_of_the_paper_measures(name, out, tmp_path, request, monkeypatch)
     write_cifar100(tmp_path / "data")
     request.getfixturevalue("fake_cifar_checksums")(tmp_path / "data")
     sizes = ["spectrum.batch_sizes=[1, 2]", "spectrum.draws=1", "spectrum.steps=2"]
+    sizes += ["batch.global_size=4", "train.device=cpu"]
     command = [
         "spectrum",
         str(CONFIGS / "paper" / f"{name}.yaml"),
