@@ -4,10 +4,11 @@ import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from batchlr.policies import POLICIES
 from batchlr.training.config import ConfigError, TrainConfig, load_config
 from batchlr.training.config.schema import SECTIONS
 from batchlr.training.config.variants import VARIANTS
@@ -394,6 +395,11 @@ def test_a_section_has_the_options_of_what_it_builds(section, name, build, other
     assert options.keys() == taken.keys()
     for key in options.keys() - {"root", "workers"}:  # a Path for text; 0 in the library
         assert taken[key] in (options[key], inspect.Parameter.empty), key
+
+
+def test_the_policies_of_a_configuration_are_the_library_s():
+    names = get_args(SECTIONS["curvature"].model_fields["policy"].annotation)
+    assert names == ("mean_square", *POLICIES)
 
 
 def test_every_section_is_frozen_and_hashable():
