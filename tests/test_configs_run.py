@@ -45,7 +45,15 @@ def out(tmp_path, monkeypatch):
 def assert_two_steps(path, out, overrides):
     config = load_config(path).config
     automatic = config.optim.lr == "auto"
-    sizes = [*SIZES, *overrides, *(MEASURED_SIZES if automatic else [])]
+    # Without their 20 Lanczos steps the published rates can be too large by orders of magnitude,
+    # except for paper_nesterov's, which is never above 1.
+    whole = config.curvature.policy in {
+        "paper_sgd",
+        "paper_momentum",
+        "paper_momentum_as_published",
+    }
+    measured = MEASURED_SIZES[:1] if whole else MEASURED_SIZES
+    sizes = [*SIZES, *overrides, *(measured if automatic else [])]
     result = CliRunner().invoke(app, ["train", str(path), *sizes, "--out", str(out)])
     assert result.exit_code == 0, result.output
     assert result.stderr == ""
