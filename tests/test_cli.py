@@ -31,13 +31,14 @@ def run(tmp_path, monkeypatch):
 @pytest.fixture
 def calls(monkeypatch):
     """What the commands ask the library to do, instead of doing it."""
-    from batchlr.training import analysis, loop
+    from batchlr.training import analysis, loop, spectra
 
     calls = []
     for module, name in (
         (loop, "train"),
         (analysis, "measure_rates"),
         (analysis, "measure_spectrum"),
+        (spectra, "measure_spectra"),
     ):
         monkeypatch.setattr(
             module, name, lambda *args, _name=name, **kwargs: calls.append((_name, args, kwargs))
@@ -93,6 +94,25 @@ def test_lr_and_spectrum_hand_on_their_files(run, calls):
         ("measure_spectrum", 3, common),
         ("measure_rates", 0, {"out": Path("runs/run"), "checkpoint": None, "json_file": None}),
     ]
+
+
+def test_a_grid_of_spectra_takes_many_checkpoints(run, calls):
+    grid = "spectrum.batch_sizes=[4, 8]"
+    two = ("--checkpoint", "a.pt", "--checkpoint", "folder")
+    assert run("spectrum", "run.yaml", grid, *two, "--out", "o").exit_code == 0
+    assert run("spectrum", "run.yaml", grid).exit_code == 0
+    assert [(name, args[0].spectrum.batch_sizes, kwargs) for name, args, kwargs in calls] == [
+        (
+            "measure_spectra",
+            (4, 8),
+            {"out": Path("o"), "checkpoints": [Path("a.pt"), Path("folder")]},
+        ),
+        ("measure_spectra", (4, 8), {"out": Path("runs/run"), "checkpoints": []}),
+    ]
+    result = run("spectrum", "run.yaml", *two)
+    assert result.exit_code == 2
+    assert result.stderr == "2 checkpoints are measured on a grid: set spectrum.batch_sizes\n"
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("command", [["train"], ["lr"], ["spectrum"], ["config", "show"]])

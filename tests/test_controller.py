@@ -14,8 +14,10 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
 from batchlr.controller import CurvatureController, get_momentum
 from batchlr.curvature import measure_curvature
-from batchlr.learning_rates import balanced_momentum
+from batchlr.learning_rates import balanced_momentum, heavy_ball
+from batchlr.on_the_fly import learn_step_size
 from batchlr.operators import supervised
+from batchlr.policies import POLICIES
 from batchlr.schedulers import BatchAwareLR
 
 MSE = supervised(nn.MSELoss())
@@ -492,6 +494,129 @@ def test_observing_leaves_a_run_bit_identical(kind):
     assert scheduler.state_dict() == twin_scheduler.state_dict()
 
 
+# --- the paper's policies ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_published_step_size_is_applied_as_it_is(policy):
+    problem = linear_problem(momentum=0.9, weight_decay=0.1)
+    model, optimizer, scheduler, batches = problem
+    controller = CurvatureController(scheduler, MSE, policy=policy)
+    assert controller.sets_momentum
+    update = controller.maybe_update(model, batches)
+    learned = learn_step_size(
+        model, MSE, batches, policy=policy, generator=torch.Generator().manual_seed(0)
+    )
+    step = learned.step_size
+    assert update.learned.step_size == step
+    assert (update.peak, update.momentum) == (step.lr, step.momentum)
+    assert scheduler.peak == optimizer.param_groups[0]["lr"] == step.lr
+    assert get_momentum(optimizer) == step.momentum
+    assert (update.bound, update.report, update.failure) == (None, None, None)
+    assert update.largest_eigenvalue == learned.largest
+    assert update.smallest_eigenvalue == learned.smallest
+    assert update.num_products == controller.num_products == 7  # weights, so all there are
+    assert update.seconds == controller.seconds > 0
+
+
+def test_polyak_s_pair_is_that_of_the_exact_extremes():
+    """Seven steps resolve all seven eigenvalues, and none of them is heavy."""
+    model, _, scheduler, batches = linear_problem()
+    update = CurvatureController(scheduler, MSE, policy="paper_momentum").maybe_update(
+        model, batches
+    )
+    x = torch.cat([batch[0] for batch in batches])
+    x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
+    values = torch.linalg.eigvalsh(2 * x.T @ x / len(x))
+    assert max(update.learned.weights) < 0.5
+    want = heavy_ball(float(values[-1]), float(values[0]))
+    assert (update.peak, update.momentum) == pytest.approx((want.lr, want.momentum), rel=1e-9)
+
+
+def test_a_published_rate_may_grow_at_once_and_is_not_limited():
+    peaks = stretched_run([10.0, 1.0, 0.1], policy="paper_sgd")
+    assert [peak for peak, _ in peaks] == pytest.approx([0.01, 1.0, 100.0], rel=1e-9)
+
+
+@pytest.mark.parametrize("policy", ["mean_square", "paper_sgd"])
+def test_a_cadence_replaces_the_dense_measurements(policy):
+    problem = linear_problem()
+    controller = CurvatureController(problem[2], MSE, policy=policy, every_steps=5)
+    assert steps_measured(controller, problem, 17) == [0, 5, 10, 15]
+
+
+def test_without_a_cadence_a_policy_is_dense_early_too():
+    problem = linear_problem()
+    controller = CurvatureController(problem[2], MSE, policy="paper_sgd", total_steps=300)
+    assert steps_measured(controller, problem, 33) == [0, 1, 2, 4, 8, 16, 32]
+
+
+def test_a_policy_that_fails_keeps_rate_and_momentum(caplog):
+    problem = linear_problem()
+    model, optimizer, scheduler, batches = problem
+    controller = CurvatureController(scheduler, MSE, policy="paper_nesterov")
+    good = controller.maybe_update(model, batches)
+    with torch.no_grad():
+        model.weight.fill_(math.nan)
+    with caplog.at_level(logging.WARNING, logger="batchlr"):
+        update = controller.maybe_update(model, batches)
+    assert update.failure.startswith("the loss is nan")
+    assert (update.peak, update.momentum) == (good.peak, good.momentum)
+    assert (scheduler.peak, get_momentum(optimizer)) == (good.peak, good.momentum)
+    assert (update.learned, update.num_products, update.seconds) == (None, 0, 0.0)
+    assert math.isnan(update.largest_eigenvalue)
+    assert math.isnan(update.smallest_eigenvalue)
+    assert len(caplog.records) == 1
+
+
+def flat(model, batch):
+    return model.weight.sum() * 0.0 + model.weight.square().sum() * 0.0
+
+
+def test_a_policy_without_curvature_has_no_first_rate():
+    model, _, scheduler, batches = linear_problem()
+    controller = CurvatureController(scheduler, flat, policy="paper_sgd")
+    with pytest.raises(ArithmeticError, match="all Ritz values are 0"):
+        controller.maybe_update(model, batches)
+    assert scheduler.peak == 1.0
+
+
+def test_a_policy_that_only_observes_changes_nothing():
+    problem = linear_problem(momentum=0.3)
+    model, optimizer, scheduler, batches = problem
+    controller = CurvatureController(scheduler, MSE, policy="paper_momentum", apply=False)
+    assert not controller.sets_momentum
+    update = controller.maybe_update(model, batches)
+    assert update.learned.step_size.momentum > 0
+    assert (update.peak, update.momentum) == (scheduler.peak, get_momentum(optimizer)) == (1.0, 0.3)
+
+
+@pytest.mark.parametrize("cut", [1, 4, 7])
+def test_a_resumed_policy_goes_on_bit_for_bit(cut):
+    def build():
+        problem = linear_problem(momentum=0.9)
+        options = {"policy": "paper_nesterov", "every_steps": 3, "max_products": 4}
+        return problem, CurvatureController(problem[2], MSE, **options)
+
+    problem, controller = build()
+    updates_of(controller, problem, cut)
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in (*problem[:3], controller)], file)
+    expected = updates_of(controller, problem, 12 - cut)
+    file.seek(0)
+    resumed, other = build()
+    for part, state in zip((*resumed[:3], other), torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    got = updates_of(other, resumed, 12 - cut)
+    shown = [
+        [u and (u.step, u.peak, u.momentum, u.learned.weights) for u in us]
+        for us in (got, expected)
+    ]
+    assert shown[0] == shown[1]
+    assert any(update is not None for update in got)
+    assert torch.equal(resumed[0].weight, problem[0].weight)
+
+
 # --- resuming ------------------------------------------------------------------------------------
 
 
@@ -614,3 +739,33 @@ def test_a_data_set_smaller_than_its_samples_is_refused():
     controller = CurvatureController(scheduler, MSE, dataset_size=100)
     with pytest.raises(ValueError, match="dataset_size must be at least the 128 samples given"):
         controller.maybe_update(model, batches)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad])
+def test_a_published_policy_is_for_sgd(kind):
+    scheduler = linear_problem(kind)[2]
+    words = (
+        f"policy paper_sgd gives a rate and a momentum for SGD, got {kind.__name__}: use SGD, or"
+    )
+    with pytest.raises(ValueError, match=words):
+        CurvatureController(scheduler, MSE, policy="paper_sgd")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"policy": "best"}, "policy must be one of mean_square, paper_sgd, .*, got 'best'"),
+        (
+            {"policy": "paper_sgd", "safety": 0.5},
+            "policy paper_sgd is applied as published: safety must be 1, got 0.5",
+        ),
+        (
+            {"policy": "paper_sgd", "adjust_momentum": True},
+            "policy paper_sgd sets the momentum itself: leave adjust_momentum False",
+        ),
+        ({"every_steps": 0}, "every_steps must be at least 1, or None, got 0"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        CurvatureController(linear_problem()[2], MSE, **options)

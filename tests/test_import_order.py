@@ -14,9 +14,9 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src"
 LEVELS = [
     {"random_matrix", "learning_rates", "scaling_rules", "measured", "mean_square", "operators"},
-    {"lanczos", "trace", "dataclass_files", "projected_curvature"},
+    {"lanczos", "trace", "dataclass_files", "policies", "projected_curvature"},
     {"slq", "curvature_noise", "gradient_noise", "curvature_report", "optimizer_state"},
-    {"curvature", "edge_laws"},
+    {"curvature", "edge_laws", "on_the_fly"},
     {"schedulers", "batch_size", "averaging", "probes", "optim"},
     {"controller"},
     {"__init__"},  # the public names: `import batchlr` as a user writes it
@@ -27,7 +27,7 @@ LEVELS = [
     {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-THEORY = ["random_matrix", "learning_rates", "scaling_rules"]
+THEORY = ["random_matrix", "learning_rates", "scaling_rules", "policies"]
 HEAVY = ["torchvision", "matplotlib", "typer", "yaml", "pydantic", "sklearn", "batchlr.training"]
 
 

@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from batchlr.curvature_report import LRBound
-from batchlr.plotting import plot_rates, plot_run, plot_spectrum, save_figure
+from batchlr.plotting import plot_batch_spectra, plot_rates, plot_run, plot_spectrum, save_figure
 from batchlr.slq import SpectralMeasure
 
 
@@ -217,3 +217,33 @@ def test_a_figure_is_saved_in_the_format_of_its_suffix(tmp_path, suffix, opening
     path = tmp_path / "new" / f"figure.{suffix}"
     save_figure(plot_rates([bound(4, 0.1), bound(8, 0.2)]), path)
     assert path.read_bytes().startswith(opening)
+
+
+# Grids ------------------------------------------------------------------------------------------
+
+
+def cell(batch_size, largest, *, epoch=0):
+    checkpoint = f"{epoch}.pt" if epoch else None
+    return {"epoch": epoch, "checkpoint": checkpoint, "batch_size": batch_size, "largest": largest}
+
+
+def test_a_grid_has_dots_for_draws_and_lines_for_means():
+    cells = [cell(8, 4.0), cell(2, 9.0), cell(8, 6.0), cell(2, 7.0, epoch=25)]
+    (axis,) = plot_batch_spectra(cells).axes
+    lines = {line.get_label(): points(line) for line in axis.lines}
+    assert lines["epoch 0"] == [(2, 9), (8, 5)]
+    assert lines["epoch 25"] == [(2, 7)]
+    dots = [point for line in axis.lines if line.get_marker() == "." for point in points(line)]
+    assert sorted(dots) == [(2, 7), (2, 9), (8, 4), (8, 6)]
+    assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("batch size", "largest eigenvalue")
+
+
+def test_a_grid_that_is_not_positive_has_a_linear_axis():
+    (axis,) = plot_batch_spectra([cell(2, 1.0), cell(4, -1.0)]).axes
+    assert axis.get_yscale() == "linear"
+
+
+def test_a_grid_without_cells_is_refused():
+    with pytest.raises(ValueError, match=r"no spectra to draw: spectra\.jsonl is empty"):
+        plot_batch_spectra([])

@@ -39,6 +39,14 @@ Checkpoint = Annotated[
     Path | None, typer.Option(help="Where to measure.  [default: at the initial weights]")
 ]
 
+Checkpoints = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Where to measure; on a grid, any number of files and folders.  "
+        "[default: at the initial weights]"
+    ),
+]
+
 
 @app.command("train")
 def train_command(config: ConfigPath, overrides: Overrides = None, out: Out = None) -> None:
@@ -72,14 +80,23 @@ def spectrum_command(
     config: ConfigPath,
     overrides: Overrides = None,
     out: Out = None,
-    checkpoint: Checkpoint = None,
+    checkpoint: Checkpoints = None,
 ) -> None:
-    """Measure the spectrum of the batch Hessian."""
+    """Measure the spectrum of the batch Hessian, or of many batches (spectrum.batch_sizes)."""
     with _exit_codes():
         loaded = _load(config, overrides)
+        folder, where = _folder(out, loaded.config), checkpoint or []
+        if loaded.config.spectrum.batch_sizes:
+            from batchlr.training.spectra import measure_spectra
+
+            measure_spectra(loaded.config, out=folder, checkpoints=where)
+            return
         from batchlr.training.analysis import measure_spectrum
 
-        measure_spectrum(loaded.config, out=_folder(out, loaded.config), checkpoint=checkpoint)
+        if len(where) > 1:
+            msg = f"{len(where)} checkpoints are measured on a grid: set spectrum.batch_sizes"
+            raise ValueError(msg)
+        measure_spectrum(loaded.config, out=folder, checkpoint=where[0] if where else None)
 
 
 @app.command("sweep")

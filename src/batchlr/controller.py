@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,12 @@ from batchlr.curvature import measure_curvature
 from batchlr.curvature_report import CurvatureReport, LRBound
 from batchlr.lanczos import default_generator
 from batchlr.learning_rates import balanced_momentum
+from batchlr.on_the_fly import LearnedStepSize, learn_step_size
 from batchlr.operators.batches import count_samples
 from batchlr.operators.curvature_matrix import NormMode
 from batchlr.operators.supervised import LossFunction
 from batchlr.optimizer_state import Kind
+from batchlr.policies import POLICIES, PolicyName
 from batchlr.schedulers import BatchAwareLR
 
 logger = logging.getLogger("batchlr")
@@ -32,12 +34,15 @@ class CurvatureUpdate:
     peak: float  # of the scheduler, after it
     momentum: float  # of the optimizer, after it
     failure: str | None  # why the last good rate was kept; None if the measurement succeeded
-    bound: LRBound | None  # None after a failure
+    bound: LRBound | None  # None after a failure, and with a policy of the paper
     report: CurvatureReport | None  # likewise
+    learned: LearnedStepSize | None = None  # with a policy of the paper; None after a failure
 
     @property
     def largest_eigenvalue(self) -> float:
         """Of the matrix that limits the optimizer (Adam's is preconditioned); NaN on failure."""
+        if self.learned is not None:
+            return self.learned.largest
         if self.report is None:
             return math.nan
         return float(self.report.largest if self.report.adam is None else self.report.adam.largest)
@@ -45,7 +50,21 @@ class CurvatureUpdate:
     @property
     def smallest_eigenvalue(self) -> float:
         """The lower end of the Hessian, as far as Lanczos came; NaN on failure."""
+        if self.learned is not None:
+            return self.learned.smallest
         return math.nan if self.report is None else float(self.report.smallest)
+
+    @property
+    def num_products(self) -> int:
+        """Matrix-vector products spent; 0 on failure."""
+        measured = self.learned or self.report
+        return 0 if measured is None else measured.num_products
+
+    @property
+    def seconds(self) -> float:
+        """Time spent measuring; 0 on failure."""
+        measured = self.learned or self.report
+        return 0.0 if measured is None else measured.seconds
 
 
 @final
@@ -56,6 +75,11 @@ class CurvatureController:
     ``total_steps / refreshes``. Each starts from the last one's eigenvectors. A lower limit applies
     at once, a higher one raises the peak by at most ``growth``. When a measurement fails the last
     good rate is kept and the failure reported.
+
+    With one of the paper's policies a measurement is instead one Lanczos run of ``max_products``
+    steps on the Hessian, and rate and momentum of the policy are applied as they are: no limit, no
+    ``growth``. They reproduce published experiments; what is wrong with them is said in
+    `batchlr.policies`.
 
     Args:
         scheduler: whose peak to set, and through it the optimizer's rates.
@@ -74,10 +98,12 @@ class CurvatureController:
             error is of second order in it).
         max_products: of one Lanczos run.
         clip_norm: at which training clips the gradient's norm; the rates then say if it is active.
+        policy: ``"mean_square"``, or a key of `POLICIES`; those are for SGD and set its momentum.
+        every_steps: measure before every so many steps, and not densely; None as said above.
         generator: for start vectors; without one the seed is 0.
 
     Raises:
-        ValueError: an argument is illegal.
+        ValueError: an argument is illegal, or does not go with the policy.
     """
 
     def __init__(
@@ -97,6 +123,8 @@ class CurvatureController:
         tol: float = 0.1,
         max_products: int = 20,
         clip_norm: float | None = None,
+        policy: Literal["mean_square"] | PolicyName = "mean_square",
+        every_steps: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         if not 0 < safety <= 1:
@@ -114,6 +142,11 @@ class CurvatureController:
         if refreshes < 1 or (total_steps is not None and total_steps < 1):
             msg = f"refreshes and total_steps must be positive, got {refreshes} and {total_steps}"
             raise ValueError(msg)
+        if every_steps is not None and every_steps < 1:
+            msg = f"every_steps must be at least 1, or None, got {every_steps}"
+            raise ValueError(msg)
+        if policy != "mean_square":
+            _check_policy(policy, scheduler.optimizer, safety, adjust_momentum)
         self.scheduler = scheduler
         self.loss_fn = loss_fn
         self.batch_size = batch_size if batch_size is not None else scheduler.batch_size
@@ -126,6 +159,8 @@ class CurvatureController:
         self.tol = tol
         self.max_products = max_products
         self.clip_norm = clip_norm
+        self.policy: Literal["mean_square"] | PolicyName = policy
+        self.every_steps = every_steps
         self.interval = 100 if total_steps is None else max(1, total_steps // refreshes)
         self.num_products = 0
         self.seconds = 0.0
@@ -134,6 +169,11 @@ class CurvatureController:
         self._next = 0
         self._has_rate = False
         self._vectors: tuple[Tensor, ...] = ()
+
+    @property
+    def sets_momentum(self) -> bool:
+        """Whether momentum is the controller's, too."""
+        return self.apply and (self.adjust_momentum or self.policy != "mean_square")
 
     @property
     def due(self) -> bool:
@@ -162,15 +202,16 @@ class CurvatureController:
         made = batches() if callable(batches) else batches
         listed = [made] if isinstance(made, (tuple, dict, Tensor)) else list(made)
         update = self._update(model, listed)
-        self._next = self._step + min(max(self._step, 1), self.interval)
+        self._next = self._step + (self.every_steps or min(max(self._step, 1), self.interval))
         self._step += 1
         return update
 
     def _update(self, model: nn.Module, batches: list[Any]) -> CurvatureUpdate:
-        batch_size = self.batch_size or count_samples(batches[0])
         try:
-            report = self._measure(model, batches)
-            bound = self._bound(report, batch_size)
+            if self.policy != "mean_square":
+                update = self._follow(self.policy, model, batches)
+            else:
+                update = self._stay_stable(model, batches)
         except (ArithmeticError, ValueError) as error:
             # A rate that is not the controller's own goes on; a mistake is still an error.
             keeps = not self.apply and isinstance(error, ArithmeticError)
@@ -178,10 +219,35 @@ class CurvatureController:
                 raise
             logger.warning("step %d: keeping the last good rate: %s", self._step, error)
             return self._record(failure=str(error))
-        if self.apply:
-            self._apply(bound, report)
         self._has_rate = True
+        return update
+
+    def _stay_stable(self, model: nn.Module, batches: list[Any]) -> CurvatureUpdate:
+        """The mean-square limit of the batch size trained with."""
+        batch_size = self.batch_size or count_samples(batches[0])
+        report = self._measure(model, batches)
+        bound = self._bound(report, batch_size)
+        if self.apply:
+            self._apply(bound)
         return self._record(bound=bound, report=report)
+
+    def _follow(self, policy: PolicyName, model: nn.Module, batches: list[Any]) -> CurvatureUpdate:
+        """The step size of a published policy."""
+        learned = learn_step_size(
+            model,
+            self.loss_fn,
+            batches,
+            policy=policy,
+            num_steps=self.max_products,
+            norm_mode=self.norm_mode,
+            generator=self._generator,
+        )
+        self.num_products += learned.num_products
+        self.seconds += learned.seconds
+        if self.apply:
+            self.scheduler.set_peak(learned.step_size.lr)
+            set_momentum(self.scheduler.optimizer, learned.step_size.momentum)
+        return self._record(learned=learned)
 
     def _measure(self, model: nn.Module, batches: list[Any]) -> CurvatureReport:
         report = measure_curvature(
@@ -219,13 +285,13 @@ class CurvatureController:
             momentum = balanced_momentum(part.largest, variance * inverse / part.largest)
         return report.max_lr(batch_size, optimizer=kind, momentum=momentum)
 
-    def _apply(self, bound: LRBound, report: CurvatureReport) -> None:
+    def _apply(self, bound: LRBound) -> None:
         peak = self.safety * bound.value
         if self._has_rate:
             peak = min(peak, self.growth * self.scheduler.peak)
         self.scheduler.set_peak(peak)
         if self.adjust_momentum:
-            _set_momentum(self.scheduler.optimizer, bound.momentum)
+            set_momentum(self.scheduler.optimizer, bound.momentum)
 
     def _record(
         self,
@@ -233,6 +299,7 @@ class CurvatureController:
         failure: str | None = None,
         bound: LRBound | None = None,
         report: CurvatureReport | None = None,
+        learned: LearnedStepSize | None = None,
     ) -> CurvatureUpdate:
         return CurvatureUpdate(
             step=self._step,
@@ -241,6 +308,7 @@ class CurvatureController:
             failure=failure,
             bound=bound,
             report=report,
+            learned=learned,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -273,9 +341,30 @@ def get_momentum(optimizer: torch.optim.Optimizer) -> float:
     return float(group["betas"][0] if "betas" in group else group.get("momentum", 0.0))
 
 
-def _set_momentum(optimizer: torch.optim.Optimizer, momentum: float) -> None:
+def set_momentum(optimizer: torch.optim.Optimizer, momentum: float) -> None:
+    """Set SGD's momentum or Adam's beta1 in every group."""
     for group in optimizer.param_groups:
         if "betas" in group:
             group["betas"] = (momentum, group["betas"][1])
         else:
             group["momentum"] = momentum
+
+
+def _check_policy(
+    policy: str, optimizer: torch.optim.Optimizer, safety: float, adjust_momentum: bool
+) -> None:
+    if policy not in POLICIES:
+        msg = f"policy must be one of mean_square, {', '.join(POLICIES)}, got {policy!r}"
+        raise ValueError(msg)
+    if not isinstance(optimizer, torch.optim.SGD):
+        msg = (
+            f"policy {policy} gives a rate and a momentum for SGD, got "
+            f"{type(optimizer).__name__}: use SGD, or policy='mean_square'"
+        )
+        raise ValueError(msg)
+    if safety != 1.0:
+        msg = f"policy {policy} is applied as published: safety must be 1, got {safety}"
+        raise ValueError(msg)
+    if adjust_momentum:
+        msg = f"policy {policy} sets the momentum itself: leave adjust_momentum False"
+        raise ValueError(msg)

@@ -129,6 +129,44 @@ def plot_spectrum(
     return figure
 
 
+def plot_batch_spectra(entries: Sequence[dict[str, Any]], *, ax: "Axes | None" = None) -> "Figure":
+    """Largest eigenvalue against the batch size: a dot a draw, a line through the means.
+
+    One line for each checkpoint among ``entries``, the later the darker.
+
+    Args:
+        entries: the lines of a ``spectra.jsonl``.
+        ax: where to draw; by default a new figure.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not entries:
+        msg = "there are no spectra to draw: spectra.jsonl is empty"
+        raise ValueError(msg)
+    figure, ax = _canvas(ax)
+    points = sorted({(entry["epoch"], str(entry["checkpoint"])) for entry in entries})
+    for number, (epoch, checkpoint) in enumerate(points):
+        largest: dict[int, list[float]] = {}
+        for entry in entries:
+            if (entry["epoch"], str(entry["checkpoint"])) == (epoch, checkpoint):
+                largest.setdefault(entry["batch_size"], []).append(entry["largest"])
+        sizes = sorted(largest)
+        means = [sum(largest[size]) / len(largest[size]) for size in sizes]
+        alpha = (number + 1) / len(points)
+        ax.plot(sizes, means, color=_EIGENVALUE, alpha=alpha, label=f"epoch {epoch}")
+        for size in sizes:
+            draws = largest[size]
+            ax.plot([size] * len(draws), draws, ".", color=_EIGENVALUE, alpha=alpha)
+    ax.set_xscale("log", base=2)
+    if min(entry["largest"] for entry in entries) > 0:
+        ax.set_yscale("log")
+    ax.set_xlabel("batch size")
+    ax.set_ylabel("largest eigenvalue")
+    ax.legend(frameon=False)
+    return figure
+
+
 def _draw_rate(
     ax: "Axes", entries: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]
 ) -> None:

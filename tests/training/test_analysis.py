@@ -298,6 +298,34 @@ def test_the_spectrum_is_that_of_the_dense_hessian(command, tmp_path):
     assert record.startswith(f"{content['num_products']} products in ")
 
 
+def test_hessian_is_gauss_newton_plus_residual(command, tmp_path):
+    """Means are traces over P, and all three are measured with the same probes."""
+    means = {}
+    for matrix in ("hessian", "ggn", "residual"):
+        steps = ["spectrum={steps: 10, probes: 2}", f"spectrum.matrix={matrix}"]
+        assert command("spectrum", *SMALL, *steps).exit_code == 0
+        content = strict_json((tmp_path / "out" / "curvature" / "spectrum.json").read_text())
+        assert (content["matrix"], content["num_probes"]) == (matrix, 2)
+        means[matrix] = content["mean"]
+        if matrix == "ggn":
+            assert content["smallest_eigenvalue"] > -1e-5 * content["largest_eigenvalue"]
+    assert abs(means["residual"]) > 1e-3 * means["ggn"]  # else the sum says nothing
+    assert means["hessian"] == pytest.approx(means["ggn"] + means["residual"], rel=1e-5)
+
+
+def test_graphs_of_many_samples_are_not_kept_and_nothing_else_changes(
+    command, tmp_path, monkeypatch
+):
+    path = tmp_path / "out" / "curvature" / "spectrum.json"
+    steps = "spectrum={steps: 5, probes: 1}"
+    assert command("spectrum", *SMALL, steps).exit_code == 0
+    kept = strict_json(path.read_text())
+    monkeypatch.setattr(analysis, "_KEPT_SAMPLES", 59)
+    assert command("spectrum", *SMALL, steps).exit_code == 0
+    again = strict_json(path.read_text())
+    assert {**again, "seconds": 0} == {**kept, "seconds": 0}
+
+
 def test_spectrum_writes_a_picture(command, tmp_path):
     assert command("spectrum", *SMALL).exit_code == 0
     folder = tmp_path / "out" / "curvature"
@@ -315,12 +343,12 @@ def test_the_spectrum_of_a_checkpoint_differs(command, tmp_path):
 
 
 def test_the_mode_of_batch_norm_is_the_configured_one(command, tmp_path, monkeypatch):
-    for name, steps in (("_SLQ_STEPS", 5), ("_SLQ_PROBES", 1), ("_END_STEPS", 5)):
-        monkeypatch.setattr(analysis, name, steps)
+    monkeypatch.setattr(analysis, "_END_STEPS", 5)
     found = {}
     path = tmp_path / "out" / "curvature" / "spectrum.json"
     for mode in ("train", "eval"):
         overrides = [*NETWORKS["batch norm"], f"curvature={{samples: 16, norm_mode: {mode}}}"]
+        overrides.append("spectrum={steps: 5, probes: 1}")
         assert command("spectrum", *overrides).exit_code == 0
         found[mode] = json.loads(path.read_text())
         assert found[mode]["norm_mode"] == mode

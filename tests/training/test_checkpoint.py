@@ -1,5 +1,6 @@
 """A checkpoint is whole or refused, whatever happened while it was written."""
 
+import hashlib
 import json
 import os
 from collections import OrderedDict, defaultdict
@@ -12,7 +13,9 @@ import torch
 from batchlr.training import checkpoint
 from batchlr.training.checkpoint import (
     CheckpointError,
+    checkpoint_digest,
     latest_checkpoint,
+    listed_checkpoints,
     load_checkpoint,
     save_checkpoint,
 )
@@ -58,9 +61,25 @@ def test_the_newest_stay_and_the_last_is_named(tmp_path):
         save_checkpoint(tmp_path, step, {"step": step}, keep=2)
     assert names(tmp_path) == {"step-00000002.pt", "step-00000003.pt", "manifest.json"}
     assert latest_checkpoint(tmp_path) == tmp_path / "step-00000003.pt"
+    assert listed_checkpoints(tmp_path) == [tmp_path / f"step-0000000{step}.pt" for step in (2, 3)]
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["last"] == "step-00000003.pt"
     assert [entry["step"] for entry in manifest["checkpoints"]] == [2, 3]
+
+
+def test_the_digest_on_record_is_that_of_the_file(tmp_path):
+    path = save_checkpoint(tmp_path, 1, {"step": 1}, keep=1)
+    assert checkpoint_digest(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    with pytest.raises(CheckpointError, match=r"other\.pt does not exist"):
+        checkpoint_digest(tmp_path / "other.pt")
+    (tmp_path / "other.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"other\.pt cannot be verified: no manifest"):
+        checkpoint_digest(tmp_path / "other.pt")
+
+
+def test_a_folder_without_checkpoints_lists_none(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint in "):
+        listed_checkpoints(tmp_path)
 
 
 def test_newest_means_saved_last_not_the_highest_step(tmp_path):

@@ -4,10 +4,11 @@ import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from batchlr.policies import POLICIES
 from batchlr.training.config import ConfigError, TrainConfig, load_config
 from batchlr.training.config.schema import SECTIONS
 from batchlr.training.config.variants import VARIANTS
@@ -92,6 +93,29 @@ def test_anchors_and_merge_keys_are_yaml_like_any_other(write):
         ("curvature: {tolerance: 1}", "tolerance: must be a number in (0, 1), got 1"),
         ("curvature: {measure: 2}", "curvature.measure: must be true, false or null, got 2"),
         ("curvature: {measure: false}", "measure must not be false when optim.lr is auto"),
+        (
+            "curvature: {policy: paper}",
+            "curvature.policy: must be mean_square, paper_sgd, paper_momentum, "
+            "paper_momentum_as_published or paper_nesterov, got 'paper'",
+        ),
+        (
+            "curvature: {policy: paper_sgd, safety: 0.5}",
+            "curvature.policy: must be mean_square when safety is not 1, got 'paper_sgd'",
+        ),
+        (
+            "curvature: {policy: paper_sgd, adjust_momentum: true}",
+            "must be mean_square when adjust_momentum is true; others set momentum, got",
+        ),
+        ("curvature: {every_epochs: 0}", "must be a whole number of at least 1, or null, got 0"),
+        ("curvature: {fixed_samples: 1}", "fixed_samples: must be true or false, got 1"),
+        (
+            "{optim: {name: adamw}, curvature: {policy: paper_nesterov}}",
+            "policy must be mean_square for adamw; paper_nesterov is sgd's",
+        ),
+        ("spectrum: {matrix: fisher}", "spectrum.matrix: must be hessian, ggn or residual, got"),
+        ("spectrum: {steps: 0}", "spectrum.steps: must be a whole number of at least 1, got 0"),
+        ("spectrum: {batch_sizes: [0]}", "must be a list of whole numbers of at least 1, got [0]"),
+        ("spectrum: {batch_sizes: 8}", "must be a list of whole numbers of at least 1, got 8"),
         ("optim: {lr: fast}", "1:9: optim.lr: must be a number above 0, or auto, got 'fast'"),
         ("optim: {lr: true}", "optim.lr: must be a number above 0, or auto, got true"),
         ("optim: {momentum: .nan}", "optim.momentum: must be a number in [0, 1), got nan"),
@@ -143,7 +167,7 @@ def test_an_unknown_key_meets_the_nearest_known_one(write):
         "run.yaml:4:9: train.foo: unknown key; the keys of train are epochs, max_steps, "
         "clip_norm, label_smoothing, precision, channels_last, device",
         "run.yaml:5:1: xyz: unknown key; the keys are name, seed, deterministic, data, model, "
-        "optim, batch, schedule, curvature, train, dist, log, checkpoint, resume, base",
+        "optim, batch, schedule, curvature, spectrum, train, dist, log, checkpoint, resume, base",
     ]
 
 
@@ -371,6 +395,11 @@ def test_a_section_has_the_options_of_what_it_builds(section, name, build, other
     assert options.keys() == taken.keys()
     for key in options.keys() - {"root", "workers"}:  # a Path for text; 0 in the library
         assert taken[key] in (options[key], inspect.Parameter.empty), key
+
+
+def test_the_policies_of_a_configuration_are_the_library_s():
+    names = get_args(SECTIONS["curvature"].model_fields["policy"].annotation)
+    assert names == ("mean_square", *POLICIES)
 
 
 def test_every_section_is_frozen_and_hashable():

@@ -179,6 +179,34 @@ def test_the_controller_knows_of_clipping(tmp_path):
     assert built(tmp_path, "optim.lr=auto", "train.clip_norm=0.5").controller.clip_norm == 0.5
 
 
+def test_the_controller_gets_its_policy_and_cadence(tmp_path):
+    plain = built(tmp_path, "optim.lr=auto").controller
+    assert (plain.policy, plain.every_steps) == ("mean_square", None)
+    published = built(
+        tmp_path, "optim.lr=auto", "curvature={policy: paper_momentum, every_epochs: 2}"
+    ).controller
+    assert (published.policy, published.every_steps) == ("paper_momentum", 6)  # 3 an epoch
+    assert published.max_products == 6
+
+
+def test_a_published_policy_measures_one_batch_of_all_samples(tmp_path):
+    policy = ["optim.lr=auto", "curvature.policy=paper_sgd"]
+    ((_, labels),) = built(tmp_path, *policy, "curvature.samples=32").measurement_batches()
+    assert len(labels) == 32
+    ((_, labels),) = built(tmp_path, *policy, "curvature.samples=9999").measurement_batches()
+    assert len(labels) == 1437
+
+
+def test_fixed_samples_are_the_same_each_time_and_in_each_run_of_a_seed(tmp_path):
+    fixed = "curvature.fixed_samples=true"
+    first, again = built(tmp_path, fixed), built(tmp_path, fixed)
+    experiments = (first, first, again, built(tmp_path, fixed, "seed=1"))
+    drawn = [[x for x, _ in one.measurement_batches()] for one in experiments]
+    for images in drawn[1:3]:
+        assert all(torch.equal(x, y) for x, y in zip(drawn[0], images, strict=True))
+    assert not torch.equal(drawn[0][0], drawn[3][0])
+
+
 def test_no_refreshes_leave_the_dense_measurements(tmp_path):
     assert built(tmp_path, "optim.lr=auto", "curvature.refreshes=0").controller.interval == 12
 

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from batchlr import CurvatureReport
 from batchlr.cli import app
+from batchlr.policies import POLICIES
 from batchlr.training import loop
 from batchlr.training.checkpoint import load_checkpoint
 from batchlr.training.config import load_config
@@ -124,6 +125,30 @@ def test_every_measurement_is_kept_as_a_report(automatic):
         assert report.largest == line["largest_eigenvalue"]
         assert report.smallest == line["smallest_eigenvalue"]
         assert report.max_lr(400).value == line["max_lr"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_published_policy_sets_rate_and_momentum_every_few_epochs(tmp_path, capsys, policy):
+    options = f"curvature={{policy: {policy}, every_epochs: 2, fixed_samples: true, samples: 32}}"
+    constant = "schedule.name=constant"
+    out = run(tmp_path, AUTO, options, constant, "curvature.max_products=20", "train.max_steps=8")
+    lines = metrics(out)
+    measured = [line for line in lines if "largest_eigenvalue" in line]
+    assert [line["step"] for line in measured] == [0, 6]  # 3 steps an epoch
+    for line in measured:
+        assert (line["failure"], line["max_lr"], line["products"]) == (None, None, 20)
+        record = out / "curvature" / f"step-{line['step']:08d}.json"
+        learned = strict_json(record.read_text())
+        step = POLICIES[policy](learned["ritz_values"], learned["weights"])
+        assert learned["step_size"] == {"lr": step.lr, "momentum": step.momentum}
+        assert (learned["policy"], learned["num_samples"]) == (policy, 32)
+        assert line["largest_eigenvalue"] == learned["ritz_values"][-1]
+        applied = lines[line["step"] : line["step"] + 6]
+        assert {(one["lr"], one["momentum"]) for one in applied} == {(step.lr, step.momentum)}
+    assert summary(out)["curvature_products"] == 40
+    said = capsys.readouterr().out
+    assert f"{policy}: rate " in said
+    assert "measured: Ritz values from " in said
 
 
 def test_the_rate_is_the_measured_limit_times_the_shape(automatic):

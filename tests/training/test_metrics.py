@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from batchlr.training.metrics import MetricsLog, read_metrics, write_json
+from batchlr.training.metrics import MetricsLog, append_json, read_metrics, write_json
 
 
 @pytest.fixture
@@ -126,3 +126,13 @@ def test_write_json_makes_folders_and_strict_json(tmp_path):
     write_json(path, {"x": (1, math.nan), "y": None, "z": True})
     assert strict(path.read_text()) == {"x": [1, None], "y": None, "z": True}
     assert path.read_text().endswith("}\n")
+
+
+def test_an_added_line_takes_the_place_of_a_torn_one(path):
+    append_json(path, {"cell": 0, "largest": math.nan})
+    assert path.read_text() == '{"cell": 0, "largest": null}\n'
+    with path.open("a") as file:
+        file.write('{"cell": 1, "la')
+    append_json(path, {"cell": 1})
+    append_json(path, {"cell": 2})
+    assert [strict(line)["cell"] for line in path.read_text().splitlines()] == [0, 1, 2]

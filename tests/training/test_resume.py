@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from batchlr.cli import app
 from batchlr.training import loop
-from batchlr.training.checkpoint import CheckpointError, save_checkpoint
+from batchlr.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from batchlr.training.config import load_config
 from batchlr.training.distributed import Processes
 from batchlr.training.interruption import stop_request
@@ -35,6 +35,11 @@ RUNS = {
     "batch norm": [*NETWORKS["batch norm"], "optim.lr=auto", *SPARSE],
     "batch norm, adam": [*NETWORKS["batch norm"], "optim={name: adam, lr: auto}", *SPARSE],
     "dropout": [*NETWORKS["dropout"], "schedule={name: step, milestones: [0.5]}"],
+    "published": [
+        *NETWORKS["dropout"],
+        "optim.lr=auto",
+        "curvature={policy: paper_nesterov, every_epochs: 1, fixed_samples: true, max_products: 8}",
+    ],
     "augmented": ["data.augment=standard", "optim={name: adamw, lr: auto}"],
 }
 
@@ -85,6 +90,8 @@ def stop_at(monkeypatch):
         ("batch norm", 4),  # within the second epoch
         ("batch norm, adam", 7),
         ("dropout", 4),
+        ("published", 3),  # between two measurements
+        ("published", 5),  # before one
         ("augmented", 1),
         ("augmented", 5),  # the last of an epoch
         ("augmented", 11),  # the last of all
@@ -215,9 +222,24 @@ def test_a_finished_run_resumed_stays_as_it_is(tmp_path):
 def test_what_does_not_matter_may_change(tmp_path):
     run(tmp_path, "train.max_steps=2")
     changes = ["name=other", "log.every_steps=2", "checkpoint.keep=5", "train.device=cpu"]
+    changes.append("spectrum.draws=3")
     out = run(tmp_path, "resume=auto", "train.max_steps=5", *changes)
     assert summary(out)["steps"] == 5
     assert load_config(out / "config.yaml").config.name == "other"
+
+
+def test_a_run_of_a_version_that_knew_fewer_keys_resumes(tmp_path, whole):
+    """What it did then is what the new keys do by default; with another value it is refused."""
+    out = run(tmp_path, *RUNS["augmented"], "train.max_steps=6")
+    folder = out / "checkpoints"
+    saved = load_checkpoint(folder)
+    for key in ("policy", "every_epochs", "fixed_samples"):
+        del saved["config"]["curvature"][key]
+    del saved["config"]["spectrum"]
+    save_checkpoint(folder, 6, saved, keep=1)
+    with pytest.raises(ValueError, match=r"curvature\.fixed_samples: False then, True now"):
+        run(tmp_path, *RUNS["augmented"], "curvature.fixed_samples=true", "resume=auto")
+    assert_same_end(run(tmp_path, *RUNS["augmented"], "resume=auto"), whole("augmented"))
 
 
 # Refusals --------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from batchlr.operators.base import LinearOperator as LinearOperator
 from batchlr.operators.dense import DenseOperator as DenseOperator
+from batchlr.operators.difference import DifferenceOperator as DifferenceOperator
 from batchlr.operators.ggn import GGNOperator as GGNOperator
 from batchlr.operators.hessian import HessianOperator as HessianOperator
 from batchlr.operators.preconditioned import PreconditionedOperator as PreconditionedOperator

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,20 @@ from rich.table import Table
 from batchlr.curvature import measure_curvature
 from batchlr.curvature_report import CurvatureReport, LRBound
 from batchlr.lanczos import top_eigenpairs
-from batchlr.operators import HessianOperator
+from batchlr.operators import DifferenceOperator, GGNOperator, HessianOperator, LinearOperator
+from batchlr.operators.curvature_matrix import CurvatureMatrix
 from batchlr.plotting import plot_rates, plot_spectrum, save_figure
-from batchlr.slq import stochastic_lanczos_quadrature
+from batchlr.slq import SpectralMeasure, stochastic_lanczos_quadrature
 from batchlr.training.checkpoint import CheckpointError, load_checkpoint
 from batchlr.training.config import TrainConfig
 from batchlr.training.config.variants import SGDOptions
+from batchlr.training.data import Batch
 from batchlr.training.experiment import Experiment, build_experiment
 from batchlr.training.metrics import write_json
 
 _SMALLEST_BATCH = 4
-_SLQ_STEPS, _SLQ_PROBES = 40, 3  # assumed: ends converged, bulk smooth at one percent of the range
 _END_STEPS = 40  # assumed: isolated ends take 10-30; the edge of a bulk may stay unconverged
+_KEPT_SAMPLES = 4096  # assumed: graphs of more samples are recorded anew for each product
 _TABLE_WIDTH = 80  # characters; on a narrower terminal numbers would be cut short
 _BETA1 = 0.9  # torch's default, for the optimizer not configured
 _MOMENTUM = 0.9  # the default of optim.momentum, likewise
@@ -86,6 +89,8 @@ def measure_spectrum(
 ) -> dict[str, Any]:
     """Spectrum of the batch Hessian: JSON, NPZ and a picture below ``out / "curvature"``.
 
+    Of ``curvature.samples`` samples; which matrix, and how many products, ``spectrum`` says.
+
     Returns:
         The content of ``spectrum.json``.
 
@@ -94,22 +99,21 @@ def measure_spectrum(
     """
     experiment = build_at(config, checkpoint)
     batches = experiment.measurement_batches()
-    operator = HessianOperator(
-        experiment.model, experiment.loss_fn, batches, norm_mode=config.curvature.norm_mode
-    )
+    operator, source = curvature_operator(experiment, batches)
     began = time.perf_counter()
-    loss = float(operator.loss())
+    loss = float(source.loss())
     if not math.isfinite(loss):
         msg = f"the loss is {loss} on the samples measured; its Hessian has no meaning there"
         raise ArithmeticError(msg)
     generator = torch.Generator().manual_seed(config.seed)
-    steps = min(_SLQ_STEPS, operator.shape[0])
+    steps = min(config.spectrum.steps, operator.shape[0])
     measure = stochastic_lanczos_quadrature(
-        operator, num_steps=steps, num_probes=_SLQ_PROBES, generator=generator
+        operator, num_steps=steps, num_probes=config.spectrum.probes, generator=generator
     )
     limit = min(_END_STEPS, operator.shape[0])
     ends = top_eigenpairs(operator, which="both", tol=1e-2, max_steps=limit, generator=generator)
     content = {
+        "matrix": config.spectrum.matrix,
         "largest_eigenvalue": float(ends.values[0]),
         "smallest_eigenvalue": float(ends.values[-1]),
         "residuals": ends.residuals.tolist(),
@@ -119,24 +123,19 @@ def measure_spectrum(
         "second_moment": measure.second_moment,
         "second_moment_stderr": measure.second_moment_stderr,
         "num_params": operator.shape[0],
-        "num_samples": sum(operator.samples),
+        "num_samples": sum(source.samples),
         "num_products": operator.num_products,
         "num_probes": measure.num_probes,
-        "norm_mode": operator.norm_mode,
+        "norm_mode": source.norm_mode,
         "seconds": time.perf_counter() - began,
     }
     folder = out / "curvature"
     write_json(folder / "spectrum.json", content)
-    arrays = {"nodes": measure.nodes, "weights": measure.weights, "probes": measure.probes}
-    np.savez(
-        folder / "spectrum.npz",
-        allow_pickle=False,
-        **{name: array.cpu().numpy() for name, array in arrays.items()},
-    )
+    save_measure(folder / "spectrum.npz", measure)
     save_figure(plot_spectrum(measure), folder / "spectrum.png")
     console = Console(highlight=False, soft_wrap=True)
     console.print(
-        f"{operator.shape[0]} parameters, {sum(operator.samples)} samples: eigenvalues from "
+        f"{operator.shape[0]} parameters, {sum(source.samples)} samples: eigenvalues from "
         f"{ends.values[-1]:.4g} to {ends.values[0]:.4g} (residuals {ends.residuals[-1]:.1g} and "
         f"{ends.residuals[0]:.1g}), mean {measure.mean:.3g} +- "
         f"{measure.mean_stderr:.1g}\n"
@@ -150,14 +149,58 @@ def build_at(config: TrainConfig, checkpoint: Path | None) -> Experiment:
     """The configured experiment, in train mode, at its initial weights or a checkpoint's."""
     experiment = build_experiment(config)
     if checkpoint is not None:
-        state = load_checkpoint(checkpoint)
-        try:
-            experiment.model.load_state_dict(state["experiment"]["model"])
-        except (KeyError, TypeError, RuntimeError) as error:
-            msg = f"{checkpoint} does not fit the configured model: {error}"
-            raise CheckpointError(msg) from error
+        load_weights(experiment, checkpoint)
     experiment.model.train()
     return experiment
+
+
+def load_weights(experiment: Experiment, checkpoint: Path) -> dict[str, Any]:
+    """Give the model a checkpoint's weights and buffers; returns all that the checkpoint holds.
+
+    Raises:
+        CheckpointError: it is missing or corrupt, or of another model.
+    """
+    state = load_checkpoint(checkpoint)
+    try:
+        experiment.model.load_state_dict(state["experiment"]["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        msg = f"{checkpoint} does not fit the configured model: {error}"
+        raise CheckpointError(msg) from error
+    return state
+
+
+def curvature_operator(
+    experiment: Experiment, batches: Sequence[Batch]
+) -> tuple[LinearOperator, CurvatureMatrix]:
+    """The matrix that ``spectrum.matrix`` names, and the one that knows loss and samples."""
+    config = experiment.config
+    few = sum(len(labels) for _, labels in batches) <= _KEPT_SAMPLES
+
+    def build(kind: type[HessianOperator] | type[GGNOperator]) -> CurvatureMatrix:
+        return kind(
+            experiment.model,
+            experiment.loss_fn,
+            batches,
+            norm_mode=config.curvature.norm_mode,
+            keep_graph=few,
+        )
+
+    if config.spectrum.matrix == "residual":
+        hessian = build(HessianOperator)
+        return DifferenceOperator(hessian, build(GGNOperator)), hessian
+    matrix = build(HessianOperator if config.spectrum.matrix == "hessian" else GGNOperator)
+    return matrix, matrix
+
+
+def save_measure(path: Path, measure: SpectralMeasure) -> None:
+    """Write nodes, weights and probes as NPZ, making the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {"nodes": measure.nodes, "weights": measure.weights, "probes": measure.probes}
+    np.savez(
+        path,
+        allow_pickle=False,
+        **{name: array.cpu().numpy() for name, array in arrays.items()},
+    )
 
 
 def _measure(experiment: Experiment) -> CurvatureReport:

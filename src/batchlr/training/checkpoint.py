@@ -109,6 +109,32 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def listed_checkpoints(folder: Path) -> list[Path]:
+    """All complete checkpoints in ``folder``, oldest first.
+
+    Raises:
+        CheckpointError: The manifest is damaged, or there is no checkpoint.
+    """
+    entries = _read_manifest(folder)
+    if not entries:
+        msg = f"no checkpoint in {folder}"
+        raise CheckpointError(msg)
+    return [folder / entry.file for entry in entries]
+
+
+def checkpoint_digest(path: Path) -> str:
+    """SHA-256 of the file at ``path`` as its manifest has it; nothing is read but the manifest.
+
+    Raises:
+        CheckpointError: The manifest is damaged or does not list the file.
+    """
+    for entry in _read_manifest(path.parent):
+        if entry.file == path.name:
+            return entry.sha256
+    msg = _damage(path, None)
+    raise CheckpointError(msg)
+
+
 def _check_plain(value: Any, where: str) -> None:
     """Exact types only: what ``weights_only`` loading accepts, without surprises on the way."""
     if type(value) in (dict, OrderedDict):

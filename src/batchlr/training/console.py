@@ -58,7 +58,15 @@ class RunConsole:
 
     def measurement(self, update: CurvatureUpdate) -> None:
         """The first measurement, in words."""
-        report, bound = update.report, update.bound
+        report, bound, learned = update.report, update.bound, update.learned
+        if learned is not None:
+            self.say(
+                f"measured: Ritz values from {learned.smallest:.4g} to {learned.largest:.4g} from "
+                f"{learned.num_samples} samples, {learned.num_products} products, "
+                f"{learned.seconds:.1f} s",
+                f"{learned.policy}: rate {learned.step_size.lr:.3g}, momentum "
+                f"{learned.step_size.momentum:.3g}; no limit of stability",
+            )
         if report is None or bound is None:
             return
         self.say(

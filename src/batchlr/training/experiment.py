@@ -44,13 +44,17 @@ class Experiment:
     sampler: torch.Generator = field(default_factory=torch.Generator)  # of measured samples
 
     def measurement_batches(self) -> list[Batch]:
-        """Fresh disjoint training batches to measure curvature on, not augmented."""
+        """Disjoint training batches to measure curvature on, not augmented.
+
+        Fresh ones, or with ``curvature.fixed_samples`` the same each time.
+        """
         size, count = measurement_sizes(self.config, self.data, self.processes.world_size)
+        fixed = self.config.curvature.fixed_samples
         batches = measurement_batches(
             self.data,
             batch_size=size,
             num_batches=count,
-            generator=self.sampler,
+            generator=_sampler(self.config) if fixed else self.sampler,
             device=self.device,
         )
         return [(self.arranged(x), y) for x, y in batches]
@@ -135,10 +139,12 @@ def build_experiment(config: TrainConfig, processes: Processes | None = None) ->
         loss_fn=loss_fn,
         optimizer=optimizer,
         scheduler=scheduler,
-        controller=_controller(config, data, scheduler, loss_fn, total_steps) if measured else None,
+        controller=_controller(config, data, scheduler, loss_fn, steps_per_epoch)
+        if measured
+        else None,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
-        sampler=torch.Generator().manual_seed(config.seed + 1),
+        sampler=_sampler(config),
     )
 
 
@@ -152,11 +158,18 @@ def measurement_sizes(config: TrainConfig, data: ImageData, world_size: int = 1)
     """Size and number of the batches of one measurement.
 
     They are as large as one forward pass of training, for the sake of train-mode normalisation,
-    but at least four fit into ``curvature.samples``.
+    but at least four fit into ``curvature.samples``. The paper's policies, which ask for no noise,
+    take all samples as one batch.
     """
     samples = min(config.curvature.samples, len(data.train))
+    if config.curvature.policy != "mean_square":
+        return samples, 1
     size = max(1, min(micro_size(config, world_size), samples // _MIN_BATCHES))
     return size, max(1, min(samples // size, len(data.train) // size))
+
+
+def _sampler(config: TrainConfig) -> torch.Generator:
+    return torch.Generator().manual_seed(config.seed + 1)
 
 
 def micro_size(config: TrainConfig, world_size: int = 1) -> int:
@@ -224,13 +237,14 @@ def _controller(
     data: ImageData,
     scheduler: BatchAwareLR,
     loss_fn: SupervisedLoss,
-    total_steps: int,
+    steps_per_epoch: int,
 ) -> CurvatureController:
     options = config.curvature
+    every = options.every_epochs
     return CurvatureController(
         scheduler,
         loss_fn,
-        total_steps=total_steps,
+        total_steps=steps_per_epoch * config.train.epochs,
         batch_size=config.batch.global_size,
         dataset_size=len(data.train),
         refreshes=max(1, options.refreshes),
@@ -242,5 +256,7 @@ def _controller(
         tol=options.tolerance,
         max_products=options.max_products,
         clip_norm=config.train.clip_norm,
+        policy=options.policy,
+        every_steps=None if every is None else every * steps_per_epoch,
         generator=torch.Generator().manual_seed(config.seed),
     )

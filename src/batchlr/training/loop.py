@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from batchlr.controller import CurvatureUpdate, get_momentum
+from batchlr.controller import CurvatureUpdate, get_momentum, set_momentum
 from batchlr.training.checkpoint import latest_checkpoint, save_checkpoint
 from batchlr.training.config import TrainConfig
 from batchlr.training.console import RunConsole
@@ -196,12 +196,18 @@ class _Run:
         if experiment.controller.apply:
             group = experiment.processes
             experiment.scheduler.set_peak(group.same(update.peak, experiment.device))
+        if experiment.controller.sets_momentum:
+            momentum = experiment.processes.same(update.momentum, experiment.device)
+            set_momentum(experiment.optimizer, momentum)
         if not self.updates:
             self.console.measurement(update)
         if update.failure is not None:
             self.console.say(f"step {update.step}: kept the rate: {update.failure}")
+        record = self.out / "curvature" / f"step-{update.step:08d}.json"
         if update.report is not None and experiment.processes.is_first:
-            update.report.save(self.out / "curvature" / f"step-{update.step:08d}.json")
+            update.report.save(record)
+        if update.learned is not None and experiment.processes.is_first:
+            write_json(record, asdict(update.learned))
         self.updates.append(update)
         return update
 
@@ -349,7 +355,7 @@ def _measured(update: CurvatureUpdate | None) -> dict[str, Any]:
         "max_lr_high": math.nan if bound is None else bound.high,
         "regime": None if bound is None else bound.regime,
         "peak_lr": update.peak,
-        "products": 0 if update.report is None else update.report.num_products,
-        "measurement_seconds": 0.0 if update.report is None else update.report.seconds,
+        "products": update.num_products,
+        "measurement_seconds": update.seconds,
         "failure": update.failure,
     }

@@ -69,6 +69,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(_strict(content), indent=2, allow_nan=False) + "\n")
 
 
+def append_json(path: Path, entry: dict[str, Any]) -> None:
+    """Add a line to a file that `read_metrics` reads, in place of a last, torn one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(_line(entry).encode())
+
+
 def _line(entry: dict[str, Any]) -> str:
     return json.dumps(_strict(entry), allow_nan=False) + "\n"
 

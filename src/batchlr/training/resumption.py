@@ -8,12 +8,13 @@ from typing import Any
 
 from batchlr.training.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from batchlr.training.config import TrainConfig, dump_config
+from batchlr.training.config.variants import VARIANTS
 from batchlr.training.environment import describe_environment
 from batchlr.training.experiment import Experiment
 from batchlr.training.metrics import write_json
 
 # What may differ between an interrupted run and its continuation: sections and single keys.
-_FREE_SECTIONS = ("log.", "checkpoint.", "dist.")
+_FREE_SECTIONS = ("log.", "checkpoint.", "dist.", "spectrum.")
 _FREE_KEYS = (
     "name",
     "resume",
@@ -94,6 +95,9 @@ def _resume(experiment: Experiment, source: Path) -> Progress:
 def _check_same_run(saved: dict[str, Any], config: TrainConfig, source: Path) -> None:
     """Raise ValueError, naming what differs, unless the run may go on as configured now."""
     old, new = _flat(saved), _flat(config.model_dump(mode="json"))
+    # Keys that an older version did not know did what is now their default.
+    plain = TrainConfig().model_dump(mode="json", exclude=set(VARIANTS))
+    old = {key: value for key, value in _flat(plain).items() if key in new} | old
     changed = [
         f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
         for key in sorted(old.keys() | new.keys())

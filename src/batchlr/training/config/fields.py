@@ -63,7 +63,7 @@ PositiveOrNull = Annotated[Positive | None, legal("a number above 0, or null")]
 FlagOrNull = Annotated[Flag | None, legal("true, false or null", boolean=True)]
 Resume = Annotated[Literal[False] | str, legal("false, auto or a path", boolean=True)]
 Betas = Annotated[tuple[Fraction, Fraction], legal("two numbers in [0, 1)")]
-Widths = Annotated[tuple[Count, ...], legal("a list of whole numbers of at least 1")]
+Counts = Annotated[tuple[Count, ...], legal("a list of whole numbers of at least 1")]
 Milestones = Annotated[
     tuple[Interior, ...], Field(min_length=1), legal("a list of numbers in (0, 1)")
 ]

@@ -14,6 +14,7 @@ from batchlr.training.config.fields import (
     CountFromZero,
     CountOrAuto,
     CountOrNull,
+    Counts,
     Flag,
     FlagOrNull,
     FolderName,
@@ -97,6 +98,57 @@ class CurvatureOptions(Options):
         description="batch normalisation while measuring: train = statistics of the batch, the "
         "function SGD descends; eval = running statistics (assumed)",
     )
+    policy: Literal[
+        "mean_square",
+        "paper_sgd",
+        "paper_momentum",
+        "paper_momentum_as_published",
+        "paper_nesterov",
+    ] = Field(
+        default="mean_square",
+        description="what a measurement sets: mean_square = the largest stable rate (Mulayoff and "
+        "Michaeli 2024, extended to momentum); paper_* = rate and momentum of the paper's "
+        "on-the-fly learners as published, from one Lanczos run of max_products steps",
+    )
+    every_epochs: CountOrNull = Field(
+        default=None,
+        description="epochs between two measurements (the paper used 1, 10 and 20); null = dense "
+        "early, then refreshes (assumed)",
+    )
+    fixed_samples: Flag = Field(
+        default=False,
+        description="measure on the same samples the whole run, as the paper did; false = fresh "
+        "ones, so that no chance of the draw stays (assumed)",
+    )
+
+    @field_validator("policy")
+    @classmethod
+    def _check(cls, policy: str, info: ValidationInfo) -> str:
+        if policy != "mean_square" and info.data.get("safety", 1.0) != 1.0:
+            raise refusal("must be mean_square when safety is not 1")
+        if policy != "mean_square" and info.data.get("adjust_momentum"):
+            raise refusal("must be mean_square when adjust_momentum is true; others set momentum")
+        return policy
+
+
+class SpectrumOptions(Options):
+    """What ``batchlr spectrum`` measures; it has no part in training."""
+
+    matrix: Literal["hessian", "ggn", "residual"] = Field(
+        default="hessian", description="ggn = Gauss-Newton; residual = Hessian minus Gauss-Newton"
+    )
+    steps: Count = Field(
+        default=40, description="Lanczos steps of a probe (assumed; the paper used 100)"
+    )
+    probes: Count = Field(default=3, description="random start vectors (assumed; the paper used 1)")
+    batch_sizes: Counts = Field(
+        default=(),
+        description="a grid of spectra of single random batches, of these sizes; [] = one "
+        "spectrum of curvature.samples samples",
+    )
+    draws: Count = Field(
+        default=1, description="batches drawn of each size (the paper drew 10); draw k has seed k"
+    )
 
 
 class RunOptions(Options):
@@ -172,6 +224,9 @@ class TrainConfig(Options):
     curvature: CurvatureOptions = Field(
         default=CurvatureOptions(), description="measuring curvature"
     )
+    spectrum: SpectrumOptions = Field(
+        default=SpectrumOptions(), description="what `batchlr spectrum` measures"
+    )
     train: RunOptions = Field(default=RunOptions(), description="length and arithmetic of the run")
     dist: DistOptions = Field(default=DistOptions(), description="processes")
     log: LogOptions = Field(default=LogOptions(), description="what is written while training")
@@ -198,6 +253,9 @@ class TrainConfig(Options):
         optim = info.data.get("optim")
         if curvature.measure is False and optim is not None and optim.lr == "auto":
             raise refusal("measure must not be false when optim.lr is auto")
+        if curvature.policy != "mean_square" and optim is not None and optim.name != "sgd":
+            words = f"policy must be mean_square for {optim.name}; {curvature.policy} is sgd's"
+            raise refusal(words)
         return curvature
 
 

@@ -10,6 +10,7 @@ from batchlr.training.config.fields import (
     Count,
     CountFromTwo,
     CountFromZero,
+    Counts,
     Flag,
     Fraction,
     Interior,
@@ -20,7 +21,6 @@ from batchlr.training.config.fields import (
     RateOrAuto,
     Share,
     UserPath,
-    Widths,
     refusal,
 )
 
@@ -183,7 +183,7 @@ class MLPOptions(Options):
     """Fully connected network on flattened images."""
 
     name: Literal["mlp"] = "mlp"
-    hidden: Widths = Field(
+    hidden: Counts = Field(
         default=(64,), description="widths of the hidden layers; [] = linear model"
     )
     activation: Literal["tanh", "relu"] = Field(default="tanh", description="between the layers")
