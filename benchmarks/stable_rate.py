@@ -1,0 +1,526 @@
+"""Predicted rates beside three measured limits: mean-square, typical, survivable.
+
+Weights frozen, a small perturbation follows the optimizer on the quadratic of the Gauss-Newton
+matrix, restricted to its leading directions (null and negative curvature never shrink):
+
+(a) mean-square: the rate at which the second moment of the perturbation stops shrinking, from the
+    exact covariance of the per-sample matrices (of many batches where samples interact);
+(b) typical: the rate at which its mean log-growth reaches zero, simulated on random batches;
+(c) survivable: the largest rate at which real training from the same weights does not diverge.
+
+The reference for (a) and (b) is built here from autograd and scipy alone; only the prediction and
+the loop of (c) are the library's. Finished cells are kept in the results file and skipped.
+
+    python benchmarks/stable_rate.py                      # everything, about an hour on two cores
+    python benchmarks/stable_rate.py --only mlp-digits    # one problem, a few minutes
+    python benchmarks/stable_rate.py --table
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.optimize import brentq
+from scipy.sparse.linalg import LinearOperator, eigs, eigsh
+from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
+
+from batchlr import measure_curvature, supervised
+from batchlr.training.data import load_data
+from batchlr.training.models import build_model
+from batchlr.training.sweep import largest_survivable_lr
+
+RESULTS = Path(__file__).resolve().parent / "results" / "stable_rate.jsonl"
+SAMPLES = 1280  # the data set of every problem; all of them are measured for the prediction
+FLOOR = 0.002  # least curvature followed, relative to the top: with 0.02 limits rise by up to 30 %
+DIRECTIONS = {False: 120, True: 80}  # leading eigenvectors; fewer where samples interact
+BATCHES = (4, 16, 64, 256, 1024)
+MOMENTA = (0.0, 0.5, 0.9)
+SURVIVED = ((16, 0.0), (16, 0.9), (256, 0.0), (256, 0.9))  # (B, momentum) of part (c), SGD
+STEPS = 100  # of a run in part (c)
+MIDDLE = 150  # steps of training before the second point
+TASKS = {
+    "digits": lambda size: load_data("digits", seed=0, image_size=size),
+    "synthetic": lambda size: load_data(
+        "synthetic", seed=0, num_samples=SAMPLES, num_test_samples=10, num_classes=10,
+        image_size=size, channels=1, noise=1.0,
+    ),
+}  # fmt: skip
+MODELS = {
+    "mlp": (8, "mlp", {"hidden": [32], "activation": "tanh"}),
+    "vgg": (32, "vgg", {"depth": 11, "width": 0.0625, "batch_norm": False}),
+    "vgg_bn": (32, "vgg", {"depth": 11, "width": 0.0625, "batch_norm": True}),
+    "preresnet": (8, "preresnet", {"depth": 8, "block": "basic", "width": 0.5}),
+}
+
+
+class Problem:
+    """A network at one point of training, its data, and its Jacobians along given directions."""
+
+    def __init__(self, model, task, point):
+        size, kind, options = MODELS[model]
+        torch.manual_seed(0)
+        data = TASKS[task](size)
+        rows = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[:SAMPLES]
+        self.x, self.y = next(iter(data.train.batches([rows], device=torch.device("cpu"))))
+        self.model = build_model(
+            kind, num_classes=10, in_channels=data.in_channels, image_size=size, **options
+        ).train()
+        self.coupled = any("BatchNorm" in type(m).__name__ for m in self.model.modules())
+        self.loss_fn = supervised(torch.nn.CrossEntropyLoss())
+        if point == "middle":
+            optimizer = torch.optim.SGD(self.model.parameters(), lr=0.03, momentum=0.9)
+            generator = torch.Generator().manual_seed(1)
+            for _ in range(MIDDLE):
+                rows = torch.randperm(SAMPLES, generator=generator)[:32]
+                optimizer.zero_grad()
+                self.loss_fn(self.model, (self.x[rows], self.y[rows])).backward()
+                optimizer.step()
+        self.parameters = {k: v.detach().clone() for k, v in self.model.named_parameters()}
+        self.buffers = {k: v.detach().clone() for k, v in self.model.named_buffers()}
+        self.size = sum(v.numel() for v in self.parameters.values())
+
+    def outputs(self, x):
+        buffers = {k: v.clone() for k, v in self.buffers.items()}
+        return lambda p: functional_call(self.model, (p, buffers), (x,))
+
+    def unflatten(self, vector):
+        parts, start = {}, 0
+        for name, value in self.parameters.items():
+            parts[name] = vector[start : start + value.numel()].reshape(value.shape)
+            start += value.numel()
+        return parts
+
+    def ggn_product(self, rows, vector):
+        """``G v`` of the mean loss over ``rows``."""
+        function = self.outputs(self.x[rows])
+        logits, tangent = jvp(function, (self.parameters,), (self.unflatten(vector),))
+        p = torch.softmax(logits, 1)
+        inner = p * tangent - p * (p * tangent).sum(1, keepdim=True)
+        (pulled,) = vjp(function, self.parameters)[1](inner / len(rows))
+        return torch.cat([pulled[name].reshape(-1) for name in self.parameters])
+
+    def factors(self, rows, axes):
+        """``R_i J_i V`` ``(len(rows), 10, k)``, with ``R_i' R_i`` the loss's Hessian in the logits.
+
+        The product of a sample's factor with its transpose is the sample's matrix on the axes.
+        """
+        function = self.outputs(self.x[rows])
+        columns = []
+        for axis in axes.T:
+            logits, tangent = jvp(function, (self.parameters,), (self.unflatten(axis),))
+            columns.append(tangent.double())
+        p = torch.softmax(logits.double(), 1)
+        inner = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+        values, vectors = torch.linalg.eigh(inner)
+        roots = values.clamp(min=0).sqrt()[:, :, None] * vectors.transpose(1, 2)
+        return (roots @ torch.stack(columns, 2)).numpy()
+
+    def root_jacobian(self):
+        """``R_i J_i`` of every sample ``(SAMPLES, 10, P)``, float32."""
+
+        def logits(p, x):
+            return functional_call(self.model, (p, self.buffers), (x[None],))[0]
+
+        parts = []
+        for rows in torch.arange(SAMPLES).split(64):
+            each = vmap(jacrev(logits), (None, 0))(self.parameters, self.x[rows])
+            flat = torch.cat([g.reshape(len(rows), 10, -1) for g in each.values()], 2)
+            p = torch.softmax(self.model(self.x[rows]).detach(), 1)
+            inner = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+            values, vectors = torch.linalg.eigh(inner.double())
+            roots = values.clamp(min=0).sqrt()[:, :, None] * vectors.transpose(1, 2)
+            parts.append(roots.float() @ flat.detach())
+        return torch.cat(parts)
+
+    def second_moment(self, batch_size):
+        """``E g_B^2`` ``(P,)`` of batches drawn without replacement."""
+        if self.coupled:
+            squares = torch.zeros(self.size)
+            groups = random_batches(batch_size, count_for(batch_size))
+            for rows in groups:
+                function = self.outputs(self.x[rows])
+
+                def batch_loss(p, f=function, y=self.y[rows]):
+                    return torch.nn.functional.cross_entropy(f(p), y)
+
+                gradients = grad(batch_loss)(self.parameters)
+                squares += torch.cat([g.reshape(-1) for g in gradients.values()]) ** 2
+            return squares / len(groups)
+        total, squares = torch.zeros(self.size), torch.zeros(self.size)
+
+        def loss(p, x, y):
+            logits = functional_call(self.model, (p, self.buffers), (x[None],))
+            return torch.nn.functional.cross_entropy(logits, y[None])
+
+        for rows in torch.arange(SAMPLES).split(64):
+            each = vmap(grad(loss), (None, 0, 0))(self.parameters, self.x[rows], self.y[rows])
+            flat = torch.cat([g.reshape(len(rows), -1) for g in each.values()], 1)
+            total, squares = total + flat.sum(0), squares + (flat**2).sum(0)
+        mean = total / SAMPLES
+        variance = (squares / SAMPLES - mean**2) * SAMPLES / (SAMPLES - 1)
+        return mean**2 + variance * (1 / batch_size - 1 / SAMPLES)
+
+
+def random_batches(batch_size, count, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randperm(SAMPLES, generator=generator)[:batch_size] for _ in range(count)]
+
+
+def count_for(batch_size):
+    """Batches that stand for the population where samples interact."""
+    return max(16, min(256, 2048 // batch_size))
+
+
+class Quadratic:
+    """Mean curvature and its batch-to-batch fluctuations on the leading directions."""
+
+    def __init__(self, problem, batch_size, scale):
+        self.batch_size, self.coupled = batch_size, problem.coupled
+        self.matrices = self.factors = self.inverse = self._pool = None
+        if self.coupled:
+            self._from_batches(problem, scale)
+        else:
+            self._from_samples(problem, scale)
+
+    def _from_samples(self, problem, scale):
+        jacobian = problem.root_jacobian() * scale
+        flat = jacobian.reshape(-1, problem.size)
+        generator = torch.Generator().manual_seed(0)
+        count = min(DIRECTIONS[False], problem.size)
+        axes = torch.randn(problem.size, count, generator=generator)
+        for _ in range(6):  # subspace iteration: the dynamics are restricted to its result exactly
+            axes = torch.linalg.qr(flat.T @ (flat @ axes))[0]
+        factors = (flat @ axes).double().numpy().reshape(SAMPLES, 10, count)
+        rotation = self._leading(
+            factors.reshape(-1, count).T @ factors.reshape(-1, count) / SAMPLES
+        )
+        self.factors = (factors @ rotation).astype(np.float32)
+        self.inverse = 1 / self.batch_size - 1 / SAMPLES
+
+    def _from_batches(self, problem, scale):
+        groups = random_batches(self.batch_size, count_for(self.batch_size))
+        some = groups[: max(2, 512 // self.batch_size)]
+
+        def multiply(vector):
+            v = scale * torch.from_numpy(np.array(vector, dtype=np.float32))
+            product = sum(problem.ggn_product(rows, v) for rows in some) / len(some)
+            return (scale * product).numpy()
+
+        shape, count = (problem.size, problem.size), DIRECTIONS[True]
+        operator = LinearOperator(shape, matvec=multiply, dtype=np.float32)
+        start = np.random.default_rng(0).normal(size=problem.size).astype(np.float32)
+        _, axes = eigsh(operator, k=count, tol=0.1, v0=start)
+        axes = scale[:, None] * torch.from_numpy(axes.copy())
+        matrices = []
+        for rows in groups:
+            f = problem.factors(rows, axes).reshape(-1, count)
+            matrices.append(f.T @ f / len(rows))
+        rotation = self._leading(np.mean(matrices, 0))
+        self.matrices = np.stack([rotation.T @ m @ rotation for m in matrices])
+
+    def resize(self, batch_size):
+        """Speak for batches of another size; samples must not interact."""
+        if batch_size != self.batch_size:
+            self._pool = None
+        self.batch_size, self.inverse = batch_size, 1 / batch_size - 1 / SAMPLES
+
+    def _leading(self, mean):
+        """Eigenvectors ``(k, kept)`` of ``mean``; keeps their values."""
+        values, rotation = np.linalg.eigh(mean)
+        kept = values > FLOOR * values[-1]
+        self.values = values[kept]
+        return rotation[:, kept]
+
+    def spread(self, moment):
+        """``E D X D`` of a batch's deviation ``D`` from the mean."""
+        values = self.values
+        if self.coupled:
+            d = self.matrices - np.diag(values)
+            return (d @ moment @ d).sum(0) / (len(d) - 1)
+        f, k = self.factors, len(values)
+        inner = (f @ moment.astype(np.float32)) @ f.transpose(0, 2, 1)
+        raw = (inner @ f).reshape(-1, k).T @ f.reshape(-1, k) / np.float64(len(f))
+        centred = raw - values[:, None] * moment * values
+        return centred * len(f) / (len(f) - 1) * self.inverse
+
+    def pool(self):
+        """Matrices ``(M, k, k)`` of random batches."""
+        if self.coupled:
+            return self.matrices
+        if self._pool is None:
+            count = 500 if self.batch_size < 256 else 150
+            self._pool = np.empty((count, len(self.values), len(self.values)))
+            for index, rows in enumerate(random_batches(self.batch_size, count, seed=3)):
+                f = self.factors[rows.numpy()].reshape(-1, len(self.values))
+                self._pool[index] = f.T @ f / self.batch_size
+        return self._pool
+
+
+def impulse_response(values, lr, momentum, averaged):
+    """``sum_t c_i(t) c_j(t)`` of heavy-ball descent, from its discrete Lyapunov equation."""
+    gain = 1 - momentum if averaged else 1.0
+    count = len(values)
+    step = np.zeros((count, 2, 2))
+    step[:, 0, 0], step[:, 0, 1] = 1 - lr * gain * values, -lr * momentum
+    step[:, 1, 0], step[:, 1, 1] = gain * values, momentum
+    push = gain * np.array([-lr, 1.0])
+    pairs = np.einsum("iab,jcd->ijacbd", step, step).reshape(count, count, 4, 4)
+    right = np.broadcast_to(np.outer(push, push).reshape(4, 1), (count, count, 4, 1))
+    return np.linalg.solve(np.eye(4) - pairs, right)[..., 0, 0]
+
+
+def mean_square_limit(quadratic, momentum, averaged):
+    """Limit (a): where the spectral radius of noise times response reaches 1."""
+    values = quadratic.values
+    top = 2 * (1 + momentum) / values[-1] / ((1 - momentum) if averaged else 1)
+    count = len(values)
+    start = np.eye(count).ravel()
+
+    def excess(log_lr):
+        nonlocal start
+        response = impulse_response(values, math.exp(log_lr), momentum, averaged)
+
+        def multiply(flat):
+            moment = flat.reshape(count, count)
+            return (response * quadratic.spread((moment + moment.T) / 2)).ravel()
+
+        operator = LinearOperator((count**2, count**2), matvec=multiply, dtype=float)
+        found, vectors = eigs(operator, k=1, v0=start, ncv=6, tol=1e-3)
+        start = vectors[:, 0].real
+        return math.log(abs(found[0]))
+
+    high = math.log(top) - 1e-6
+    if excess(high) <= 0:
+        return top
+    low = high - 1
+    while excess(low) > 0:
+        low -= 2
+    return math.exp(brentq(excess, low, high, xtol=5e-3))
+
+
+def typical_limit(quadratic, momentum, averaged, steps=1000, replicas=4):
+    """Limit (b): where the mean log-growth on random batches reaches 0."""
+    pool = quadratic.pool()
+    gain = 1 - momentum if averaged else 1.0
+    count = len(quadratic.values)
+
+    def growth(log_lr):
+        generator = np.random.default_rng(4)
+        lr = math.exp(log_lr)
+        w = generator.normal(size=(count, replicas))
+        v = np.zeros_like(w)
+        total = 0.0
+        for step in range(steps):
+            v = momentum * v + gain * (pool[generator.integers(len(pool))] @ w)
+            w = w - lr * v
+            norm = np.sqrt((w**2).sum(0) + lr**2 * (v**2).sum(0))
+            w, v = w / norm, v / norm
+            if step >= steps // 5:
+                total += np.log(norm).mean()
+        return total / (steps - steps // 5)
+
+    # below its limit the least stiff direction decays at its own, slow rate: zero is not crossed
+    # by noise there as long as the run is longer than that rate
+    top = 2 * (1 + momentum) / quadratic.values[-1] / ((1 - momentum) if averaged else 1)
+    low, high = math.log(top) - 9, math.log(top) + 3
+    grid = np.arange(high, low, -0.7)
+    above = high
+    for log_lr in grid:
+        if growth(log_lr) <= 0:
+            return math.exp(brentq(growth, log_lr, above, xtol=0.03)) if above > log_lr else top
+        above = log_lr
+    return math.exp(low)
+
+
+def predict(problem, batch_size, adam, cache):
+    """Reports on which the prediction rests, from batches as near to ``batch_size`` as matters.
+
+    One measurement on batches of 16 serves SGD at all sizes unless samples interact; Adam's
+    preconditioner is measured nearer to the size asked for.
+    """
+    near = min(max(batch_size, 16), SAMPLES // 8) if adam else 16
+    cut = batch_size if problem.coupled else near
+    if (cut, adam) not in cache:
+        rows = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(5))
+        whole = rows[: SAMPLES // cut * cut].split(cut)
+        cache[cut, adam] = {
+            matrix: measure_curvature(
+                problem.model, problem.loss_fn, [(problem.x[r], problem.y[r]) for r in whole],
+                dataset_size=SAMPLES, matrix=matrix, tol=1e-2, max_products=30, tracking=True,
+                optimizer="adam" if adam else "sgd",
+            )
+            for matrix in ("ggn", "hessian")
+        }  # fmt: skip
+    return cache[cut, adam]
+
+
+def cells(problem_name):
+    for point in ("start", "middle"):
+        for batch_size in BATCHES:
+            for momentum in MOMENTA:
+                yield {"problem": problem_name, "point": point, "optimizer": "sgd",
+                       "momentum": momentum, "batch": batch_size}  # fmt: skip
+            if problem_name.startswith("mlp") or batch_size in (16, 256):
+                yield {"problem": problem_name, "point": point, "optimizer": "adam",
+                       "momentum": 0.9, "batch": batch_size}  # fmt: skip
+
+
+def run(problem_name, finished, path):
+    """Every cell of one network and task."""
+    model, task = problem_name.rsplit("-", 1)
+    problem, quadratics, reports = None, {}, {}
+    for cell in cells(problem_name):
+        key = tuple(cell.values())
+        if key in finished:
+            continue
+        began = time.perf_counter()
+        if problem is None or problem[0] != cell["point"]:
+            problem = cell["point"], Problem(model, task, cell["point"])
+            quadratics, reports = {}, {}
+        here, batch_size = problem[1], cell["batch"]
+        if here.coupled and batch_size > SAMPLES // 2:
+            continue  # the noise of batches that interact needs two of them
+        adam = cell["optimizer"] == "adam"
+        which = (adam, batch_size if adam or here.coupled else 0)
+        if which not in quadratics:
+            metric = here.second_moment(batch_size).clamp(min=0).sqrt() + 1e-8
+            scale = metric.rsqrt() if adam else torch.ones(here.size)
+            quadratics = {which: Quadratic(here, batch_size, scale)}
+        quadratic = quadratics[which]
+        if not here.coupled:
+            quadratic.resize(batch_size)
+        row = dict(cell, directions=len(quadratic.values), curvature=quadratic.values[-1])
+        row["mean_square"] = mean_square_limit(quadratic, cell["momentum"], adam)
+        row["typical"] = typical_limit(quadratic, cell["momentum"], adam)
+        measured = predict(here, batch_size, adam, reports)
+        options = {"optimizer": cell["optimizer"], "momentum": cell["momentum"]}
+        for matrix, report in measured.items():
+            for rule in ("mean-square", "top-direction", "paper"):
+                bound = report.max_lr(batch_size, rule=rule, **options)
+                row[f"{matrix}_{rule}"] = bound.value
+                if rule == "mean-square":
+                    row[f"{matrix}_low"], row[f"{matrix}_high"] = bound.low, bound.high
+                    row[f"{matrix}_reasons"] = bound.reasons
+        if (batch_size, cell["momentum"]) in SURVIVED:
+            try:
+                row["survived"] = largest_survivable_lr(
+                    here.model, here.loss_fn, (here.x, here.y), optimizer=cell["optimizer"],
+                    momentum=cell["momentum"], batch_size=batch_size,
+                    start=row["hessian_mean-square"], steps=STEPS, worst_loss=math.log(10),
+                ).lr  # fmt: skip
+            except ArithmeticError:
+                row["survived"] = 0.0
+        row["seconds"] = time.perf_counter() - began
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(
+            f"{problem_name} {cell['point']} {cell['optimizer']} {cell['momentum']} "
+            f"B={batch_size}: exact/predicted {row['mean_square'] / row['ggn_mean-square']:.2f}",
+            flush=True,
+        )
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(rows):
+    """Markdown: the ratios to the mean-square limit, and how many cells lie within bounds."""
+    lines = [
+        "| problem | point | optimizer | momentum | "
+        + " | ".join(f"B={b}" for b in BATCHES)
+        + " |",
+        "|---" * (4 + len(BATCHES)) + "|",
+    ]
+    groups = {}
+    for row in rows:
+        key = (row["problem"], row["point"], row["optimizer"], row["momentum"])
+        groups.setdefault(key, {})[row["batch"]] = row
+    for key, group in groups.items():
+        entries = []
+        for batch_size in BATCHES:
+            row = group.get(batch_size)
+            if row is None:
+                entries.append("")
+                continue
+            exact = row["mean_square"]
+            text = f"**{exact / row['ggn_mean-square']:.2f}**, {row['typical'] / exact:.1f}"
+            if "survived" in row:
+                text += f", {row['survived'] / exact:.1f}"
+            entries.append(text)
+        lines.append("| " + " | ".join(map(str, key)) + " | " + " | ".join(entries) + " |")
+    lines.append("\nBold: limit (a), exact over predicted; then (b) over (a); then (c) over (a).\n")
+    lines.append("| optimizer | rule | cells | in [0.8, 1.25] | in [0.6, 1.7] | range |")
+    lines.append("|---|---|---|---|---|---|")
+    for optimizer in ("sgd", "adam"):
+        chosen = [row for row in rows if row["optimizer"] == optimizer]
+        for matrix in ("ggn", "hessian"):
+            for rule in ("mean-square", "top-direction", "paper"):
+                ratios = np.array([r["mean_square"] / r[f"{matrix}_{rule}"] for r in chosen])
+                if len(ratios) == 0:
+                    continue
+                near = ((ratios >= 0.8) & (ratios <= 1.25)).mean()
+                far = ((ratios >= 0.6) & (ratios <= 1.7)).mean()
+                lines.append(
+                    f"| {optimizer} | {rule} ({matrix}) | {len(ratios)} | {near:.0%} | {far:.0%} | "
+                    f"{ratios.min():.2f} .. {ratios.max():.2f} |"
+                )
+    outside = [r for r in rows if not 0.8 <= r["mean_square"] / r["ggn_mean-square"] <= 1.25]
+    lines.append("\nOutside [0.8, 1.25] with the default rule:\n")
+    for row in outside:
+        inside = row["ggn_low"] <= row["mean_square"] <= row["ggn_high"]
+        lines.append(
+            f"- {row['problem']} {row['point']} {row['optimizer']} momentum {row['momentum']} "
+            f"B={row['batch']}: {row['mean_square'] / row['ggn_mean-square']:.2f} "
+            f"(the 90 % interval {'holds' if inside else 'misses'} it)"
+        )
+    return "\n".join(lines)
+
+
+def picture(rows, path):
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys((r["problem"], r["point"]) for r in rows))
+    figure = Figure(figsize=(12, 2.6 * math.ceil(len(names) / 4)), layout="constrained")
+    for index, name in enumerate(names):
+        ax = figure.add_subplot(math.ceil(len(names) / 4), 4, index + 1)
+        for colour, momentum in enumerate(MOMENTA):
+            group = [r for r in rows if (r["problem"], r["point"]) == name
+                     and r["optimizer"] == "sgd" and r["momentum"] == momentum]  # fmt: skip
+            sizes = [r["batch"] for r in group]
+            ax.plot(sizes, [r["ggn_mean-square"] for r in group], f"C{colour}", label=f"{momentum}")
+            ax.plot(sizes, [r["mean_square"] for r in group], f"C{colour}o", markersize=4)
+        ax.set(xscale="log", yscale="log", title=" ".join(name))
+    figure.axes[0].legend(title="momentum")
+    figure.supxlabel("batch size")
+    figure.supylabel("rate: predicted (line), exact mean-square limit (points)")
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = [f"{model}-{task}" for model in MODELS for task in TASKS]
+    parser.add_argument("--only", action="append", choices=names)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="print the table and stop")
+    parser.add_argument("--picture", type=Path)
+    options = parser.parse_args()
+    rows = read(options.out)
+    if not options.table:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        keys = ("problem", "point", "optimizer", "momentum", "batch")
+        finished = {tuple(row[key] for key in keys) for row in rows}
+        for name in options.only or names:
+            run(name, finished, options.out)
+        rows = read(options.out)
+    print(table(rows))
+    if options.picture:
+        picture(rows, options.picture)
+
+
+if __name__ == "__main__":
+    main()
