@@ -99,10 +99,9 @@ class AdamCurvature:
         return self.projected.in_metric(self._metric_at(batch_size))
 
     def _metric_at(self, batch_size: float) -> npt.NDArray[np.float64]:
-        """``metrics``, interpolated in the logarithm of the batch size."""
-        position = float(
-            np.interp(math.log(batch_size), np.log(self.batch_sizes), range(len(self.batch_sizes)))
-        )
+        """``metrics``, interpolated in ``B^-1/2``: exact for gradients all noise, or all signal."""
+        roots = np.array(self.batch_sizes) ** -0.5
+        position = float(np.interp(-(batch_size**-0.5), -roots, range(len(roots))))
         below = min(int(position), len(self.batch_sizes) - 2)
         share = position - below
         lower, upper = self.metrics[below], self.metrics[below + 1]
