@@ -313,14 +313,15 @@ class CurvatureReport:
             else paper_adam_lr(largest)
         )
         low, high = self._around(batch_size)
-        fall = float(self.largest_at(low) - self.largest_at(high)) / math.log(high / low)
+        edges = [self.largest_at(size) + decay for size in (low, high)]
+        fall = math.log(edges[0] / edges[1]) / math.log(high / low)
         orthogonal = self.noise.orthogonal  # the shift is proportional to it
         share = _finite(orthogonal.stderr) / orthogonal if orthogonal > 0 else 0.0
         error = math.hypot(edge.stderr, (largest - self.largest) * share)
         return _Rate(
             value=value,
             error=power * error / (largest + decay),
-            exponent=power * max(fall, 0.0) / (largest + decay),
+            exponent=power * max(fall, 0.0),
             noise_share=(largest - self.largest) / (largest + decay),
         )
 
@@ -328,6 +329,7 @@ class CurvatureReport:
         inverse = self.inverse_effective_batch_size(batch_size)
         sampling = max(1 / self.num_samples - 1 / self.dataset_size, 0.0)
         if optimizer == "sgd":
+            max_sgd_lr(self.largest)  # refuses curvature that is not positive
             dynamics = Dynamics(momentum, nesterov=self.nesterov, weight_decay=self.weight_decay)
             rate = self.projected.mean_square(
                 dynamics, inverse, largest=self.largest, sampling=sampling
@@ -335,6 +337,7 @@ class CurvatureReport:
             exponent = rate.exponent / (batch_size * inverse) if inverse > 0 else 0.0
             return _Rate(rate.lr, rate.error, exponent, 1 - rate.lr / rate.noiseless)
         adam = self._measured_adam()
+        max_sgd_lr(adam.largest)  # likewise
         dynamics = Dynamics(
             momentum, averaged=optimizer == "adam", decoupled_decay=adam.decoupled_decay
         )
@@ -377,10 +380,11 @@ class CurvatureReport:
             # a sum of gradients is 1 / (1 - m) times their average
             return average if optimizer == "adam" else (1 - momentum) * average
 
+        value = value_at(batch_size)
         error, weight = _noise_weight(adam.largest, adam, momentum, inverse)
         low, high = self._around(batch_size)
         exponent = math.log(value_at(high) / value_at(low)) / math.log(high / low)
-        return _Rate(value_at(batch_size), error, exponent, noise_share=weight * inverse)
+        return _Rate(value, error, exponent, noise_share=weight * inverse)
 
     def _measured_adam(self) -> AdamCurvature:
         if self.adam is None:
