@@ -213,8 +213,8 @@ class CurvatureReport:
     def smallest_at(self, batch_size: float, *, quantile: float | None = None) -> Measured:
         """Expected smallest eigenvalue of a batch Hessian; as `largest_at`, without a cap.
 
-        Below the size where the second order doubles ``lambda_P`` the Wigner edge, which joins it
-        there, bounds it.
+        Below the size where the second order doubles ``lambda_P`` the Wigner edge, a root of
+        ``1/b`` which joins it there, bounds it.
         """
         inverse = self.inverse_effective_batch_size(batch_size)
         if quantile is not None and not 0 < quantile < 1:
@@ -222,9 +222,10 @@ class CurvatureReport:
             raise ValueError(msg)
         shift = self.projected.edge_at(inverse, "smallest", quantile=quantile)
         edge = self.smallest - shift
-        second_order = self.kappa_smallest * inverse
-        if second_order < self.smallest < 0:
-            edge = max(edge, -2 * math.sqrt(second_order * self.smallest))
+        if self.kappa_smallest * inverse < self.smallest < 0:
+            join = self.smallest / self.kappa_smallest
+            there = self.projected.edge_at(join, "smallest", quantile=quantile)
+            edge = max(edge, (self.smallest - there) * math.sqrt(inverse / join))
         return Measured(edge, math.hypot(shift.stderr, _finite(self.smallest.stderr)))
 
     @property
