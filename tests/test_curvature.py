@@ -271,13 +271,14 @@ def second_order_coefficient(features, count):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_kappa_takes_found_pairs_at_their_gaps_and_the_rest_at_the_edge(count):
+def test_kappa_takes_every_direction_of_the_krylov_space_at_its_gap(count):
     model, x, y = least_squares(40, [5.0, 3.0, 2.0, 1.0, 0.5, 0.2])
     batches = list(zip(x.split(1), y.split(1), strict=True))  # exact per-sample variances
     report = measure_curvature(
         model, half_mse, batches, num_eigenpairs=count, tol=1e-9, optimizer="sgd"
     )
-    assert report.kappa == pytest.approx(second_order_coefficient(x, count), rel=1e-8)
+    # All six directions are in it, however few pairs were asked for.
+    assert report.kappa == pytest.approx(second_order_coefficient(x, 6), rel=1e-8)
     assert report.kappa_smallest == 0.0  # positive semi-definite: zero repels nothing
 
 
@@ -337,7 +338,9 @@ def check_least_squares(spectrum, size, num_samples, batch_size, tolerance):
     for other in (4, 16, 64, 256):
         mean, error = mean_largest_of_grams(x.numpy(), other, 200, rng)
         assert error < 0.02 * mean
-        assert report.largest_at(other) == pytest.approx(mean, rel=tolerance)
+        largest = report.largest_at(other)
+        # At 4 it is the mean of eight measured batches, whose scatter is most of the error.
+        assert abs(largest - mean) < tolerance * mean + 2 * (largest.stderr if other == 4 else 0)
     return report
 
 
@@ -435,7 +438,7 @@ def test_larger_batches_never_have_larger_curvature(digits_case):
     assert smallest[-1] == report.smallest
 
 
-def test_small_batches_cap_the_law_below_the_critical_size(digits_case):
+def test_small_batches_lead_the_law_below_the_size_measured(digits_case):
     _, model, report = digits_case
     size, measured = report.small_batch
     assert size == 4
@@ -443,7 +446,8 @@ def test_small_batches_cap_the_law_below_the_critical_size(digits_case):
     spread = 8**-0.5 * error * math.sqrt(40)  # of the report's own 8 batches, without v_1's part
     along = math.sqrt(report.noise.parallel / 4 / 8)
     assert abs(measured - mean) < 3 * math.hypot(spread, along)
-    assert report.largest_at(4) <= max(measured, 2 * report.largest) * (1 + 1e-12)
+    assert measured.stderr == pytest.approx(math.hypot(spread, along), rel=0.6)  # from eight
+    assert report.largest_at(4) == pytest.approx(max(measured, report.largest_at(32)), rel=1e-12)
 
 
 @pytest.mark.slow
@@ -585,7 +589,7 @@ def test_unequal_group_rates_measure_their_own_metric():
     assert report.smallest == pytest.approx(float(exact[0]), abs=1e-6 * float(exact[-1]))
     plain = measure(model, batch, num_small_batches=4)
     # Small batches are seen in the same metric (and are the same ones).
-    assert 0.25 * plain.small_batch[1] < report.small_batch[1] < 0.95 * plain.small_batch[1]
+    assert 0.25 * plain.small_batch[1] < report.small_batch[1] < plain.small_batch[1]
 
     BatchAwareLR(optimizer, 0.2, lambda o: LambdaLR(o, lambda step: step / 10))
     assert [group["lr"] for group in optimizer.param_groups] == [0.0, 0.0]  # a warm-up's start
@@ -787,7 +791,8 @@ def test_adam_with_a_large_eps_sees_the_hessian_over_it():
     optimizer = adam_after(5, model, batch, eps=1e6)
     report = measure(model, batch, 25, optimizer=optimizer, tol=1e-5)
     assert report.adam.largest == pytest.approx(report.largest / 1e6, rel=1e-5)
-    assert report.adam.stretch == pytest.approx([1.0] * 41, rel=1e-5)
+    size = len(report.adam.projected.values)
+    assert report.adam.metrics == pytest.approx(np.tile(np.eye(size), (41, 1, 1)), abs=1e-5)
 
 
 def test_adam_with_unequal_groups_measures_both_metrics_at_once():
@@ -909,7 +914,7 @@ def test_tracking_adam_spends_three_products_on_the_plain_matrix():
     options = {"tracking": True, "num_eigenpairs": 1, "tol": 1e-3}
     adam = measure(model, batch, optimizer="adam", **options)
     plain = measure(model, batch, optimizer="sgd", **options)
-    assert len(adam.ritz_values) == 2
+    assert len(adam.ritz_values) == 3
     assert adam.largest < plain.largest  # a Ritz value after three steps, from below
     assert adam.adam.converged
     # An unhurried measurement of the same: the rate is that of Adam's own matrix alone.
