@@ -462,6 +462,100 @@ def test_largest_at_holds_from_the_critical_size_on_throughout_training(epochs):
         assert abs(report.largest_at(batch_size) / mean - 1) < 0.19 + 2 * error / mean
 
 
+# --- what other laws need ------------------------------------------------------------------------
+
+
+def scaled(matrix, ratios):
+    return ratios.sqrt()[:, None] * matrix * ratios.sqrt()
+
+
+def grouped(model):
+    """SGD whose second layer learns at a quarter of the rate, and each weight's share of it."""
+    groups = [
+        {"params": model[0].parameters(), "lr": 0.4},
+        {"params": model[2].parameters(), "lr": 0.1},
+    ]
+    ratios = [torch.full((p.numel(),), 1.0).double() for p in model[0].parameters()]
+    ratios += [torch.full((p.numel(),), 0.25).double() for p in model[2].parameters()]
+    return torch.optim.SGD(groups), torch.cat(ratios)
+
+
+@pytest.mark.parametrize("unequal", [False, True])
+def test_the_trace_is_the_dense_one_within_its_error(unequal):
+    model, batch = train(network(), 1), first_digits(200)
+    optimizer, ratios = grouped(model) if unequal else ("sgd", torch.ones(310).double())
+    exact = float(scaled(dense_hessian(model, batch), ratios).trace())
+    traces = []
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        options = {"optimizer": optimizer, "generator": generator, "max_products": 6}
+        traces.append(measure(model, batch, **options).trace)
+    scatter = np.std(traces, ddof=1)
+    assert abs(np.mean(traces) - exact) < 3 * scatter / math.sqrt(12)
+    # Twelve scatters from four directions each tell the error to 30 %.
+    error = math.sqrt(np.mean([trace.stderr**2 for trace in traces]))
+    assert error == pytest.approx(scatter, rel=0.6)
+
+
+def test_the_trace_of_a_multiple_of_one_is_exact():
+    model = Bowl([1.0, 0.5, 0.3], [2.0, 2.0, 2.0])
+    report = model.measure(optimizer="sgd", tracking=False)
+    assert report.trace == pytest.approx(6.0, rel=1e-12)
+    assert report.trace.stderr == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("unequal", [False, True])
+def test_the_gauss_newton_part_along_the_top_is_its_rayleigh_quotient(unequal):
+    model, batch = train(network(), 1), first_digits(200)
+    optimizer, ratios = grouped(model) if unequal else ("sgd", torch.ones(310).double())
+    report = measure(model, batch, optimizer=optimizer, tol=1e-6, max_products=200)
+    hessian, ggn = (
+        scaled(dense(model, batch), ratios) for dense in (dense_hessian, dense_gauss_newton)
+    )
+    top = torch.linalg.eigh(hessian).eigenvectors[:, -1]
+    want = float(top @ ggn @ top)
+    # An eigenvector is as good as the residual over its gap: 1e-5.
+    assert report.ggn_along_top == pytest.approx(want, rel=1e-4)
+    residual = float((ggn @ top - want * top).norm())
+    assert report.ggn_along_top.stderr == pytest.approx(residual, rel=1e-3)
+
+
+def test_of_the_gauss_newton_matrix_itself_the_top_is_all():
+    report = measure(network(), first_digits(100), matrix="ggn", tol=1e-6, max_products=200)
+    assert report.ggn_along_top == pytest.approx(report.largest, rel=1e-9)
+    assert report.ggn_along_top.stderr < 1e-4 * report.largest
+
+
+def test_a_loss_without_halves_has_no_gauss_newton_part():
+    model, x, y = least_squares(20, [2.0, 1.0])
+    report = measure_curvature(model, half_mse, [(x, y)], optimizer="sgd")
+    assert math.isnan(report.ggn_along_top)
+    assert math.isfinite(report.trace)
+
+
+def test_the_weights_of_the_ritz_values_are_of_a_random_start_only():
+    model, batch = network(), first_digits(100)
+    report = measure(model, batch)
+    assert len(report.ritz_weights) == len(report.ritz_values)
+    assert sum(report.ritz_weights) == pytest.approx(1, rel=1e-9)
+    warm = measure(model, batch, start_vectors=report.top_vectors)
+    assert warm.ritz_weights == ()
+
+
+def test_the_error_of_small_batches_is_their_scatter():
+    model, batch = train(network(), 1), first_digits(400)
+    means, errors = [], []
+    for seed in range(16):
+        generator = torch.Generator().manual_seed(seed)
+        report = measure(model, batch, num_small_batches=8, generator=generator, max_products=6)
+        size, mean = report.small_batch
+        assert size == 4
+        means.append(mean)
+        errors.append(mean.stderr)
+    # The scatter of 16 is good to 18 %.
+    assert np.mean(errors) == pytest.approx(np.std(means), rel=0.45)
+
+
 # --- samples and batches -------------------------------------------------------------------------
 
 
