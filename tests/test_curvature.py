@@ -271,13 +271,14 @@ def second_order_coefficient(features, count):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_kappa_takes_found_pairs_at_their_gaps_and_the_rest_at_the_edge(count):
+def test_kappa_takes_every_direction_of_the_krylov_space_at_its_gap(count):
     model, x, y = least_squares(40, [5.0, 3.0, 2.0, 1.0, 0.5, 0.2])
     batches = list(zip(x.split(1), y.split(1), strict=True))  # exact per-sample variances
     report = measure_curvature(
         model, half_mse, batches, num_eigenpairs=count, tol=1e-9, optimizer="sgd"
     )
-    assert report.kappa == pytest.approx(second_order_coefficient(x, count), rel=1e-8)
+    # All six directions are in it, however few pairs were asked for.
+    assert report.kappa == pytest.approx(second_order_coefficient(x, 6), rel=1e-8)
     assert report.kappa_smallest == 0.0  # positive semi-definite: zero repels nothing
 
 
@@ -337,7 +338,9 @@ def check_least_squares(spectrum, size, num_samples, batch_size, tolerance):
     for other in (4, 16, 64, 256):
         mean, error = mean_largest_of_grams(x.numpy(), other, 200, rng)
         assert error < 0.02 * mean
-        assert report.largest_at(other) == pytest.approx(mean, rel=tolerance)
+        largest = report.largest_at(other)
+        # At 4 it is the mean of eight measured batches, whose scatter is most of the error.
+        assert abs(largest - mean) < tolerance * mean + 2 * (largest.stderr if other == 4 else 0)
     return report
 
 
@@ -435,7 +438,7 @@ def test_larger_batches_never_have_larger_curvature(digits_case):
     assert smallest[-1] == report.smallest
 
 
-def test_small_batches_cap_the_law_below_the_critical_size(digits_case):
+def test_small_batches_lead_the_law_below_the_size_measured(digits_case):
     _, model, report = digits_case
     size, measured = report.small_batch
     assert size == 4
@@ -443,7 +446,8 @@ def test_small_batches_cap_the_law_below_the_critical_size(digits_case):
     spread = 8**-0.5 * error * math.sqrt(40)  # of the report's own 8 batches, without v_1's part
     along = math.sqrt(report.noise.parallel / 4 / 8)
     assert abs(measured - mean) < 3 * math.hypot(spread, along)
-    assert report.largest_at(4) <= max(measured, 2 * report.largest) * (1 + 1e-12)
+    assert measured.stderr == pytest.approx(math.hypot(spread, along), rel=0.6)  # from eight
+    assert report.largest_at(4) == pytest.approx(max(measured, report.largest_at(32)), rel=1e-12)
 
 
 @pytest.mark.slow
@@ -456,6 +460,100 @@ def test_largest_at_holds_from_the_critical_size_on_throughout_training(epochs):
             continue
         mean, error = mean_largest(model, batch_size, draws=200)
         assert abs(report.largest_at(batch_size) / mean - 1) < 0.19 + 2 * error / mean
+
+
+# --- what other laws need ------------------------------------------------------------------------
+
+
+def scaled(matrix, ratios):
+    return ratios.sqrt()[:, None] * matrix * ratios.sqrt()
+
+
+def grouped(model):
+    """SGD whose second layer learns at a quarter of the rate, and each weight's share of it."""
+    groups = [
+        {"params": model[0].parameters(), "lr": 0.4},
+        {"params": model[2].parameters(), "lr": 0.1},
+    ]
+    ratios = [torch.full((p.numel(),), 1.0).double() for p in model[0].parameters()]
+    ratios += [torch.full((p.numel(),), 0.25).double() for p in model[2].parameters()]
+    return torch.optim.SGD(groups), torch.cat(ratios)
+
+
+@pytest.mark.parametrize("unequal", [False, True])
+def test_the_trace_is_the_dense_one_within_its_error(unequal):
+    model, batch = train(network(), 1), first_digits(200)
+    optimizer, ratios = grouped(model) if unequal else ("sgd", torch.ones(310).double())
+    exact = float(scaled(dense_hessian(model, batch), ratios).trace())
+    traces = []
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        options = {"optimizer": optimizer, "generator": generator, "max_products": 6}
+        traces.append(measure(model, batch, **options).trace)
+    scatter = np.std(traces, ddof=1)
+    assert abs(np.mean(traces) - exact) < 3 * scatter / math.sqrt(12)
+    # Twelve scatters from four directions each tell the error to 30 %.
+    error = math.sqrt(np.mean([trace.stderr**2 for trace in traces]))
+    assert error == pytest.approx(scatter, rel=0.6)
+
+
+def test_the_trace_of_a_multiple_of_one_is_exact():
+    model = Bowl([1.0, 0.5, 0.3], [2.0, 2.0, 2.0])
+    report = model.measure(optimizer="sgd", tracking=False)
+    assert report.trace == pytest.approx(6.0, rel=1e-12)
+    assert report.trace.stderr == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("unequal", [False, True])
+def test_the_gauss_newton_part_along_the_top_is_its_rayleigh_quotient(unequal):
+    model, batch = train(network(), 1), first_digits(200)
+    optimizer, ratios = grouped(model) if unequal else ("sgd", torch.ones(310).double())
+    report = measure(model, batch, optimizer=optimizer, tol=1e-6, max_products=200)
+    hessian, ggn = (
+        scaled(dense(model, batch), ratios) for dense in (dense_hessian, dense_gauss_newton)
+    )
+    top = torch.linalg.eigh(hessian).eigenvectors[:, -1]
+    want = float(top @ ggn @ top)
+    # An eigenvector is as good as the residual over its gap: 1e-5.
+    assert report.ggn_along_top == pytest.approx(want, rel=1e-4)
+    residual = float((ggn @ top - want * top).norm())
+    assert report.ggn_along_top.stderr == pytest.approx(residual, rel=1e-3)
+
+
+def test_of_the_gauss_newton_matrix_itself_the_top_is_all():
+    report = measure(network(), first_digits(100), matrix="ggn", tol=1e-6, max_products=200)
+    assert report.ggn_along_top == pytest.approx(report.largest, rel=1e-9)
+    assert report.ggn_along_top.stderr < 1e-4 * report.largest
+
+
+def test_a_loss_without_halves_has_no_gauss_newton_part():
+    model, x, y = least_squares(20, [2.0, 1.0])
+    report = measure_curvature(model, half_mse, [(x, y)], optimizer="sgd")
+    assert math.isnan(report.ggn_along_top)
+    assert math.isfinite(report.trace)
+
+
+def test_the_weights_of_the_ritz_values_are_of_a_random_start_only():
+    model, batch = network(), first_digits(100)
+    report = measure(model, batch)
+    assert len(report.ritz_weights) == len(report.ritz_values)
+    assert sum(report.ritz_weights) == pytest.approx(1, rel=1e-9)
+    warm = measure(model, batch, start_vectors=report.top_vectors)
+    assert warm.ritz_weights == ()
+
+
+def test_the_error_of_small_batches_is_their_scatter():
+    model, batch = train(network(), 1), first_digits(400)
+    means, errors = [], []
+    for seed in range(16):
+        generator = torch.Generator().manual_seed(seed)
+        report = measure(model, batch, num_small_batches=8, generator=generator, max_products=6)
+        size, mean = report.small_batch
+        assert size == 4
+        means.append(mean)
+        errors.append(mean.stderr)
+    # The scatter of 16 is good to 18 %.
+    assert np.mean(errors) == pytest.approx(np.std(means), rel=0.45)
 
 
 # --- samples and batches -------------------------------------------------------------------------
@@ -585,7 +683,7 @@ def test_unequal_group_rates_measure_their_own_metric():
     assert report.smallest == pytest.approx(float(exact[0]), abs=1e-6 * float(exact[-1]))
     plain = measure(model, batch, num_small_batches=4)
     # Small batches are seen in the same metric (and are the same ones).
-    assert 0.25 * plain.small_batch[1] < report.small_batch[1] < 0.95 * plain.small_batch[1]
+    assert 0.25 * plain.small_batch[1] < report.small_batch[1] < plain.small_batch[1]
 
     BatchAwareLR(optimizer, 0.2, lambda o: LambdaLR(o, lambda step: step / 10))
     assert [group["lr"] for group in optimizer.param_groups] == [0.0, 0.0]  # a warm-up's start
@@ -787,7 +885,8 @@ def test_adam_with_a_large_eps_sees_the_hessian_over_it():
     optimizer = adam_after(5, model, batch, eps=1e6)
     report = measure(model, batch, 25, optimizer=optimizer, tol=1e-5)
     assert report.adam.largest == pytest.approx(report.largest / 1e6, rel=1e-5)
-    assert report.adam.stretch == pytest.approx([1.0] * 41, rel=1e-5)
+    size = len(report.adam.projected.values)
+    assert report.adam.metrics == pytest.approx(np.tile(np.eye(size), (41, 1, 1)), abs=1e-5)
 
 
 def test_adam_with_unequal_groups_measures_both_metrics_at_once():
@@ -909,7 +1008,7 @@ def test_tracking_adam_spends_three_products_on_the_plain_matrix():
     options = {"tracking": True, "num_eigenpairs": 1, "tol": 1e-3}
     adam = measure(model, batch, optimizer="adam", **options)
     plain = measure(model, batch, optimizer="sgd", **options)
-    assert len(adam.ritz_values) == 2
+    assert len(adam.ritz_values) == 3
     assert adam.largest < plain.largest  # a Ritz value after three steps, from below
     assert adam.adam.converged
     # An unhurried measurement of the same: the rate is that of Adam's own matrix alone.

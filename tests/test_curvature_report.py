@@ -9,7 +9,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse.linalg import LinearOperator, eigsh
 from scipy.stats import t as student
@@ -19,8 +19,19 @@ from torch.func import functional_call, grad, vmap
 from batchlr.curvature import measure_curvature
 from batchlr.curvature_report import AdamCurvature, CurvatureNoise, CurvatureReport
 from batchlr.learning_rates import max_adam_lr, max_sgd_lr
+from batchlr.mean_square import Dynamics
 from batchlr.measured import Measured
 from batchlr.operators import supervised
+from reports import projected_curvature
+
+SIZES = np.geomspace(1, 1e4, 41)
+STRETCH = (0.1 + 90 / SIZES) ** 0.5  # 1 at 100; eps and noise
+
+
+def in_two_directions(stretch):
+    """Metrics that stretch the first axis as given and the second one as much."""
+    return np.einsum("g,ij->gij", stretch, np.eye(2))
+
 
 ADAM = AdamCurvature(
     largest=Measured(50.0, 1.5),
@@ -28,10 +39,26 @@ ADAM = AdamCurvature(
     orthogonal=Measured(1600.0, 40.0),
     batch_size=100,
     beta1=0.8,
+    decoupled_decay=0.0,
     converged=True,
     source="gradients",
-    batch_sizes=tuple(np.geomspace(1, 1e4, 41)),
-    stretch=tuple((0.1 + 90 / np.geomspace(1, 1e4, 41)) ** 0.5),  # 1 at 100; eps and noise
+    batch_sizes=tuple(SIZES),
+    projected=projected_curvature(
+        [50.0, 20.0],
+        {(0, 0): 900.0, (0, 1): 1200.0},
+        num_batches=50,
+        leak_largest=Measured(400.0, 20.0),
+    ),
+    metrics=in_two_directions(STRETCH),
+)
+
+# Variances of a sample that agree with `make_report`: 60 along the top, 100 across, kappa = 80.
+PROJECTED = projected_curvature(
+    [2.0, 1.0, -0.5],
+    {(0, 0): 60.0, (0, 1): 60.0, (1, 1): 3.0},
+    num_batches=50,
+    leak_largest=Measured(40.0, 4.0),
+    leak_smallest=Measured(5.0, 0.5),
 )
 
 
@@ -42,7 +69,10 @@ def make_report(**changes):
         noise=CurvatureNoise(Measured(60.0, 5.0), Measured(100.0, 4.0), Measured(1.5, 0.1)),
         kappa=80.0,
         kappa_smallest=-10.0,
-        ritz_values=(2.0, 1.0, -0.25, -0.5),
+        ritz_values=(2.0, 1.0, -0.5),
+        ritz_weights=(0.2, 0.5, 0.3),
+        trace=Measured(12.0, 0.5),
+        ggn_along_top=Measured(1.9, 0.3),
         loss=1.0,
         num_params=10,
         num_samples=5000,
@@ -54,77 +84,173 @@ def make_report(**changes):
         norm_mode=None,
         coupled=False,
         momentum=0.0,
+        nesterov=False,
         weight_decay=0.0,
         adam=ADAM,
         converged=True,
         num_products=20,
         seconds=0.125,
+        projected=PROJECTED,
     )
     return replace(report, **changes)
+
+
+def test_the_made_report_agrees_with_itself():
+    report = make_report()
+    projected = report.projected
+    assert projected.second_order() == pytest.approx(report.kappa)
+    assert projected.second_order("smallest") == pytest.approx(report.kappa_smallest)
+    across = (projected.deviations[:, 0] ** 2).sum(0)
+    assert across[0] == pytest.approx(report.noise.parallel)
+    assert across[1:].sum() + projected.leak_largest == pytest.approx(report.noise.orthogonal)
+
+
+def one_direction(**changes):
+    """A report whose noise has all of its variance along the top: there the formula is exact."""
+    flat = projected_curvature([2.0], {(0, 0): 160.0}, num_batches=50)
+    return make_report(projected=flat, **changes)
+
+
+def second_order_report(**changes):
+    """Noise that leaves all measured directions: there the second order is all there is."""
+    flat = projected_curvature(
+        [2.0, -0.5], {}, leak_largest=Measured(160.0, 0.0), leak_smallest=Measured(5.0, 0.0)
+    )
+    return make_report(projected=flat, **changes)
 
 
 @st.composite
 def reports(draw):
     """Reports of positive curvature with any amount of noise."""
     largest = draw(st.floats(1e-3, 1e3))
-    parallel, orthogonal, kappa = (
-        draw(st.floats(0, 1e4)) * unit for unit in (largest**2, largest**2, largest)
+    second = draw(st.floats(0, 1.0))
+    variances = {
+        entry: draw(st.floats(0, 1e4)) * largest**2 for entry in ((0, 0), (0, 1), (1, 1), (2, 2))
+    }
+    leaks = [Measured(draw(st.floats(0, 1e4)) * largest**2, 0.0) for _ in range(2)]
+    smallest = -draw(st.just(0.0) | st.floats(1e-6, 1)) * largest
+    projected = projected_curvature(
+        [largest, second * largest, min(smallest, second * largest)],
+        variances,
+        leak_largest=leaks[0],
+        leak_smallest=leaks[1],
+        seed=draw(st.integers(0, 100)),
     )
     small = draw(st.none() | st.floats(1, 1e3))
     return make_report(
         largest=Measured(largest, 0.1 * largest),
-        noise=CurvatureNoise(Measured(parallel), Measured(orthogonal), Measured(math.nan)),
-        kappa=kappa,
-        smallest=Measured(-draw(st.floats(0, 1)) * largest, 0.0),
-        kappa_smallest=-draw(st.floats(0, 1e4)) * largest,
-        small_batch=None if small is None else (4, small * largest),
+        noise=CurvatureNoise(
+            Measured(variances[0, 0]), Measured(variances[0, 1] + leaks[0]), Measured(math.nan)
+        ),
+        kappa=projected.second_order(),
+        smallest=Measured(smallest, 0.0),
+        kappa_smallest=projected.second_order("smallest"),
+        small_batch=None if small is None else (4, Measured(small * largest, 0.1 * largest)),
         dataset_size=draw(st.sampled_from([10_000, 2**31])),
         weight_decay=draw(st.sampled_from([0.0, 0.1 * largest])),
+        momentum=draw(st.sampled_from([0.0, 0.9])),
+        projected=projected,
     )
 
 
 # --- the formulas --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size", [1, 32, 500, 10_000])
+each_size = pytest.mark.parametrize("batch_size", [1, 32, 500, 10_000])
+
+
+@each_size
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5])
-def test_sgd_s_limit_is_the_mean_square_one(batch_size, momentum, weight_decay):
+def test_the_top_direction_s_rule_is_the_closed_form(batch_size, momentum, weight_decay):
     report = make_report(weight_decay=weight_decay)
     noise = 160.0 * (1 / batch_size - 1e-4) / 2.0
     want = max_sgd_lr(2.0, noise, momentum=momentum, weight_decay=weight_decay)
-    limit = report.max_lr(batch_size, momentum=momentum)
+    limit = report.max_lr(batch_size, momentum=momentum, rule="top-direction")
     assert limit.value == float(limit) == pytest.approx(want, rel=1e-14)
     assert (limit.batch_size, limit.optimizer, limit.momentum, limit.rule) == (
         batch_size,
         "sgd",
         momentum,
-        "mean-square",
+        "top-direction",
     )
 
 
-@pytest.mark.parametrize("batch_size", [1, 32, 500, 10_000])
-def test_adam_s_limit_is_the_mean_square_one_in_the_stretched_metric(batch_size):
+@each_size
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_by_default_one_direction_has_the_closed_form_of_its_optimizer(
+    batch_size, momentum, nesterov
+):
+    noise = 160.0 * (1 / batch_size - 1e-4) / 2.0
+    want = max_sgd_lr(2.0, noise, momentum=momentum, nesterov=nesterov)
+    limit = one_direction(nesterov=nesterov).max_lr(batch_size, momentum=momentum)
+    assert limit.value == pytest.approx(want, rel=1e-8)  # of the search
+    assert limit.rule == "mean-square"
+
+
+@each_size
+@pytest.mark.parametrize("changes", [{}, {"nesterov": True}, {"weight_decay": 0.5}])
+def test_by_default_all_measured_directions_count_together(batch_size, changes):
+    report = make_report(momentum=0.9, **changes)
+    dynamics = Dynamics(0.9, **changes)
+    inverse = 1 / batch_size - 1e-4
+    want = report.projected.mean_square(dynamics, inverse, largest=2.0, sampling=1e-4)
+    assert report.max_lr(batch_size).value == want.lr
+    # Directions that noise couples to the top hold the rate below that of the top's own noise.
+    alone = max_sgd_lr(2.0, 60.0 * inverse / 2, momentum=0.9, **changes)
+    tolerance = 0.1 if "weight_decay" in changes else 1e-8  # there the formula is on the safe side
+    assert want.lr <= alone * (1 + tolerance)
+
+
+@each_size
+def test_adam_s_top_direction_is_that_of_the_stretched_metric(batch_size):
     stretch = (0.1 + 90 / batch_size) ** 0.5
     noise = 2500 * (1 / batch_size - 1e-4) / (50 * stretch)
-    limit = make_report().max_lr(batch_size, optimizer="adam")
+    limit = make_report().max_lr(batch_size, optimizer="adam", rule="top-direction")
     want = max_adam_lr(50 / stretch, noise, beta1=0.8)
     assert limit.value == pytest.approx(want, rel=1e-3)  # interpolated
     assert limit.momentum == 0.8
 
 
-@pytest.mark.parametrize("batch_size", [1, 32, 500, 10_000])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_rmsprop_s_limit_is_sgd_s_in_adam_s_metric(batch_size, momentum):
+def one_direction_of_adam(**changes):
+    flat = projected_curvature([50.0], {(0, 0): 2500.0}, num_batches=50)
+    return replace(ADAM, projected=flat, metrics=STRETCH.reshape(-1, 1, 1), **changes)
+
+
+@each_size
+@pytest.mark.parametrize("decay", [0.0, 2.0])
+@pytest.mark.parametrize("rule", ["mean-square", "top-direction"])
+def test_adamw_s_limit_along_one_direction_is_its_closed_form(batch_size, decay, rule):
     stretch = (0.1 + 90 / batch_size) ** 0.5
     noise = 2500 * (1 / batch_size - 1e-4) / (50 * stretch)
-    limit = make_report().max_lr(batch_size, optimizer="rmsprop", momentum=momentum)
+    report = make_report(adam=one_direction_of_adam(decoupled_decay=decay))
+    limit = report.max_lr(batch_size, optimizer="adam", rule=rule)
+    want = max_adam_lr(50 / stretch, noise, beta1=0.8, weight_decay=decay)
+    assert limit.value == pytest.approx(want, rel=1e-3)  # interpolated
+
+
+@each_size
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("rule", ["mean-square", "top-direction"])
+def test_rmsprop_s_limit_is_sgd_s_in_adam_s_metric(batch_size, momentum, rule):
+    stretch = (0.1 + 90 / batch_size) ** 0.5
+    noise = 2500 * (1 / batch_size - 1e-4) / (50 * stretch)
+    report = make_report(adam=one_direction_of_adam())
+    limit = report.max_lr(batch_size, optimizer="rmsprop", momentum=momentum, rule=rule)
     want = max_sgd_lr(50 / stretch, noise, momentum=momentum)
     assert limit.value == pytest.approx(want, rel=1e-3)  # interpolated
-    adam = make_report().max_lr(batch_size, optimizer="adam", momentum=momentum)
-    for name in ("exponent", "regime", "reasons"):  # a factor changes none of them
-        assert getattr(limit, name) == getattr(adam, name)
-    assert limit.high / limit.low == pytest.approx(adam.high / adam.low)
+    for adam in (ADAM, one_direction_of_adam()):
+        report = make_report(adam=adam)
+        rmsprop, average = (
+            report.max_lr(batch_size, optimizer=name, momentum=momentum, rule=rule)
+            for name in ("rmsprop", "adam")
+        )
+        # A sum of gradients is 1 / (1 - momentum) times their average: a factor, and no more.
+        assert rmsprop.value == pytest.approx((1 - momentum) * average.value, rel=1e-8)
+        assert rmsprop.exponent == pytest.approx(average.exponent, abs=1e-6)
+        assert (rmsprop.regime, rmsprop.reasons) == (average.regime, average.reasons)
+        assert rmsprop.high / rmsprop.low == pytest.approx(average.high / average.low, rel=1e-6)
     assert limit.optimizer == "rmsprop"
 
 
@@ -134,9 +260,9 @@ def test_rmsprop_s_paper_rule_is_adam_s():
     assert rmsprop == replace(adam, optimizer="rmsprop", momentum=0.0)
 
 
-@pytest.mark.parametrize("batch_size", [1, 32, 500, 10_000])
+@each_size
 def test_the_paper_s_rules_divide_by_the_batch_s_largest_eigenvalue(batch_size):
-    report = make_report(weight_decay=0.5)
+    report = second_order_report(weight_decay=0.5)
     largest = 2 + 80 * (1 / batch_size - 1e-4)
     assert report.largest_at(batch_size) == pytest.approx(largest, rel=1e-14)
     sgd, adam = (
@@ -170,20 +296,22 @@ def test_a_bound_is_frozen_and_is_its_value():
 
 
 @given(report=reports())
-def test_the_largest_eigenvalue_is_doubled_at_the_critical_size(report):
+def test_the_critical_size_is_where_the_second_order_doubles_the_largest_eigenvalue(report):
     critical = report.critical_batch_size
     assert 0 <= critical < report.dataset_size
-    if critical >= 1:  # the cap begins right there, at the same value
-        assert report.largest_at(critical) == pytest.approx(2 * report.largest, rel=1e-9)
+    if critical >= 1:
+        inverse = report.inverse_effective_batch_size(critical)
+        assert report.kappa * inverse == pytest.approx(report.largest, rel=1e-9)
 
 
 def test_the_paper_s_rate_at_the_critical_size_is_one_over_the_largest_eigenvalue():
-    report = make_report()
+    report = second_order_report()
     limit = report.max_lr(report.critical_batch_size, rule="paper")
     assert limit.value == pytest.approx(1 / report.largest, rel=1e-12)
     assert report.critical_batch_size == pytest.approx(40 / (1 + 40 / 10_000), rel=1e-14)
 
 
+@settings(max_examples=40)
 @given(report=reports(), small=st.integers(1, 10_000), factor=st.floats(1, 100))
 def test_larger_batches_have_less_extreme_curvature_and_larger_rates(report, small, factor):
     large = min(round(small * factor), 10_000)
@@ -191,38 +319,84 @@ def test_larger_batches_have_less_extreme_curvature_and_larger_rates(report, sma
     assert report.largest - slack <= report.largest_at(large) <= report.largest_at(small) + slack
     assert report.smallest_at(small) - slack <= report.smallest_at(large)
     assert report.smallest_at(large) <= report.smallest + slack
-    for rule in ("mean-square", "paper"):
+    for rule, accuracy in (("mean-square", 1e-8), ("top-direction", 1e-12), ("paper", 1e-12)):
         rates = [report.max_lr(size, rule=rule).value for size in (small, large)]
-        assert rates[0] <= rates[1] * (1 + 1e-12)
+        assert rates[0] <= rates[1] * (1 + accuracy)
 
 
-def test_below_the_critical_size_the_law_is_capped_by_small_batches():
-    report = make_report(small_batch=(4, 12.0))
-    assert report.largest_at(50) == make_report().largest_at(50)  # above: 40
-    assert report.largest_at(16) == make_report().largest_at(16)  # the law is below the cap
-    assert report.largest_at(4) == 12.0
-    assert report.largest_at(1) == 2 + 10 * 2  # like B^-1/2 below
-    low = make_report(small_batch=(4, 1.0))
-    assert low.largest_at(4) == 4.0  # 2 lambda_1, the value of the law where it ends
+def test_where_the_wigner_edge_sets_in_the_lower_end_does_not_jump():
+    noise = {(2, 2): 10.0, (1, 2): 3.0, (1, 1): 40.0}
+    projected = projected_curvature([1.0, 0.0, -1.0], noise, leak_smallest=Measured(2.0, 0.0))
+    report = make_report(
+        largest=Measured(1.0, 0.1),
+        smallest=Measured(-1.0, 0.0),
+        projected=projected,
+        kappa_smallest=projected.second_order("smallest"),
+    )
+    sizes = np.unique(np.geomspace(1, 10_000, 200).astype(int))
+    smallest = [report.smallest_at(int(size)) for size in sizes]
+    assert np.all(np.diff(smallest) >= 0)
+
+
+def test_far_above_the_critical_size_the_law_is_the_second_order():
+    report = make_report(dataset_size=2**31)
+    for size in (4_000, 40_000):
+        shift = report.largest_at(size) - report.largest
+        # 400 draws of a square: 7 %; and the next order, of the noise over the gap.
+        assert shift == pytest.approx(80 / size, rel=0.2)
+
+
+def test_below_the_batches_measured_the_excess_goes_to_that_of_small_batches():
+    report = second_order_report(small_batch=(4, Measured(12.0, 0.5)))
+    law = second_order_report()
+    assert report.largest_at(100) == law.largest_at(100)  # that size itself
+    assert report.largest_at(400) == law.largest_at(400)
+    assert report.largest_at(99.999) == pytest.approx(law.largest_at(100), rel=1e-4)
+    assert report.largest_at(4) == pytest.approx(12.0, rel=1e-12)
+    assert report.largest_at(4).stderr == pytest.approx(math.hypot(0.5, 0.1), rel=1e-12)
+    assert report.largest_at(20) == pytest.approx(
+        2 + math.sqrt(10 * (law.largest_at(100) - 2)), rel=1e-12
+    )  # the middle of a power law
+    assert report.largest_at(1) == pytest.approx(2 + 10 * 2, rel=1e-12)  # like B^-1/2 below
+    low = second_order_report(small_batch=(4, Measured(1.0, 0.5)))
+    assert low.largest_at(4) == pytest.approx(law.largest_at(100))  # never below the law there
+    median = report.largest_at(20, quantile=0.5)
+    assert median == law.largest_at(20, quantile=0.5)  # small batches lead the mean alone
+
+
+def test_batches_measured_as_small_as_the_small_ones_need_no_other():
+    report = second_order_report(small_batch=(4, Measured(12.0, 0.5)), batch_size=4)
+    assert report.largest_at(2) == second_order_report().largest_at(2)
 
 
 def test_far_below_its_critical_size_the_lower_end_follows_the_wigner_edge():
-    report = make_report()
+    report = second_order_report()
     inverse = 1 / 5 - 1e-4  # critical: 20
     assert report.smallest_at(5) == pytest.approx(-2 * math.sqrt(0.5 * 10 * inverse), rel=1e-14)
     assert report.smallest_at(100) == pytest.approx(-0.5 - 10 * (1 / 100 - 1e-4), rel=1e-14)
     join = 1 / (0.05 + 1e-4)
     assert report.smallest_at(join * (1 - 1e-9)) == pytest.approx(-1.0, rel=1e-8)
     assert report.smallest_at(join * (1 + 1e-9)) == pytest.approx(-1.0, rel=1e-8)
-    convex = make_report(smallest=Measured(0.25, 0.0), kappa_smallest=0.0)
+    convex = make_report(
+        smallest=Measured(0.25, 0.0),
+        kappa_smallest=0.0,
+        projected=projected_curvature([2.0, 0.25], {}, leak_largest=Measured(40.0, 4.0)),
+    )
     assert convex.smallest_at(1) == 0.25
+
+
+@pytest.mark.parametrize("quantile", [0.0, 1.0, -0.5, math.nan])
+def test_a_quantile_outside_zero_to_one_is_refused(quantile):
+    for function in (make_report().largest_at, make_report().smallest_at):
+        with pytest.raises(ValueError, match=rf"quantile must lie in \(0, 1\), got {quantile}"):
+            function(32, quantile=quantile)
 
 
 # --- exponent and regime -------------------------------------------------------------------------
 
 
 def numerical_exponent(report, batch_size, **options):
-    low, high = batch_size * (1 - 1e-5), batch_size * (1 + 1e-5)
+    low, high = batch_size * (1 - 1e-3), batch_size * (1 + 1e-3)
     rates = [report.max_lr(size, **options).value for size in (low, high)]
     return math.log(rates[1] / rates[0]) / math.log(high / low)
 
@@ -230,32 +404,35 @@ def numerical_exponent(report, batch_size, **options):
 OPTIONS = [
     {"momentum": 0.0},
     {"momentum": 0.9},
+    {"momentum": 0.9, "rule": "top-direction"},
     {"rule": "paper"},
     {"rule": "paper", "optimizer": "adam"},
     {"optimizer": "adam"},
+    {"optimizer": "adam", "rule": "top-direction"},
 ]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5])
-@pytest.mark.parametrize("small_batch", [None, (4, 12.0)])
 @pytest.mark.parametrize("batch_size", [1.5, 3, 7, 30, 300, 3000, 9000])
-def test_the_exponent_is_the_slope_of_the_rate(options, weight_decay, small_batch, batch_size):
-    report = make_report(weight_decay=weight_decay, small_batch=small_batch)
+def test_the_exponent_is_the_slope_of_the_rate(options, weight_decay, batch_size):
+    report = second_order_report if options.get("rule") == "paper" else make_report
+    report = report(weight_decay=weight_decay)
     exponent = report.max_lr(batch_size, **options).exponent
-    # Adam's is itself a difference, over 10 % either way of an interpolation.
-    mean_square_adam = options == {"optimizer": "adam"}
+    # Some are differences over 10 % either way; Adam's of an interpolation.
+    difference = "optimizer" in options or options.get("rule") == "paper"
     assert exponent == pytest.approx(
-        numerical_exponent(report, batch_size, **options), abs=0.02 if mean_square_adam else 1e-5
+        numerical_exponent(report, batch_size, **options), abs=0.02 if difference else 1e-4
     )
 
 
 def test_rates_are_linear_in_small_batches_and_saturate_in_large_ones():
-    flat = make_report(largest=Measured(1e-3, 0), dataset_size=2**31)
+    tiny = projected_curvature([1e-3], {(0, 0): 160.0}, leak_largest=Measured(160.0, 0.0))
+    flat = make_report(largest=Measured(1e-3, 0), dataset_size=2**31, projected=tiny)
     steep = make_report(dataset_size=2**31)
-    for rule in ("mean-square", "paper"):
+    for rule in ("mean-square", "top-direction", "paper"):
         small = flat.max_lr(1, rule=rule)
-        assert small.exponent == pytest.approx(1, abs=1e-4)
+        assert small.exponent == pytest.approx(1, abs=5e-4)  # a difference of 1e-4
         assert small.regime == "noise"
         assert flat.max_lr(2, rule=rule).value == pytest.approx(2 * small.value, rel=1e-4)
         large = steep.max_lr(2**31, rule=rule)
@@ -272,7 +449,8 @@ def test_momentum_moves_the_linear_regime_to_larger_batches():
 
 
 def test_the_paper_s_adam_rate_goes_like_the_root_of_small_batches():
-    report = make_report(largest=Measured(1e-3, 0))
+    tiny = projected_curvature([1e-3], {}, leak_largest=Measured(160.0, 0.0))
+    report = make_report(largest=Measured(1e-3, 0), projected=tiny)
     small = report.max_lr(1, optimizer="adam", rule="paper")
     assert small.exponent == pytest.approx(0.5, abs=1e-3)
     assert small.regime == "noise"
@@ -284,8 +462,8 @@ def test_the_paper_s_adam_rate_goes_like_the_root_of_small_batches():
 def test_adam_s_rate_rises_peaks_and_falls_where_gradients_are_noise():
     # D ~ B^-1/2 throughout: the square root, a maximum where noise and curvature limit the rate
     # alike, and a fall like 1/sqrt(B).
-    sizes = np.geomspace(1, 1e4, 41)
-    adam = replace(ADAM, stretch=tuple((100 / sizes) ** 0.5))
+    metrics = ((100 / SIZES) ** 0.5).reshape(-1, 1, 1)
+    adam = replace(one_direction_of_adam(), metrics=metrics)
     report = make_report(adam=adam, dataset_size=2**31)
 
     def at(size):
@@ -303,13 +481,19 @@ def test_adam_s_rate_rises_peaks_and_falls_where_gradients_are_noise():
     ("share", "regime"),
     [(0.30, "curvature"), (0.36, "transition"), (0.64, "transition"), (0.70, "noise")],
 )
-@pytest.mark.parametrize("rule", ["mean-square", "paper"])
+@pytest.mark.parametrize("rule", ["mean-square", "top-direction", "paper"])
 def test_the_regime_is_named_after_what_limits_the_rate(share, regime, rule):
     inverse = 1 / 100 - 1e-4
     shift = 2.0 * share / (1 - share)  # in the unit of lambda_1 = 2
     half = Measured(shift / inverse)  # r1 = c1 = half of lambda_1 times the shift, times b
+    noise = {
+        "mean-square": projected_curvature([2.0], {(0, 0): 2 * half}),
+        "paper": projected_curvature([2.0], {}, leak_largest=Measured(2 * half, 0.0)),
+    }
     report = make_report(
-        noise=CurvatureNoise(half, half, Measured(math.nan)), kappa=shift / inverse
+        noise=CurvatureNoise(half, half, Measured(math.nan)),
+        kappa=shift / inverse,
+        projected=noise.get(rule, PROJECTED),
     )
     assert report.max_lr(100, rule=rule).regime == regime
 
@@ -317,7 +501,7 @@ def test_the_regime_is_named_after_what_limits_the_rate(share, regime, rule):
 # --- intervals -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [o for o in OPTIONS if o.get("rule") != "paper"])
+@pytest.mark.parametrize("options", [o for o in OPTIONS if o.get("rule") == "top-direction"])
 @pytest.mark.parametrize("batch_size", [4, 64, 1000, 10_000])
 def test_intervals_are_those_of_independent_gaussian_errors(options, batch_size):
     report = make_report(num_batches=10**6)
@@ -344,7 +528,7 @@ def test_intervals_are_those_of_independent_gaussian_errors(options, batch_size)
 
 
 def test_the_paper_s_intervals_know_the_errors_of_curvature_and_of_its_shift():
-    report = make_report(num_batches=10**6)
+    report = second_order_report(num_batches=10**6)
     limit = report.max_lr(40, rule="paper")
     shift = 80 * (1 / 40 - 1e-4)
     error = math.hypot(0.1, shift * 4.0 / 100.0) / (2 + shift)
@@ -364,23 +548,31 @@ def test_few_batches_widen_the_interval_like_student_s_t(num_batches, accuracy):
 
 
 def test_an_overwhelming_error_leaves_a_finite_interval():
-    limit = make_report(largest=Measured(1e-6, 1e6)).max_lr(10_000)
+    limit = make_report(largest=Measured(1e-6, 1e6)).max_lr(10_000, rule="top-direction")
     assert 0 < limit.low < 1e-15 * limit.value
     assert 1e15 * limit.value < limit.high < math.inf
 
 
 def test_an_error_beyond_all_bounds_gives_a_wide_interval_of_numbers():
-    limit = make_report(largest=Measured(1e-6, 1e6), num_batches=2).max_lr(32)
-    assert 0 < limit.low < 1e-20 * limit.value
-    assert 1e20 * limit.value < limit.high < math.inf
+    report = make_report(largest=Measured(1e-6, 1e6), num_batches=2)
+    unsure = projected_curvature([2.0], {}, num_batches=2, leak_largest=Measured(1.0, 1e6))
+    limits = (
+        report.max_lr(32, rule="top-direction"),
+        make_report(projected=unsure, num_batches=2).max_lr(1, momentum=0.99),
+    )
+    for limit in limits:
+        assert 0 < limit.low < 1e-20 * limit.value
+        assert 1e20 * limit.value < limit.high < math.inf
 
 
 def test_an_unknown_error_counts_as_none():
     unknown = CurvatureNoise(Measured(60.0), Measured(100.0), Measured(math.nan))
     report = make_report(largest=Measured(2.0), noise=unknown)
-    for rule in ("mean-square", "paper"):
-        limit = report.max_lr(32, rule=rule)
-        assert limit.low == limit.value == limit.high
+    limit = report.max_lr(32, rule="top-direction")
+    assert limit.low == limit.value == limit.high
+    # What is resampled has an error of its own, and the default's is that of its batches.
+    paper = second_order_report(largest=Measured(2.0), noise=unknown).max_lr(32, rule="paper")
+    assert paper.low == paper.value == paper.high
 
 
 # --- when not to believe it ----------------------------------------------------------------------
@@ -448,15 +640,20 @@ def test_a_batch_size_outside_the_data_set_is_refused(batch_size):
 
 
 @pytest.mark.parametrize("largest", [0.0, -1.0])
-@pytest.mark.parametrize("options", [{}, {"optimizer": "adam"}, {"rule": "paper"}])
-def test_without_positive_curvature_there_is_no_rate(largest, options):
+@pytest.mark.parametrize("rule", ["mean-square", "top-direction", "paper"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "rmsprop"])
+def test_without_positive_curvature_there_is_no_rate(largest, optimizer, rule):
+    projected = projected_curvature([largest, largest - 1], {})
     report = make_report(
-        largest=Measured(largest, 0.1), kappa=0.0, adam=replace(ADAM, largest=Measured(largest))
+        largest=Measured(largest, 0.1),
+        kappa=0.0,
+        projected=projected,
+        adam=replace(ADAM, largest=Measured(largest), projected=projected),
     )
     with pytest.raises(
         ValueError, match=r"largest must be positive and finite.*no stability limit"
     ):
-        report.max_lr(32, **options)
+        report.max_lr(32, optimizer=optimizer, rule=rule)
     assert math.isnan(report.critical_batch_size)
     assert report.largest_at(32) == largest
 
@@ -474,12 +671,16 @@ def test_unknown_names_and_momenta_are_refused():
     report = make_report()
     with pytest.raises(ValueError, match="must be 'sgd', 'adam' or 'rmsprop', got 'lion'"):
         report.max_lr(32, optimizer="lion")
-    with pytest.raises(ValueError, match="rule must be 'mean-square' or 'paper', got 'linear'"):
+    with pytest.raises(
+        ValueError, match="rule must be one of 'mean-square', 'top-direction', 'paper', got"
+    ):
         report.max_lr(32, rule="linear")
     with pytest.raises(ValueError, match=r"momentum must lie in \[0, 1\), got 1.0"):
         report.max_lr(32, momentum=1.0)
-    with pytest.raises(ValueError, match=r"beta1 must lie in \[0, 1\), got 1.0"):
+    with pytest.raises(ValueError, match=r"momentum must lie in \[0, 1\), got 1.0"):
         report.max_lr(32, optimizer="adam", momentum=1.0)
+    with pytest.raises(ValueError, match=r"beta1 must lie in \[0, 1\), got 1.0"):
+        report.max_lr(32, optimizer="adam", momentum=1.0, rule="top-direction")
 
 
 # --- on disk -------------------------------------------------------------------------------------
@@ -493,11 +694,17 @@ def same(one, two):
             and same(float(one), float(two))
             and same(one.stderr, two.stderr)
         )
+    if isinstance(one, np.ndarray):
+        return one.dtype == two.dtype and np.array_equal(one, two, equal_nan=True)
+    if isinstance(one, tuple):
+        return len(one) == len(two) and all(map(same, one, two))
     if isinstance(one, float):
         return one == two or (math.isnan(one) and math.isnan(two))
     if hasattr(one, "__dataclass_fields__"):
         return type(one) is type(two) and all(
-            same(getattr(one, f.name), getattr(two, f.name)) for f in fields(one) if f.compare
+            same(getattr(one, f.name), getattr(two, f.name))
+            for f in fields(one)
+            if f.name != "top_vectors"
         )
     return type(one) is type(two) and one == two
 
@@ -506,7 +713,9 @@ def same(one, two):
     "report",
     [
         make_report(),
-        make_report(adam=None, small_batch=(4, 12.5), norm_mode="train", coupled=True),
+        make_report(
+            adam=None, small_batch=(4, Measured(12.5, 0.5)), norm_mode="train", coupled=True
+        ),
         make_report(adam=replace(ADAM, optimizer="rmsprop"), clip_norm=0.5, gradient_norm=0.7),
         make_report(kinked="L1Loss"),
         make_report(
@@ -523,7 +732,10 @@ def test_a_report_comes_back_from_disk_as_it_was(report, tmp_path):
     loaded = CurvatureReport.load(path)
     assert same(loaded, report)
     assert loaded.top_vectors == ()
-    assert loaded.max_lr(32) == report.max_lr(32)
+    for options in OPTIONS:
+        if report.adam is not None or options.get("optimizer") != "adam":
+            assert loaded.max_lr(32, **options) == report.max_lr(32, **options)
+    assert same(loaded.largest_at(32), report.largest_at(32))
     assert {file.name for file in path.parent.iterdir()} == {"report.json", "report.npz"}
 
 
@@ -560,7 +772,7 @@ DAMAGES = {
     "not text": lambda p: p.write_bytes(bytes(range(256))),
     "empty": lambda p: p.write_text(""),
     "a list": lambda p: p.write_text("[1, 2]"),
-    "another format": lambda p: damage(p, lambda c: c.update(format=2)),
+    "another format": lambda p: damage(p, lambda c: c.update(format=1)),
     "no format": lambda p: damage(p, lambda c: c.pop("format")),
     "a field missing": lambda p: damage(p, lambda c: c.pop("kappa")),
     "a field too many": lambda p: damage(p, lambda c: c.update(color="red")),
@@ -579,7 +791,7 @@ def test_a_damaged_report_is_refused_by_name(how, tmp_path):
     path = tmp_path / "report.json"
     make_report().save(path)
     how(path)
-    with pytest.raises(ValueError, match=r"report\.json is not a curvature report of format 1: "):
+    with pytest.raises(ValueError, match=r"report\.json is not a CurvatureReport of format 2: "):
         CurvatureReport.load(path)
 
 
@@ -667,7 +879,7 @@ def coverage(repetitions, seed):
         for k, (batch_size, momentum) in enumerate(asked):
             inverse = 1 / batch_size - 1 / len(x)
             exact = max_sgd_lr(largest, noise * inverse / largest, momentum=momentum)
-            limit = report.max_lr(batch_size, momentum=momentum)
+            limit = report.max_lr(batch_size, momentum=momentum, rule="top-direction")
             held[k] += limit.low <= exact <= limit.high
     return dict(zip(asked, held / repetitions, strict=True))
 
@@ -684,6 +896,48 @@ def test_nearly_nine_in_ten_intervals_hold_the_rate_of_all_the_data():
     shares = coverage(repetitions=200, seed=1)
     assert 0.82 <= np.mean(list(shares.values())) <= 0.95
     assert min(shares.values()) >= 0.78
+
+
+def exact_least_squares_limit(x, momentum, batch_size):
+    """By bisection on the radius of all second moments."""
+    low, high = 0.0, 2 * (1 + momentum) / float(np.linalg.eigvalsh(x.T @ x / len(x))[-1])
+    for _ in range(30):
+        middle = (low + high) / 2
+        stable = second_moment_radius(x, middle, momentum, batch_size) < 1
+        low, high = (middle, high) if stable else (low, middle)
+    return low
+
+
+def default_coverage(repetitions, seed):
+    """As `coverage`, of the limit in all directions: 1,024 samples in three, 256 measured."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(1024, 3)) * [1.5, 1.2, 0.7]
+    asked = list(itertools.product((4, 32, 256), (0.0, 0.9)))
+    exact = [exact_least_squares_limit(x, momentum, size) for size, momentum in asked]
+    model = nn.Linear(3, 1, bias=False, dtype=torch.float64)
+    held = np.zeros(len(asked))
+    for _ in range(repetitions):
+        part = torch.from_numpy(x[rng.permutation(1024)[:256]])
+        report = measure_curvature(
+            model,
+            half_mse,
+            [(part, torch.zeros(256, 1, dtype=torch.float64))],
+            batch_size=16,
+            dataset_size=1024,
+            optimizer="sgd",
+            tracking=True,
+        )
+        for k, (size, momentum) in enumerate(asked):
+            limit = report.max_lr(size, momentum=momentum)
+            held[k] += limit.low <= exact[k] <= limit.high
+    return dict(zip(asked, held / repetitions, strict=True))
+
+
+def test_most_default_intervals_hold_the_exact_limit_in_many_directions():
+    shares = default_coverage(repetitions=60, seed=0)
+    # Nominally 90 %; 60 repetitions tell a share to 4 %.
+    assert np.mean(list(shares.values())) >= 0.78
+    assert min(shares.values()) >= 0.65
 
 
 # --- and is it where training stops being stable? ------------------------------------------------
@@ -724,9 +978,23 @@ def second_moment_radius(x, lr, momentum, batch_size):
 def test_second_moments_shrink_just_below_the_rate_and_grow_above(seed, momentum, batch_size):
     x, report = least_squares(seed)
     limit = report.max_lr(batch_size, momentum=momentum).value
-    assert second_moment_radius(x.numpy(), 0.95 * limit, momentum, batch_size) < 1
-    # In several dimensions the rate is an estimate: up to 14 % on the safe side here.
-    assert second_moment_radius(x.numpy(), 1.2 * limit, momentum, batch_size) > 1
+    # Batches of two are not samples one by one: their variance is good to 15 %, the rate to half.
+    assert second_moment_radius(x.numpy(), 0.93 * limit, momentum, batch_size) < 1
+    assert second_moment_radius(x.numpy(), 1.08 * limit, momentum, batch_size) > 1
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("batch_size", [1, 4, 64, 250])
+def test_from_every_sample_the_rate_is_the_exact_limit(batch_size, momentum):
+    x = least_squares()[0]
+    model = nn.Linear(5, 1, bias=False, dtype=torch.float64)
+    zeros = torch.zeros(256, 1, dtype=torch.float64)
+    report = measure_curvature(
+        model, half_mse, [(x, zeros)], batch_size=1, optimizer="sgd", max_products=5, tol=1e-9
+    )
+    limit = report.max_lr(batch_size, momentum=momentum).value
+    exact = exact_least_squares_limit(x.numpy(), momentum, batch_size)
+    assert limit == pytest.approx(exact, rel=1e-6)  # the search and the bisection
 
 
 def mean_squares_of_replicas(lr, momentum, batch_size, *, replicas, steps):

@@ -13,6 +13,7 @@ from hypothesis.extra.numpy import arrays
 
 from batchlr import DenseOperator, lanczos, top_eigenpairs
 from batchlr.lanczos import MAX_STEPS
+from batchlr.operators.base import BatchedOperator
 from cases import CASES, DiagonalOperator
 
 SIZE = 60
@@ -463,3 +464,122 @@ class TestRefuses:
     def test_fewer_steps_than_pairs(self, k, which, max_steps):
         with pytest.raises(ValueError, match=rf"max_steps must be at least .* got {max_steps}"):
             top_eigenpairs(DenseOperator(torch.eye(5)), k, which=which, max_steps=max_steps)
+
+
+class BatchMatrices(BatchedOperator):
+    """The sample-weighted mean of explicit matrices ``(K, P, P)``."""
+
+    def __init__(self, matrices, samples):
+        super().__init__(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+        self.matrices = matrices
+        self.counts = tuple(samples)
+
+    @property
+    def samples(self):
+        return self.counts
+
+    @property
+    def mean(self):
+        weights = torch.tensor(self.counts, dtype=self.dtype) / sum(self.counts)
+        return torch.einsum("k,kij->ij", weights, self.matrices)
+
+    def batch_products(self, vector):
+        self.num_products += 1
+        yield from self.matrices @ vector
+
+    def _multiply(self, columns):
+        return self.mean @ columns
+
+
+def batch_matrices(samples=(3, 5, 2, 2, 1, 4, 3, 6, 2, 5), size=20, noise=0.3):
+    """More batches than are held at a time, ragged, around a matrix with three outliers."""
+    draws = torch.randn(len(samples), size, size, dtype=torch.float64, generator=generator(7))
+    spectrum = torch.cat([torch.linspace(-1, 1, size - 3), torch.tensor([4.0, 6.0, 9.0])])
+    noisy = with_spectrum(spectrum.double()) + noise * (draws + draws.transpose(1, 2)) / 2
+    return BatchMatrices(noisy, samples)
+
+
+class TestSubspace:
+    OPTIONS = [  # noqa: RUF012  # not changed
+        {"k": 1, "max_steps": 6},
+        {"k": 2, "which": "both", "tol": 1e-6},
+        {"k": 1, "max_steps": 20, "tol": 1e-14},
+    ]
+
+    @pytest.mark.parametrize("options", OPTIONS)
+    def test_matrices_are_those_of_the_batches_on_orthonormal_axes(self, options):
+        operator = batch_matrices()
+        space = top_eigenpairs(operator, with_subspace=True, **options).subspace
+        m = len(space.values)
+        assert space.axes.shape == (20, m)
+        identity = torch.eye(m, dtype=torch.float64)
+        assert (space.axes.T @ space.axes - identity).abs().max() < 1e-12
+        dense = space.axes.T @ operator.matrices @ space.axes
+        assert (space.matrices - dense).abs().max() < 1e-11 * operator.mean.norm()
+
+    @pytest.mark.parametrize("options", OPTIONS)
+    def test_the_weighted_mean_of_the_matrices_is_diagonal(self, options):
+        operator = batch_matrices()
+        space = top_eigenpairs(operator, with_subspace=True, **options).subspace
+        weights = torch.tensor(operator.samples) / sum(operator.samples)
+        mean = torch.einsum("k,kij->ij", weights.double(), space.matrices)
+        # The samples' shares are float32 here: 1e-7.
+        assert (mean - torch.diag(space.values)).abs().max() < 1e-6 * operator.mean.norm()
+        assert (space.values.diff() <= 0).all()
+
+    @pytest.mark.parametrize("options", OPTIONS)
+    def test_weights_are_the_overlaps_with_the_start(self, options):
+        start = torch.randn(20, dtype=torch.float64, generator=generator(3))
+        pairs = top_eigenpairs(batch_matrices(), start=start, with_subspace=True, **options)
+        space = pairs.subspace
+        assert space.weights.sum() == pytest.approx(1, rel=1e-12)
+        overlaps = (space.axes.T @ (start / start.norm())).square()
+        torch.testing.assert_close(space.weights, overlaps, rtol=1e-9, atol=1e-14)
+
+    @pytest.mark.parametrize("options", OPTIONS)
+    def test_it_costs_no_product_and_changes_no_pair(self, options):
+        plain, seen = batch_matrices(), batch_matrices()
+        without = top_eigenpairs(plain, **options)
+        with_it = top_eigenpairs(seen, with_subspace=True, **options)
+        assert without.subspace is None
+        assert with_it.num_products == without.num_products == plain.num_products
+        assert seen.num_products == plain.num_products
+        # The mean of products is not the product with the mean, by rounding.
+        torch.testing.assert_close(with_it.values, without.values, rtol=1e-12, atol=1e-12)
+        assert with_it.subspace.values[0] == pytest.approx(float(with_it.values[0]), rel=1e-12)
+
+    def test_after_a_breakdown_it_holds_both_krylov_spaces(self):
+        """A block matrix whose start sees one block; the larger eigenvalue lies in the other."""
+        blocks = torch.zeros(4, 9, 9, dtype=torch.float64)
+        draws = torch.randn(4, 9, 9, dtype=torch.float64, generator=generator(1))
+        draws = (draws + draws.transpose(1, 2)) / 2
+        blocks[:, :3, :3], blocks[:, 3:, 3:] = draws[:, :3, :3], draws[:, 3:, 3:]
+        blocks[:, 8, 8] += 10
+        operator = BatchMatrices(blocks, (2, 1, 3, 2))
+        start = torch.zeros(9, dtype=torch.float64)
+        start[:3] = torch.tensor([1.0, 2.0, -1.0])
+        pairs = top_eigenpairs(operator, start=start, with_subspace=True, tol=1e-8)
+        space = pairs.subspace
+        assert len(space.values) > 3
+        top = torch.linalg.eigvalsh(operator.mean)[-1]
+        assert space.values[0] == pytest.approx(float(top), rel=1e-9)
+        dense = space.axes.T @ operator.matrices @ space.axes
+        assert (space.matrices - dense).abs().max() < 1e-10
+        assert space.weights.sum() == pytest.approx(1, rel=1e-12)
+        assert space.weights[0] < 1e-20  # the start does not see it
+
+    def test_single_precision_is_single_in_the_axes_only(self):
+        operator = batch_matrices()
+        single = BatchMatrices(operator.matrices.float(), operator.samples)
+        space = top_eigenpairs(single, with_subspace=True, max_steps=8).subspace
+        assert space.axes.dtype == torch.float32
+        assert space.matrices.dtype == space.values.dtype == space.weights.dtype == torch.float64
+        dense = space.axes.T.double() @ operator.matrices @ space.axes.double()
+        assert (space.matrices - dense).abs().max() < 1e-5 * operator.mean.norm()
+
+    def test_an_operator_without_batches_is_refused(self):
+        operator = DenseOperator(torch.eye(3, dtype=torch.float64))
+        with pytest.raises(
+            TypeError, match="with_subspace needs an operator of batches, got DenseOperator"
+        ):
+            top_eigenpairs(operator, with_subspace=True)

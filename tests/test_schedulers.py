@@ -6,6 +6,7 @@ import math
 import pickle
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.optim.lr_scheduler import (
@@ -25,6 +26,7 @@ from torch.optim.lr_scheduler import (
 from batchlr.curvature_report import AdamCurvature, CurvatureNoise, CurvatureReport
 from batchlr.measured import Measured
 from batchlr.schedulers import BatchAwareLR
+from reports import projected_curvature
 
 STEPS = 20
 
@@ -258,6 +260,9 @@ def make_report(**changes):
         kappa=6.0,
         kappa_smallest=-1.0,
         ritz_values=(2.0, -0.5),
+        ritz_weights=(),
+        trace=Measured(math.nan),
+        ggn_along_top=Measured(math.nan),
         loss=1.0,
         num_params=10,
         num_samples=1000,
@@ -269,11 +274,13 @@ def make_report(**changes):
         norm_mode=None,
         coupled=False,
         momentum=0.0,
+        nesterov=False,
         weight_decay=0.0,
         adam=None,
         converged=True,
         num_products=20,
         seconds=0.1,
+        projected=projected_curvature([2.0, -0.5], {(0, 0): 6.0, (0, 1): 10.0}),
     )
     return replace(report, **changes)
 
@@ -284,10 +291,12 @@ ADAM = AdamCurvature(
     orthogonal=Measured(1600.0, 50.0),
     batch_size=100,
     beta1=0.9,
+    decoupled_decay=0.0,
     converged=True,
     source="gradients",
     batch_sizes=(1.0, 100.0, 10_000.0),
-    stretch=(10.0, 1.0, 0.5),
+    projected=projected_curvature([50.0], {(0, 0): 2500.0}),
+    metrics=np.array([10.0, 1.0, 0.5]).reshape(-1, 1, 1),
 )
 
 

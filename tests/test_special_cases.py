@@ -1,7 +1,8 @@
 """The accepted scaling rules, each as a limit of the library's general functions.
 
 Nothing below has a rule built in: rates come from `max_sgd_lr`, `max_adam_lr` or a report's
-``max_lr``, and each tolerance is what the general law leaves of the rule at the sizes tested.
+``max_lr`` (its default, in the one direction where rules are exact), and each tolerance is what the
+general law leaves of the rule at the sizes tested.
 """
 
 import itertools
@@ -14,6 +15,7 @@ from batchlr.curvature_report import AdamCurvature, CurvatureNoise, CurvatureRep
 from batchlr.learning_rates import max_adam_lr, max_sgd_lr, paper_adam_lr, paper_sgd_lr
 from batchlr.measured import Measured
 from batchlr.scaling_rules import rescale_adam, rescale_lr
+from reports import projected_curvature
 
 LARGEST = 4.0
 VARIANCE = 64_000.0  # r1 + c1 of one sample
@@ -38,6 +40,9 @@ def make_report(*, dataset_size=UNBOUNDED, adam=None, momentum=0.0):
         kappa=KAPPA,
         kappa_smallest=0.0,
         ritz_values=(LARGEST, -0.1),
+        ritz_weights=(),
+        trace=Measured(math.nan),
+        ggn_along_top=Measured(math.nan),
         loss=1.0,
         num_params=100,
         num_samples=10_000,
@@ -49,11 +54,13 @@ def make_report(*, dataset_size=UNBOUNDED, adam=None, momentum=0.0):
         norm_mode=None,
         coupled=False,
         momentum=momentum,
+        nesterov=False,
         weight_decay=0.0,
         adam=adam,
         converged=True,
         num_products=1,
         seconds=1.0,
+        projected=projected_curvature([LARGEST], {(0, 0): VARIANCE}, batch_size=500),
     )
 
 
@@ -66,10 +73,12 @@ def make_adam(stretch_at, *, variance=VARIANCE, beta1=0.9):
         orthogonal=Measured(0.75 * variance, 0.0),
         batch_size=500,
         beta1=beta1,
+        decoupled_decay=0.0,
         converged=True,
         source="gradients",
         batch_sizes=tuple(sizes),
-        stretch=tuple(stretch_at(size) for size in sizes),
+        projected=projected_curvature([LARGEST], {(0, 0): variance}, batch_size=500),
+        metrics=np.array([stretch_at(size) for size in sizes]).reshape(-1, 1, 1),
     )
 
 

@@ -99,10 +99,9 @@ class AdamCurvature:
         return self.projected.in_metric(self._metric_at(batch_size))
 
     def _metric_at(self, batch_size: float) -> npt.NDArray[np.float64]:
-        """``metrics``, interpolated in the logarithm of the batch size."""
-        position = float(
-            np.interp(math.log(batch_size), np.log(self.batch_sizes), range(len(self.batch_sizes)))
-        )
+        """``metrics``, interpolated in ``B^-1/2``: exact for gradients all noise, or all signal."""
+        roots = np.array(self.batch_sizes) ** -0.5
+        position = float(np.interp(-(batch_size**-0.5), -roots, range(len(roots))))
         below = min(int(position), len(self.batch_sizes) - 2)
         share = position - below
         lower, upper = self.metrics[below], self.metrics[below + 1]
@@ -214,8 +213,8 @@ class CurvatureReport:
     def smallest_at(self, batch_size: float, *, quantile: float | None = None) -> Measured:
         """Expected smallest eigenvalue of a batch Hessian; as `largest_at`, without a cap.
 
-        Below the size where the second order doubles ``lambda_P`` the Wigner edge, which joins it
-        there, bounds it.
+        Below the size where the second order doubles ``lambda_P`` the Wigner edge, a root of
+        ``1/b`` which joins it there, bounds it.
         """
         inverse = self.inverse_effective_batch_size(batch_size)
         if quantile is not None and not 0 < quantile < 1:
@@ -223,9 +222,10 @@ class CurvatureReport:
             raise ValueError(msg)
         shift = self.projected.edge_at(inverse, "smallest", quantile=quantile)
         edge = self.smallest - shift
-        second_order = self.kappa_smallest * inverse
-        if second_order < self.smallest < 0:
-            edge = max(edge, -2 * math.sqrt(second_order * self.smallest))
+        if self.kappa_smallest * inverse < self.smallest < 0:
+            join = self.smallest / self.kappa_smallest
+            there = self.projected.edge_at(join, "smallest", quantile=quantile)
+            edge = max(edge, (self.smallest - there) * math.sqrt(inverse / join))
         return Measured(edge, math.hypot(shift.stderr, _finite(self.smallest.stderr)))
 
     @property
@@ -314,14 +314,15 @@ class CurvatureReport:
             else paper_adam_lr(largest)
         )
         low, high = self._around(batch_size)
-        fall = float(self.largest_at(low) - self.largest_at(high)) / math.log(high / low)
+        edges = [self.largest_at(size) + decay for size in (low, high)]
+        fall = math.log(edges[0] / edges[1]) / math.log(high / low)
         orthogonal = self.noise.orthogonal  # the shift is proportional to it
         share = _finite(orthogonal.stderr) / orthogonal if orthogonal > 0 else 0.0
         error = math.hypot(edge.stderr, (largest - self.largest) * share)
         return _Rate(
             value=value,
             error=power * error / (largest + decay),
-            exponent=power * max(fall, 0.0) / (largest + decay),
+            exponent=power * max(fall, 0.0),
             noise_share=(largest - self.largest) / (largest + decay),
         )
 
@@ -329,6 +330,7 @@ class CurvatureReport:
         inverse = self.inverse_effective_batch_size(batch_size)
         sampling = max(1 / self.num_samples - 1 / self.dataset_size, 0.0)
         if optimizer == "sgd":
+            max_sgd_lr(self.largest)  # refuses curvature that is not positive
             dynamics = Dynamics(momentum, nesterov=self.nesterov, weight_decay=self.weight_decay)
             rate = self.projected.mean_square(
                 dynamics, inverse, largest=self.largest, sampling=sampling
@@ -336,6 +338,7 @@ class CurvatureReport:
             exponent = rate.exponent / (batch_size * inverse) if inverse > 0 else 0.0
             return _Rate(rate.lr, rate.error, exponent, 1 - rate.lr / rate.noiseless)
         adam = self._measured_adam()
+        max_sgd_lr(adam.largest)  # likewise
         dynamics = Dynamics(
             momentum, averaged=optimizer == "adam", decoupled_decay=adam.decoupled_decay
         )
@@ -378,10 +381,11 @@ class CurvatureReport:
             # a sum of gradients is 1 / (1 - m) times their average
             return average if optimizer == "adam" else (1 - momentum) * average
 
+        value = value_at(batch_size)
         error, weight = _noise_weight(adam.largest, adam, momentum, inverse)
         low, high = self._around(batch_size)
         exponent = math.log(value_at(high) / value_at(low)) / math.log(high / low)
-        return _Rate(value_at(batch_size), error, exponent, noise_share=weight * inverse)
+        return _Rate(value, error, exponent, noise_share=weight * inverse)
 
     def _measured_adam(self) -> AdamCurvature:
         if self.adam is None:

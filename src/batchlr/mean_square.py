@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 
-_STEP = 1e-4  # assumed: relative step of the difference quotients, exact to about 1e-8
-_LOG_TOLERANCE = 1e-4  # assumed: of a limit, relative; its sampling error is far larger
+_STEP = 1e-4  # assumed: step of the difference quotients, over the distance to the noiseless limit
+_TOLERANCE = 1e-7  # assumed: of a limit, relative; its sampling error is far larger
 _DENSE = 8  # assumed: directions up to which a map on matrices is solved as a dense one
 
 
@@ -169,9 +169,10 @@ def mean_square_limit(dynamics: Dynamics, spread: CurvatureSpread) -> Limit:
         msg = "the deviations and the leak must be finite"
         raise ValueError(msg)
     noiseless = dynamics.noiseless_limit(float(curvatures.max()))
-    start: Array | None = None
-    below, above = -math.inf, math.log(noiseless) - 1e-9
-    gain, start = _gain(dynamics, spread, math.exp(above), start)
+    # 1 / gain is nearly straight in 1 / lr, along one direction exactly (but for decays); so a
+    # secant, kept inside the bracket, soon arrives even where the gain is all but a pole.
+    low, high = (1 + 1e-9) / noiseless, math.inf
+    gain, start = _gain(dynamics, spread, 1 / low, None)
     if gain <= 1:
         return Limit(
             noiseless,
@@ -180,24 +181,19 @@ def mean_square_limit(dynamics: Dynamics, spread: CurvatureSpread) -> Limit:
             np.zeros(len(spread.deviations)),
             _noiseless_slope(dynamics, curvatures),
         )
-    # A secant on ln(gain) against ln(lr), which is nearly straight, kept inside the bracket.
-    here, value = above, math.log(gain)
-    slope = 1.0
+    here, value, guess = low, 1 / gain - 1, 2 * low
     for _ in range(100):
-        guess = here - value / slope
-        if not below < guess < above:
-            guess = above - 1.0 if math.isinf(below) else (below + above) / 2
-        gain, start = _gain(dynamics, spread, math.exp(guess), start)
-        level = math.log(gain)
-        slope = max((level - value) / (guess - here), 0.5) if guess != here else 1.0
+        gain, start = _gain(dynamics, spread, 1 / guess, start)
+        level = 1 / gain - 1
+        slope = (level - value) / (guess - here)
         here, value = guess, level
-        if level > 0:
-            above = here
-        else:
-            below = here
-        if abs(level) < _LOG_TOLERANCE or above - below < _LOG_TOLERANCE:
+        low, high = (here, high) if level < 0 else (low, here)
+        guess = here - value / slope if slope > 0 else high
+        if abs(guess - here) < _TOLERANCE * here:
             break
-    return _sensitivities(dynamics, spread, math.exp(here - value / slope), noiseless, start)
+        if not low < guess < high:
+            guess = 2 * low if math.isinf(high) else (low + high) / 2
+    return _sensitivities(dynamics, spread, 1 / max(guess, low), noiseless, start)
 
 
 def _gain(
@@ -236,7 +232,7 @@ def _sensitivities(
     dynamics: Dynamics, spread: CurvatureSpread, lr: float, noiseless: float, start: Array
 ) -> Limit:
     """First-order perturbation of the gain: ``<X, N X> / <X, X / g>`` is stationary in ``X``."""
-    lr = min(lr, noiseless)
+    step = _STEP * (1 - lr / noiseless)
     _, moment = _gain(dynamics, spread, lr, start)
     curvatures = spread.curvatures
     response = dynamics.response(curvatures, lr)
@@ -245,11 +241,11 @@ def _sensitivities(
     fed = np.matmul(np.matmul(spread.deviations, moment), spread.deviations)
     shares = spread.scale * np.einsum("kij,ij->k", fed, moment) / norm
     inside = float(shares.sum())
-    faster = dynamics.response(curvatures, lr * (1 - _STEP))
-    by_rate = (response - faster) / _STEP
+    slower = dynamics.response(curvatures, lr * (1 - step))
+    by_rate = (response - slower) / step
     weight = moment**2 / response**2 / norm * inside
     steepness = float((weight * by_rate).sum()) + outside
-    steps = _STEP * curvatures
+    steps = step * curvatures
     rows = dynamics._response(curvatures - steps, curvatures, lr)
     slopes = (response - rows) / steps[:, None]
     by_curvature = -2 * (weight * slopes).sum(1) / steepness

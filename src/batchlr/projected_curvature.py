@@ -15,6 +15,7 @@ Array = npt.NDArray[np.float64]
 End = Literal["largest", "smallest"]
 
 _FLOOR = 0.005  # measured: below it, relative to the top, directions change no limit by 2 %
+_LEAST = 1e-10  # assumed: 1/b of the largest data set; an edge next to zero asks for less
 _DRAWS = 400  # assumed: resampled batches; their mean is then good to a twentieth of their spread
 
 
@@ -121,7 +122,7 @@ class ProjectedCurvature:
 
     def _mean_shift(self, inverse: float, end: End) -> tuple[float, float]:
         """Mean distance within the axes and its error, from a table: smooth and monotone."""
-        noise, shifts, errors = self._shifts[end]
+        noise, shifts, errors = self._table(end)
         if inverse <= noise[0]:  # where the second order is exact
             return float(shifts[0] * inverse / noise[0]), float(errors[0] * inverse / noise[0])
         at = math.log(inverse)
@@ -129,19 +130,23 @@ class ProjectedCurvature:
         return float(shift), float(np.interp(at, np.log(noise), errors))
 
     @cached_property
-    def _shifts(self) -> dict[str, tuple[Array, Array, Array]]:
-        """For each end: ``1/b`` ascending to 1, mean distances there, and their errors."""
-        table = {}
-        for end in ("largest", "smallest"):
-            edge = abs(float(self.values[0 if end == "largest" else -1]))
-            reach = (self.deviations[:, 0 if end == "largest" else -1] ** 2).sum()
-            small = min(1.0, 1e-4 * edge**2 / float(reach)) if reach > 0 else 1.0
+    def _tables(self) -> dict[str, tuple[Array, Array, Array]]:
+        return {}
+
+    def _table(self, end: End) -> tuple[Array, Array, Array]:
+        """``1/b`` ascending to 1, mean distances there, and their errors."""
+        if end not in self._tables:
+            index = 0 if end == "largest" else -1
+            edge = abs(float(self.values[index]))
+            reach = float((self.deviations[:, index] ** 2).sum())
+            small = min(1.0, max(1e-4 * edge**2 / reach, _LEAST)) if reach > 0 else 1.0
             noise = np.exp(np.linspace(math.log(small), 0.0, 2 + int(-math.log2(small))))
             rows = [self._moved(inverse, end) for inverse in noise]
             means = np.array([float((moved - first).mean()) for moved, first in rows])
             errors = [float((moved - first).std()) / math.sqrt(_DRAWS) for moved, first in rows]
-            table[end] = (noise, np.maximum.accumulate(np.maximum(means, 0.0)), np.array(errors))
-        return table
+            shifts = np.maximum.accumulate(np.maximum(means, 0.0))
+            self._tables[end] = (noise, shifts, np.array(errors))
+        return self._tables[end]
 
     def _moved(self, inverse: float, end: End) -> tuple[Array, Array]:
         """Distances ``(draws,)`` of resampled edges, and their first order, whose mean is 0."""

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from batchlr import CurvatureReport, measure_curvature
 from batchlr.cli import app
+from batchlr.mean_square import Dynamics
 from batchlr.training import analysis, loop
 from batchlr.training.experiment import build_experiment
 
@@ -117,9 +118,13 @@ def test_the_rates_are_those_of_a_measurement_by_hand(command, tmp_path):
     )
     content = rates(tmp_path / "out")
     assert content["largest_eigenvalue"] == report.largest
-    half, noise = 1.5, report.noise.total * (1 / 64 - 1 / 1437) / report.largest
-    by_hand = 2 * half / (report.largest + 5e-4 + half / 0.5 * noise)
-    assert content["bounds"][SIZES.index(64)]["value"] == pytest.approx(by_hand, rel=1e-9)
+    by_hand = report.projected.mean_square(
+        Dynamics(0.5, weight_decay=5e-4),
+        1 / 64 - 1 / 1437,
+        largest=report.largest,
+        sampling=1 / report.num_samples - 1 / 1437,
+    )
+    assert content["bounds"][SIZES.index(64)]["value"] == pytest.approx(by_hand.lr, rel=1e-9)
 
 
 def test_adam_is_measured_with_its_own_options(command, tmp_path):
