@@ -55,9 +55,7 @@ def main():
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8)
     options = parser.parse_args()
-    print(
-        "| training | optimizer | momentum | B | reference | median / reference | interval | holds |"
-    )
+    print("| training | optimizer | momentum | B | reference | median | interval | holds |")
     print("|---" * 8 + "|")
     total = []
     for steps in (0, 40, 400):

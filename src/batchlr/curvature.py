@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +34,7 @@ from batchlr.optimizer_state import (
     rate_ratios,
     second_moments,
 )
-from batchlr.projected_curvature import ProjectedCurvature
+from batchlr.projected_curvature import ProjectedCurvature, selection_bias
 from batchlr.slq import stochastic_lanczos_quadrature
 
 Matrix = Literal["hessian", "ggn"]
@@ -42,7 +44,8 @@ _ADAM_EPS = 1e-8  # torch's default, for when there is no optimizer to ask
 _GRADIENT_SHARE = 0.3  # assumed: of the gradient's direction in a warm start
 _ASIDE = 3  # assumed: products for the plain matrix where only Adam's limit is tracked
 _TRACE_PROBES = 4  # assumed: it only feeds laws given for comparison
-_ADAM_GRID = 41  # batch sizes at which Adam's preconditioner is tabulated; interpolated between
+_ADAM_GRID = 15  # batch sizes at which Adam's preconditioner is tabulated; interpolated between
+_MIN_HALVED = 4  # batches; with fewer the two halves have no variance of their own
 
 
 def measure_curvature(
@@ -310,14 +313,35 @@ def _adam_curvature(
     preconditioned = PreconditionedOperator(operator, scale)
     start = _start(start_vectors, scale * _mean_gradient(operator))
     edges = _edges(preconditioned, search, start, tracking=True)
+    count = len(operator.samples)
+    halves = [
+        gradient_moments(operator, dataset_size=size, only=range(first, count, 2))
+        for first in (0, 1)
+        if count >= _MIN_HALVED
+    ]
+    known = 0.0 if state is None else state.age / (state.age + count)  # share of v not in doubt
     sizes = torch.logspace(0, math.log10(size), _ADAM_GRID, dtype=torch.float64).tolist()
-    metrics = []
+    metrics, errors = [], []
     for other in sizes:
         share = max(1 / other - 1 / size, 0.0)
-        there = moments.second_moment(1 / share if share > 0 else math.inf, centred=centred)
-        growth = torch.where(here > 0, there / here, torch.ones_like(here))
-        stretch = ((second_moment * growth).sqrt() + eps) / metric
-        metrics.append((edges.axes.T @ (stretch.unsqueeze(1) * edges.axes)).double())
+        b = 1 / share if share > 0 else math.inf
+        there = moments.second_moment(b, centred=centred)
+        stretched = second_moment * torch.where(here > 0, there / here, torch.ones_like(here))
+
+        def on_axes(v: Tensor) -> npt.NDArray[np.float64]:
+            stretch = (v.sqrt() + eps) / metric
+            product = (edges.axes.T @ (stretch.unsqueeze(1) * edges.axes)).double()
+            result: npt.NDArray[np.float64] = product.cpu().numpy()
+            return result
+
+        parts = [
+            stretched
+            * (known + (1 - known) * torch.where(there > 0, part / there, torch.ones_like(there)))
+            for part in (half.second_moment(b, centred=centred) for half in halves)
+        ]
+        optimism, error = selection_bias(edges.projected.values, [on_axes(v) for v in parts])
+        metrics.append(on_axes(stretched) * optimism)
+        errors.append(error)
     return AdamCurvature(
         largest=edges.largest,
         parallel=edges.noise.parallel,
@@ -330,7 +354,8 @@ def _adam_curvature(
         optimizer="rmsprop" if optimizer_kind(optimizer) == "rmsprop" else "adam",
         batch_sizes=tuple(sizes),
         projected=edges.projected,
-        metrics=torch.stack(metrics).cpu().numpy(),
+        metrics=np.stack(metrics),
+        metric_errors=tuple(errors),
     ), edges.axes[:, 0].clone()
 
 

@@ -83,6 +83,7 @@ class AdamCurvature:
     batch_sizes: tuple[float, ...]  # (G,) ascending
     projected: ProjectedCurvature
     metrics: npt.NDArray[np.float64] = field(compare=False)  # (G, m, m)
+    metric_errors: tuple[float, ...]  # (G,) relative error of the curvature through the metric
     optimizer: Literal["adam", "rmsprop"] = "adam"  # whose v it is
 
     @property
@@ -281,7 +282,7 @@ class CurvatureReport:
             rate = self._top_direction(batch_size, optimizer, momentum)
         else:
             rate = self._mean_square(batch_size, optimizer, momentum)
-        margin = math.exp(min(_student_95(self.num_batches - 1) * rate.error, _WIDEST))
+        margin = math.exp(min(_student_95(min(self.num_batches, 8) - 1) * rate.error, _WIDEST))
         reasons = self._reasons(batch_size, optimizer, rule)
         return LRBound(
             value=rate.value,
@@ -343,7 +344,7 @@ class CurvatureReport:
             momentum, averaged=optimizer == "adam", decoupled_decay=adam.decoupled_decay
         )
 
-        def rate_at(size: float) -> RateEstimate:
+        def rate_at(size: float, *, with_error: bool = False) -> RateEstimate:
             projected = adam.projected_at(size)
             # what the sample adds to the top eigenvalue is the same share in any metric
             largest = float(projected.values[0]) * adam.largest / float(adam.projected.values[0])
@@ -352,12 +353,17 @@ class CurvatureReport:
                 self.inverse_effective_batch_size(size),
                 largest=largest,
                 sampling=sampling,
+                with_error=with_error,
             )
 
-        rate = rate_at(batch_size)
+        rate = rate_at(batch_size, with_error=True)
+        metric_error = float(
+            np.interp(math.log(batch_size), np.log(adam.batch_sizes), adam.metric_errors)
+        )
         low, high = self._around(batch_size)
         exponent = math.log(rate_at(high).lr / rate_at(low).lr) / math.log(high / low)
-        return _Rate(rate.lr, rate.error, exponent, 1 - rate.lr / rate.noiseless)
+        error = math.hypot(rate.error, metric_error)
+        return _Rate(rate.lr, error, exponent, 1 - rate.lr / rate.noiseless)
 
     def _top_direction(self, batch_size: float, optimizer: str, momentum: float) -> "_Rate":
         inverse = self.inverse_effective_batch_size(batch_size)

@@ -65,16 +65,13 @@ def edge_laws(report: CurvatureReport, batch_size: float) -> dict[str, EdgeLaw]:
             largest, random, inverse, "homogeneous noise, a matrix of low rank"
         )
         if report.ritz_weights:
+            pairs = zip(report.ritz_values[1:], report.ritz_weights[1:], strict=True)
+            bulk = [(value, weight) for value, weight in pairs if value < largest]
+            total = sum(weight for _, weight in bulk)
             outlier = subordinated_outlier(
                 largest,
-                [value for value in report.ritz_values[1:] if value < largest],
-                [
-                    weight
-                    for value, weight in zip(
-                        report.ritz_values[1:], report.ritz_weights[1:], strict=True
-                    )
-                    if value < largest
-                ],
+                [value for value, _ in bulk],
+                [weight / total for _, weight in bulk],
                 random * inverse,
             )
             laws["subordinated"] = EdgeLaw(

@@ -1,5 +1,6 @@
 """How batch gradients fluctuate: the mean and variance of each coordinate."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,10 @@ class GradientMoments:
 
 
 def gradient_moments(
-    operator: CurvatureMatrix, *, dataset_size: int | None = None
+    operator: CurvatureMatrix,
+    *,
+    dataset_size: int | None = None,
+    only: Sequence[int] | None = None,
 ) -> GradientMoments:
     """Moments from the batches of ``operator``, at no product; one gradient each if not recorded.
 
@@ -36,16 +40,19 @@ def gradient_moments(
         operator: of at least two batches.
         dataset_size: ``N``, what batches are drawn from; by default the samples given are all, and
             their mean gradient has no noise.
+        only: numbers of the batches to use; by default all.
 
     Raises:
         ValueError: there is only one batch.
     """
-    samples = operator.samples
+    chosen = range(len(operator.samples)) if only is None else only
+    samples = [operator.samples[number] for number in chosen]
     if len(samples) < 2:
         msg = "the noise of the gradient needs at least two disjoint batches, got 1"
         raise ValueError(msg)
     total = sum(samples)
-    gradients = torch.stack(list(operator.batch_gradients()))  # (K, P)
+    every = list(operator.batch_gradients())
+    gradients = torch.stack([every[number] for number in chosen])  # (K, P)
     sizes = torch.tensor(samples, dtype=gradients.dtype, device=gradients.device)
     mean = (sizes / total) @ gradients
     variance = sizes @ (gradients - mean) ** 2 / (len(samples) - 1)

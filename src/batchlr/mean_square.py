@@ -152,8 +152,15 @@ def loop_gain(dynamics: Dynamics, spread: CurvatureSpread, lr: float) -> float:
     return _gain(dynamics, spread, lr, None)[0]
 
 
-def mean_square_limit(dynamics: Dynamics, spread: CurvatureSpread) -> Limit:
+def mean_square_limit(
+    dynamics: Dynamics, spread: CurvatureSpread, *, near: float | None = None
+) -> Limit:
     """The rate at which `loop_gain` reaches 1.
+
+    Args:
+        dynamics: of the optimizer.
+        spread: of the curvature.
+        near: a rate from which to start the search.
 
     Raises:
         ValueError: there is no positive curvature, or a number is not finite.
@@ -182,6 +189,8 @@ def mean_square_limit(dynamics: Dynamics, spread: CurvatureSpread) -> Limit:
             _noiseless_slope(dynamics, curvatures),
         )
     here, value, guess = low, 1 / gain - 1, 2 * low
+    if near is not None and 1 / near > low:
+        guess = 1 / near
     for _ in range(100):
         gain, start = _gain(dynamics, spread, 1 / guess, start)
         level = 1 / gain - 1

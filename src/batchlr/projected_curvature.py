@@ -1,6 +1,7 @@
 """The curvature of every batch, seen on the few directions that matter."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple, final
@@ -8,7 +9,7 @@ from typing import Literal, NamedTuple, final
 import numpy as np
 import numpy.typing as npt
 
-from batchlr.mean_square import CurvatureSpread, Dynamics, mean_square_limit
+from batchlr.mean_square import CurvatureSpread, Dynamics, Limit, mean_square_limit
 from batchlr.measured import Measured
 
 Array = npt.NDArray[np.float64]
@@ -16,6 +17,8 @@ End = Literal["largest", "smallest"]
 
 _FLOOR = 0.005  # measured: below it, relative to the top, directions change no limit by 2 %
 _LEAST = 1e-10  # assumed: 1/b of the largest data set; an edge next to zero asks for less
+_MIN_GROUPS, _MAX_GROUPS = 4, 8  # assumed: batches left out in turn, in groups
+_MOST_BIAS = 0.5  # assumed: a larger correction, in the logarithm, is not to be believed
 _DRAWS = 400  # assumed: resampled batches; their mean is then good to a twentieth of their spread
 
 
@@ -61,11 +64,7 @@ class ProjectedCurvature:
 
         One-way analysis of variance: unbiased for the variance with divisor ``N - 1``.
         """
-        counts = np.array(self.samples, dtype=np.float64)
-        mean = np.einsum("k,kij->ij", counts / counts.sum(), self.matrices)
-        roots = np.sqrt(counts / (len(counts) - 1))
-        result: Array = roots[:, None, None] * (self.matrices - mean)
-        return result
+        return _deviations(self.matrices, np.array(self.samples))
 
     def second_order(self, end: End = "largest") -> float:
         """``kappa`` in ``E lambda_1(H_B) = lambda_1 + kappa / b``, each axis at its gap.
@@ -111,8 +110,8 @@ class ProjectedCurvature:
             shift, error = self._mean_shift(inverse, end)
         else:
             moved, _ = self._moved(inverse, end)
-            shift, error = float(np.quantile(moved, quantile)), 0.0
-            error = float(moved.std()) / math.sqrt(len(moved))
+            shift = float(np.quantile(moved, quantile))
+            error = float(moved.std()) / math.sqrt(min(len(moved), len(self.samples)))
         leak = self.leak_largest if end == "largest" else self.leak_smallest
         if math.isfinite(leak):
             shift += leak * inverse / edge
@@ -167,7 +166,13 @@ class ProjectedCurvature:
         return result
 
     def mean_square(
-        self, dynamics: Dynamics, inverse: float, *, largest: float, sampling: float
+        self,
+        dynamics: Dynamics,
+        inverse: float,
+        *,
+        largest: float,
+        sampling: float,
+        with_error: bool = True,
     ) -> RateEstimate:
         """The largest rate at which the second moment contracts, with its sampling error.
 
@@ -180,6 +185,7 @@ class ProjectedCurvature:
             largest: the top eigenvalue of the mean over the whole data set.
             sampling: ``1/n - 1/N``, what the mean over the ``n`` samples measured has of one
                 sample's variance.
+            with_error: False saves the resampling behind the error and the correction for bias.
 
         Raises:
             ValueError: there is no positive curvature.
@@ -187,32 +193,74 @@ class ProjectedCurvature:
         values = self.values.copy()
         values[0] = largest
         kept = values > _FLOOR * max(largest, 0.0)
-        deviations = self.deviations[:, kept][:, :, kept]
-        across = float((self.deviations[:, 0, ~kept] ** 2).sum()) + float(self.leak_largest)
+        across = float((self.deviations[:, 0, ~kept] ** 2).sum()) + self.leak_largest
         leak = across * inverse / largest if largest > 0 else 0.0
-        limit = mean_square_limit(
-            dynamics, CurvatureSpread(values[kept], deviations, scale=inverse, leak=leak)
-        )
-        count = len(self.samples)
-        if math.isinf(limit.steepness):
-            feed_error, exponent = 0.0, 0.0
-        else:
-            spread = float(limit.by_deviation.std(ddof=1)) * count / math.sqrt(count)
-            spread *= math.sqrt(count) / math.sqrt(count - 1) if count > 2 else 1.0
-            leaked = leak * dynamics.flat_response(limit.lr)
+
+        def limit_of(deviations: Array, near: float | None = None) -> Limit:
+            inside = deviations[:, kept][:, :, kept]
+            spread = CurvatureSpread(values[kept], inside, scale=inverse, leak=leak)
+            return mean_square_limit(dynamics, spread, near=near)
+
+        limit = limit_of(self.deviations)
+        if not with_error:
+            return RateEstimate(limit.lr, math.nan, limit.noiseless, 1 / limit.steepness)
+        bias, noise_error = 0.0, 0.0
+        if math.isfinite(limit.steepness):
+            count = len(self.samples)
+            if count >= _MIN_GROUPS:
+                bias, noise_error = self._jackknife(limit_of, limit.lr)
+            else:
+                shares = limit.by_deviation
+                least = math.sqrt(2 / (count - 1)) * shares.sum()
+                scatter = float(shares.std(ddof=1)) * math.sqrt(count)
+                noise_error = max(scatter, float(least)) / limit.steepness
             relative = self.leak_largest.stderr / self.leak_largest if self.leak_largest > 0 else 0
-            least = math.sqrt(2 / (count - 1)) * limit.by_deviation.sum() if count == 2 else 0.0
-            feed_error = math.hypot(max(spread, least), leaked * relative) / limit.steepness
-            exponent = 1 / limit.steepness
-        diagonals = np.einsum("kii->ki", deviations)
-        mean_error = math.sqrt(sampling * float(((diagonals @ limit.by_curvature) ** 2).sum()))
-        return RateEstimate(limit.lr, math.hypot(feed_error, mean_error), limit.noiseless, exponent)
+            leaked = leak * dynamics.flat_response(limit.lr) * relative
+            noise_error = math.hypot(noise_error, leaked / limit.steepness)
+        lr = min(limit.lr * math.exp(-bias), limit.noiseless)
+        error = math.hypot(noise_error, self._mean_error(limit, values, kept, sampling))
+        return RateEstimate(lr, error, limit.noiseless, 1 / limit.steepness)
+
+    def _jackknife(
+        self, limit_of: Callable[[Array, float], Limit], lr: float
+    ) -> tuple[float, float]:
+        """Bias and standard error of ``ln lr`` from how few batches the noise is known.
+
+        Groups of batches are left out in turn (Efron & Tibshirani 1993, chapter 11); the bias is
+        that of a largest eigenvalue, which noise in the map only raises.
+        """
+        count = len(self.samples)
+        groups = np.array_split(np.arange(count), min(count, _MAX_GROUPS))
+        counts = np.array(self.samples)
+        logs = []
+        for group in groups:
+            rest = np.setdiff1d(np.arange(count), group)
+            deviations = _deviations(self.matrices[rest], counts[rest])
+            logs.append(math.log(limit_of(deviations, lr).lr / lr))
+        mean, size = sum(logs) / len(logs), len(logs)
+        variance = (size - 1) / size * sum((value - mean) ** 2 for value in logs)
+        bias = (size - 1) * mean
+        return max(-_MOST_BIAS, min(bias, _MOST_BIAS)), math.sqrt(variance)
+
+    def _mean_error(
+        self, limit: Limit, values: Array, kept: npt.NDArray[np.bool_], sampling: float
+    ) -> float:
+        """Error of ``ln lr`` because the mean is over a sample, direction by direction.
+
+        An eigenvalue within its error of zero counts for no more than itself: the first order
+        says nothing beyond.
+        """
+        diagonals = np.einsum("kii->ki", self.deviations)[:, kept]
+        spreads = np.sqrt(sampling * (diagonals**2).sum(0))
+        limits = values[kept] / np.maximum(spreads, 1e-300)
+        slopes = limit.by_curvature * np.minimum(1.0, limits)
+        return math.sqrt(sampling * float(((diagonals @ slopes) ** 2).sum()))
 
     def in_metric(self, metric: Array) -> "ProjectedCurvature":
         """The same matrices where length is measured by ``metric`` ``(m, m)`` on the axes.
 
-        For another preconditioner ``D'``: ``metric = V' D^-1/2 D' D^-1/2 V``. The leaks are
-        scaled by the metric at their own axis.
+        For another preconditioner ``D'``: ``metric = V' D^-1/2 D' D^-1/2 V``. The leak of the
+        top axis is scaled by the metric there, that of the lowest is not.
         """
         factors, rotation = np.linalg.eigh(metric)
         whitened = rotation / np.sqrt(factors)  # W' metric W = 1
@@ -226,3 +274,42 @@ class ProjectedCurvature:
             leak_largest=Measured(self.leak_largest / top, self.leak_largest.stderr / top),
             leak_smallest=self.leak_smallest,
         )
+
+
+def _deviations(matrices: Array, samples: Array) -> Array:
+    """See `ProjectedCurvature.deviations`."""
+    counts = samples.astype(np.float64)
+    mean = np.einsum("k,kij->ij", counts / counts.sum(), matrices)
+    roots = np.sqrt(counts / (len(counts) - 1))
+    result: Array = roots[:, None, None] * (matrices - mean)
+    return result
+
+
+def selection_bias(values: Array, metrics: Sequence[Array]) -> tuple[float, float]:
+    """By how much a top eigenvalue is too large because its metric was estimated, and the error.
+
+    The top direction is the one where the metric came out too small by chance. Two estimates from
+    halves of the data show how much: the eigenvalue found with one, judged by the other. What the
+    halves have in excess, the whole has half of, in the logarithm.
+
+    Args:
+        values: ``(m,)`` of the matrix, diagonal on the axes, the largest positive.
+        metrics: two ``(m, m)``, or none if nothing is known.
+
+    Returns:
+        The factor, at least 1, and its standard error in the logarithm.
+    """
+    if len(metrics) != 2 or not values.max() > 0:
+        return 1.0, 0.0
+    logs = []
+    for here, there in (metrics, metrics[::-1]):
+        factors, rotation = np.linalg.eigh(here)
+        if factors[0] <= 0:
+            return 1.0, 0.0
+        whitened = rotation / np.sqrt(factors)
+        found, turned = np.linalg.eigh(whitened.T @ np.diag(values) @ whitened)
+        axis = whitened @ turned[:, -1]
+        judged = float(axis @ (values * axis)) / float(axis @ there @ axis)
+        logs.append(math.log(found[-1] / judged))
+    optimism = max(0.0, sum(logs) / 2) / 2
+    return math.exp(optimism), max(optimism, abs(logs[0] - logs[1]) / 4)
