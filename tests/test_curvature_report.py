@@ -25,6 +25,7 @@ from batchlr.operators import supervised
 from reports import projected_curvature
 
 SIZES = np.geomspace(1, 1e4, 41)
+EVERY_SAMPLE = {"num_batches": 10_000, "batch_size": 1}  # the noise is known, not estimated
 STRETCH = (0.1 + 90 / SIZES) ** 0.5  # 1 at 100; eps and noise
 
 
@@ -50,6 +51,7 @@ ADAM = AdamCurvature(
         leak_largest=Measured(400.0, 20.0),
     ),
     metrics=in_two_directions(STRETCH),
+    metric_errors=(0.0,) * len(SIZES),
 )
 
 # Variances of a sample that agree with `make_report`: 60 along the top, 100 across, kappa = 80.
@@ -107,7 +109,7 @@ def test_the_made_report_agrees_with_itself():
 
 def one_direction(**changes):
     """A report whose noise has all of its variance along the top: there the formula is exact."""
-    flat = projected_curvature([2.0], {(0, 0): 160.0}, num_batches=50)
+    flat = projected_curvature([2.0], {(0, 0): 160.0}, **EVERY_SAMPLE)
     return make_report(projected=flat, **changes)
 
 
@@ -214,7 +216,7 @@ def test_adam_s_top_direction_is_that_of_the_stretched_metric(batch_size):
 
 
 def one_direction_of_adam(**changes):
-    flat = projected_curvature([50.0], {(0, 0): 2500.0}, num_batches=50)
+    flat = projected_curvature([50.0], {(0, 0): 2500.0}, **EVERY_SAMPLE)
     return replace(ADAM, projected=flat, metrics=STRETCH.reshape(-1, 1, 1), **changes)
 
 

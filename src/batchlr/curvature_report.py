@@ -13,7 +13,7 @@ from batchlr.dataclass_files import load_dataclass, save_dataclass
 from batchlr.learning_rates import max_adam_lr, max_sgd_lr, paper_adam_lr, paper_sgd_lr
 from batchlr.mean_square import Dynamics
 from batchlr.measured import Measured
-from batchlr.projected_curvature import ProjectedCurvature, RateEstimate
+from batchlr.projected_curvature import MAX_GROUPS, ProjectedCurvature, RateEstimate
 
 Rule = Literal["mean-square", "top-direction", "paper"]
 
@@ -282,7 +282,7 @@ class CurvatureReport:
             rate = self._top_direction(batch_size, optimizer, momentum)
         else:
             rate = self._mean_square(batch_size, optimizer, momentum)
-        margin = math.exp(min(_student_95(min(self.num_batches, 8) - 1) * rate.error, _WIDEST))
+        margin = math.exp(min(_student_95(self._freedom(rule)) * rate.error, _WIDEST))
         reasons = self._reasons(batch_size, optimizer, rule)
         return LRBound(
             value=rate.value,
@@ -304,6 +304,12 @@ class CurvatureReport:
         if self.adam is not None and self.adam.optimizer == optimizer:
             return self.adam.beta1
         return 0.9 if optimizer == "adam" else 0.0
+
+    def _freedom(self, rule: Rule) -> int:
+        """Degrees of freedom of a rate's error: terms it was estimated from, less one."""
+        return (
+            min(self.num_batches, MAX_GROUPS) if rule == "mean-square" else self.num_batches
+        ) - 1
 
     def _paper(self, batch_size: int, optimizer: str) -> "_Rate":
         edge = self.largest_at(batch_size)
@@ -329,12 +335,11 @@ class CurvatureReport:
 
     def _mean_square(self, batch_size: float, optimizer: str, momentum: float) -> "_Rate":
         inverse = self.inverse_effective_batch_size(batch_size)
-        sampling = max(1 / self.num_samples - 1 / self.dataset_size, 0.0)
         if optimizer == "sgd":
             max_sgd_lr(self.largest)  # refuses curvature that is not positive
             dynamics = Dynamics(momentum, nesterov=self.nesterov, weight_decay=self.weight_decay)
             rate = self.projected.mean_square(
-                dynamics, inverse, largest=self.largest, sampling=sampling
+                dynamics, inverse, largest=self.largest, population=self.dataset_size
             )
             exponent = rate.exponent / (batch_size * inverse) if inverse > 0 else 0.0
             return _Rate(rate.lr, rate.error, exponent, 1 - rate.lr / rate.noiseless)
@@ -352,7 +357,7 @@ class CurvatureReport:
                 dynamics,
                 self.inverse_effective_batch_size(size),
                 largest=largest,
-                sampling=sampling,
+                population=self.dataset_size,
                 with_error=with_error,
             )
 

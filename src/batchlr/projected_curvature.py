@@ -15,9 +15,12 @@ from batchlr.measured import Measured
 Array = npt.NDArray[np.float64]
 End = Literal["largest", "smallest"]
 
+MAX_GROUPS = 8
+"""Groups of batches left out in turn for a rate's error (assumed)."""
+
 _FLOOR = 0.005  # measured: below it, relative to the top, directions change no limit by 2 %
 _LEAST = 1e-10  # assumed: 1/b of the largest data set; an edge next to zero asks for less
-_MIN_GROUPS, _MAX_GROUPS = 4, 8  # assumed: batches left out in turn, in groups
+_MIN_GROUPS = 4  # assumed: with fewer batches the jackknife says too little
 _MOST_BIAS = 0.5  # assumed: a larger correction, in the logarithm, is not to be believed
 _DRAWS = 400  # assumed: resampled batches; their mean is then good to a twentieth of their spread
 
@@ -171,7 +174,7 @@ class ProjectedCurvature:
         inverse: float,
         *,
         largest: float,
-        sampling: float,
+        population: float,
         with_error: bool = True,
     ) -> RateEstimate:
         """The largest rate at which the second moment contracts, with its sampling error.
@@ -183,8 +186,7 @@ class ProjectedCurvature:
             dynamics: of the optimizer.
             inverse: ``1/b = 1/B - 1/N``.
             largest: the top eigenvalue of the mean over the whole data set.
-            sampling: ``1/n - 1/N``, what the mean over the ``n`` samples measured has of one
-                sample's variance.
+            population: ``N``, the samples that batches are drawn from.
             with_error: False saves the resampling behind the error and the correction for bias.
 
         Raises:
@@ -202,23 +204,28 @@ class ProjectedCurvature:
             return mean_square_limit(dynamics, spread, near=near)
 
         limit = limit_of(self.deviations)
-        if not with_error:
-            return RateEstimate(limit.lr, math.nan, limit.noiseless, 1 / limit.steepness)
-        bias, noise_error = 0.0, 0.0
-        if math.isfinite(limit.steepness):
-            count = len(self.samples)
-            if count >= _MIN_GROUPS:
-                bias, noise_error = self._jackknife(limit_of, limit.lr)
-            else:
-                shares = limit.by_deviation
-                least = math.sqrt(2 / (count - 1)) * shares.sum()
-                scatter = float(shares.std(ddof=1)) * math.sqrt(count)
-                noise_error = max(scatter, float(least)) / limit.steepness
-            relative = self.leak_largest.stderr / self.leak_largest if self.leak_largest > 0 else 0
-            leaked = leak * dynamics.flat_response(limit.lr) * relative
-            noise_error = math.hypot(noise_error, leaked / limit.steepness)
-        lr = min(limit.lr * math.exp(-bias), limit.noiseless)
-        error = math.hypot(noise_error, self._mean_error(limit, values, kept, sampling))
+        count = len(self.samples)
+        # Batches of one sample, and all of them: then the noise is known, not estimated.
+        doubt = max(0.0, 1 - count / population)
+        if not with_error or math.isinf(limit.steepness):
+            error = (
+                math.nan if not with_error else self._mean_error(limit, values, kept, population)
+            )
+            return RateEstimate(limit.lr, error, limit.noiseless, 1 / limit.steepness)
+        if count >= _MIN_GROUPS:
+            bias, noise_error = self._jackknife(limit_of, limit.lr) if doubt > 0 else (0.0, 0.0)
+        else:
+            shares = limit.by_deviation
+            least = math.sqrt(2 / (count - 1)) * float(shares.sum())
+            scatter = float(shares.std(ddof=1)) * math.sqrt(count)
+            bias, noise_error = 0.0, max(scatter, least) / limit.steepness
+        relative = self.leak_largest.stderr / self.leak_largest if self.leak_largest > 0 else 0
+        leaked = leak * dynamics.flat_response(limit.lr) * relative / limit.steepness
+        error = math.hypot(
+            math.sqrt(doubt) * math.hypot(noise_error, leaked),
+            self._mean_error(limit, values, kept, population),
+        )
+        lr = min(limit.lr * math.exp(-doubt * bias), limit.noiseless)
         return RateEstimate(lr, error, limit.noiseless, 1 / limit.steepness)
 
     def _jackknife(
@@ -230,7 +237,7 @@ class ProjectedCurvature:
         that of a largest eigenvalue, which noise in the map only raises.
         """
         count = len(self.samples)
-        groups = np.array_split(np.arange(count), min(count, _MAX_GROUPS))
+        groups = np.array_split(np.arange(count), min(count, MAX_GROUPS))
         counts = np.array(self.samples)
         logs = []
         for group in groups:
@@ -243,13 +250,14 @@ class ProjectedCurvature:
         return max(-_MOST_BIAS, min(bias, _MOST_BIAS)), math.sqrt(variance)
 
     def _mean_error(
-        self, limit: Limit, values: Array, kept: npt.NDArray[np.bool_], sampling: float
+        self, limit: Limit, values: Array, kept: npt.NDArray[np.bool_], population: float
     ) -> float:
         """Error of ``ln lr`` because the mean is over a sample, direction by direction.
 
         An eigenvalue within its error of zero counts for no more than itself: the first order
         says nothing beyond.
         """
+        sampling = max(1 / sum(self.samples) - 1 / population, 0.0)
         diagonals = np.einsum("kii->ki", self.deviations)[:, kept]
         spreads = np.sqrt(sampling * (diagonals**2).sum(0))
         limits = values[kept] / np.maximum(spreads, 1e-300)
