@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from batchlr.curvature import measure_curvature
-from batchlr.curvature_report import CurvatureReport, LRBound
+from batchlr.curvature_report import CurvatureReport, LRBound, Rule
 from batchlr.lanczos import default_generator
 from batchlr.learning_rates import balanced_momentum
 from batchlr.on_the_fly import LearnedStepSize, learn_step_size
@@ -98,6 +98,9 @@ class CurvatureController:
             error is of second order in it).
         max_products: of one Lanczos run.
         clip_norm: at which training clips the gradient's norm; the rates then say if it is active.
+        rule: of `CurvatureReport.max_lr`. The closed form of one direction is what the demos were
+            measured with; ``"mean-square"`` knows all directions, but its correction for few
+            batches is noisy where a measurement has only four.
         policy: ``"mean_square"``, or a key of `POLICIES`; those are for SGD and set its momentum.
         every_steps: measure before every so many steps, and not densely; None as said above.
         generator: for start vectors; without one the seed is 0.
@@ -123,6 +126,7 @@ class CurvatureController:
         tol: float = 0.1,
         max_products: int = 20,
         clip_norm: float | None = None,
+        rule: Rule = "top-direction",
         policy: Literal["mean_square"] | PolicyName = "mean_square",
         every_steps: int | None = None,
         generator: torch.Generator | None = None,
@@ -159,6 +163,7 @@ class CurvatureController:
         self.tol = tol
         self.max_products = max_products
         self.clip_norm = clip_norm
+        self.rule: Rule = rule
         self.policy: Literal["mean_square"] | PolicyName = policy
         self.every_steps = every_steps
         self.interval = 100 if total_steps is None else max(1, total_steps // refreshes)
@@ -283,7 +288,7 @@ class CurvatureController:
             inverse = report.inverse_effective_batch_size(batch_size)
             variance = report.noise.total if report.adam is None else report.adam.total
             momentum = balanced_momentum(part.largest, variance * inverse / part.largest)
-        return report.max_lr(batch_size, optimizer=kind, momentum=momentum)
+        return report.max_lr(batch_size, optimizer=kind, momentum=momentum, rule=self.rule)
 
     def _apply(self, bound: LRBound) -> None:
         peak = self.safety * bound.value

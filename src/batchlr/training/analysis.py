@@ -17,20 +17,23 @@ from batchlr.curvature import measure_curvature
 from batchlr.curvature_report import CurvatureReport, LRBound
 from batchlr.lanczos import top_eigenpairs
 from batchlr.operators import DifferenceOperator, GGNOperator, HessianOperator, LinearOperator
-from batchlr.operators.curvature_matrix import CurvatureMatrix
+from batchlr.operators.curvature_matrix import CurvatureMatrix, normalises_over_batches
 from batchlr.plotting import plot_rates, plot_spectrum, save_figure
 from batchlr.slq import SpectralMeasure, stochastic_lanczos_quadrature
 from batchlr.training.checkpoint import CheckpointError, load_checkpoint
 from batchlr.training.config import TrainConfig
 from batchlr.training.config.variants import SGDOptions
 from batchlr.training.data import Batch
-from batchlr.training.experiment import Experiment, build_experiment
+from batchlr.training.experiment import Experiment, build_experiment, measurement_sizes
 from batchlr.training.metrics import write_json
 
 _SMALLEST_BATCH = 4
 _END_STEPS = 40  # assumed: isolated ends take 10-30; the edge of a bulk may stay unconverged
 _KEPT_SAMPLES = 4096  # assumed: graphs of more samples are recorded anew for each product
-_TABLE_WIDTH = 80  # characters; on a narrower terminal numbers would be cut short
+_TABLE_WIDTH = 96  # characters; on a narrower terminal numbers would be cut short
+_NOISE_BATCHES = 16  # assumed: least batches that show the noise, where samples do not interact
+_COUPLED_BATCHES = 8  # assumed: likewise, where they do and the size is that of training
+_MOST_PRODUCTS = 30  # assumed: of one search; the edge of a bulk may stay unconverged
 _BETA1 = 0.9  # torch's default, for the optimizer not configured
 _MOMENTUM = 0.9  # the default of optim.momentum, likewise
 
@@ -54,7 +57,7 @@ def measure_rates(
         ArithmeticError: the loss is not finite, or there is no curvature to limit a rate.
     """
     experiment = build_at(config, checkpoint)
-    report = _measure(experiment)
+    report, gradient_seconds = _measure(experiment)
     if report.largest <= 0:
         msg = f"the largest eigenvalue is {report.largest}: no curvature limits the rate here"
         raise ArithmeticError(msg)
@@ -71,6 +74,7 @@ def measure_rates(
         "num_samples": report.num_samples,
         "num_products": report.num_products,
         "seconds": report.seconds,
+        "gradient_equivalents": report.seconds / gradient_seconds,
         "norm_mode": report.norm_mode,
         "bounds": [asdict(bound) for bound in bounds],
     }
@@ -80,7 +84,7 @@ def measure_rates(
     if json_file is not None:
         write_json(json_file, content)
     save_figure(plot_rates(bounds), folder / "rates.png")
-    _print_rates(report, bounds, folder)
+    _print_rates(report, bounds, gradient_seconds, folder)
     return content
 
 
@@ -203,28 +207,59 @@ def save_measure(path: Path, measure: SpectralMeasure) -> None:
     )
 
 
-def _measure(experiment: Experiment) -> CurvatureReport:
+def _measure(experiment: Experiment) -> tuple[CurvatureReport, float]:
+    """The report, and the seconds that one gradient of the same batches takes."""
     config = experiment.config
+    size, count = measurement_sizes(config, experiment.data)
+    if config.curvature.norm_mode == "train" and normalises_over_batches(experiment.model):
+        count = min(max(count, _COUPLED_BATCHES), len(experiment.data.train) // size)
+    else:  # samples do not interact: more, smaller batches show their noise better
+        total = size * count
+        size = max(1, min(size, total // _NOISE_BATCHES))
+        count = total // size
+    batches = experiment.measurement_batches((size, count))
     report = measure_curvature(
         experiment.model,
         experiment.loss_fn,
-        experiment.measurement_batches(),
+        batches,
         dataset_size=len(experiment.data.train),
         optimizer=None if isinstance(config.optim, SGDOptions) else experiment.optimizer,
         norm_mode=config.curvature.norm_mode,
         tol=min(config.curvature.tolerance, 1e-2),
+        max_products=_MOST_PRODUCTS,
         clip_norm=config.train.clip_norm,
         generator=torch.Generator().manual_seed(config.seed),
     )
     sgd = config.optim if isinstance(config.optim, SGDOptions) else None
-    return replace(
+    report = replace(
         report,
         momentum=_MOMENTUM if sgd is None else sgd.momentum,
         weight_decay=0.0 if sgd is None else sgd.weight_decay,
     )
+    return report, _gradient_seconds(experiment, batches)
 
 
-def _print_rates(report: CurvatureReport, bounds: list[LRBound], folder: Path) -> None:
+def _gradient_seconds(experiment: Experiment, batches: list[Any]) -> float:
+    """Of one forward and backward pass over ``batches``, the median of three."""
+    parameters = [p for p in experiment.model.parameters() if p.requires_grad]
+    buffers = {name: value.clone() for name, value in experiment.model.named_buffers()}
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        for batch in batches:
+            loss = experiment.loss_fn(experiment.model, batch)
+            gradients = torch.autograd.grad(loss, parameters)
+        float(gradients[0].sum())  # waits for the device
+        times.append(time.perf_counter() - began)
+    with torch.no_grad():
+        for name, value in experiment.model.named_buffers():
+            value.copy_(buffers[name])
+    return sorted(times)[1]
+
+
+def _print_rates(
+    report: CurvatureReport, bounds: list[LRBound], gradient_seconds: float, folder: Path
+) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.width = max(console.width, _TABLE_WIDTH)
     table = Table(box=SIMPLE, pad_edge=False)
@@ -252,6 +287,7 @@ def _print_rates(report: CurvatureReport, bounds: list[LRBound], folder: Path) -
         console.print(f"* {reason}", markup=False)
     console.print(
         f"{report.num_products} products of {report.num_samples} samples in "
-        f"{report.seconds:.1f} s; record in {folder}",
+        f"{report.seconds:.1f} s, as long as {report.seconds / gradient_seconds:.0f} gradients of "
+        f"them; record in {folder}",
         markup=False,
     )

@@ -43,12 +43,15 @@ class Experiment:
     total_steps: int
     sampler: torch.Generator = field(default_factory=torch.Generator)  # of measured samples
 
-    def measurement_batches(self) -> list[Batch]:
+    def measurement_batches(self, sizes: tuple[int, int] | None = None) -> list[Batch]:
         """Disjoint training batches to measure curvature on, not augmented.
 
         Fresh ones, or with ``curvature.fixed_samples`` the same each time.
+
+        Args:
+            sizes: size and number of the batches; by default `measurement_sizes`.
         """
-        size, count = measurement_sizes(self.config, self.data, self.processes.world_size)
+        size, count = sizes or measurement_sizes(self.config, self.data, self.processes.world_size)
         fixed = self.config.curvature.fixed_samples
         batches = measurement_batches(
             self.data,
