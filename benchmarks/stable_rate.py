@@ -36,7 +36,7 @@ from batchlr.training.sweep import largest_survivable_lr
 RESULTS = Path(__file__).resolve().parent / "results" / "stable_rate.jsonl"
 SAMPLES = 1280  # the data set of every problem; all of them are measured for the prediction
 FLOOR = 0.002  # least curvature followed, relative to the top: with 0.02 limits rise by up to 30 %
-DIRECTIONS = {False: 120, True: 80}  # leading eigenvectors; fewer where samples interact
+DIRECTIONS = {False: 120, True: 40}  # leading eigenvectors; fewer where samples interact
 BATCHES = (4, 16, 64, 256, 1024)
 MOMENTA = (0.0, 0.5, 0.9)
 SURVIVED = ((16, 0.0), (16, 0.9), (256, 0.0), (256, 0.9))  # (B, momentum) of part (c), SGD
@@ -84,8 +84,11 @@ class Problem:
         self.size = sum(v.numel() for v in self.parameters.values())
 
     def outputs(self, x):
-        buffers = {k: v.clone() for k, v in self.buffers.items()}
-        return lambda p: functional_call(self.model, (p, buffers), (x,))
+        def logits(p):
+            buffers = {k: v.clone() for k, v in self.buffers.items()}
+            return functional_call(self.model, (p, buffers), (x,))
+
+        return logits
 
     def unflatten(self, vector):
         parts, start = {}, 0
@@ -172,7 +175,7 @@ def random_batches(batch_size, count, seed=2):
 
 def count_for(batch_size):
     """Batches that stand for the population where samples interact."""
-    return max(16, min(256, 2048 // batch_size))
+    return max(16, min(64, 2048 // batch_size))
 
 
 class Quadratic:
@@ -203,7 +206,7 @@ class Quadratic:
 
     def _from_batches(self, problem, scale):
         groups = random_batches(self.batch_size, count_for(self.batch_size))
-        some = groups[: max(2, 512 // self.batch_size)]
+        some = groups[: max(2, min(16, 512 // self.batch_size))]
 
         def multiply(vector):
             v = scale * torch.from_numpy(np.array(vector, dtype=np.float32))

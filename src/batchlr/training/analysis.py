@@ -226,6 +226,8 @@ def _measure(experiment: Experiment) -> tuple[CurvatureReport, float]:
         optimizer=None if isinstance(config.optim, SGDOptions) else experiment.optimizer,
         norm_mode=config.curvature.norm_mode,
         tol=min(config.curvature.tolerance, 1e-2),
+        num_eigenpairs=1,
+        num_small_batches=0,  # rates do not need them
         max_products=_MOST_PRODUCTS,
         clip_norm=config.train.clip_norm,
         generator=torch.Generator().manual_seed(config.seed),
