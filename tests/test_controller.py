@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 from batchlr.controller import CurvatureController, get_momentum
 from batchlr.curvature import measure_curvature
 from batchlr.learning_rates import balanced_momentum, heavy_ball
+from batchlr.mean_square import Dynamics
 from batchlr.on_the_fly import learn_step_size
 from batchlr.operators import supervised
 from batchlr.policies import POLICIES
@@ -92,9 +93,18 @@ def test_the_first_peak_is_safety_times_the_limit(safety, momentum):
     largest = float(torch.linalg.eigvalsh(dense_hessians(batches).mean(0))[-1])
     want = update.report.max_lr(BATCH, momentum=momentum).value
     assert update.bound.value == want
+    plain = update.report.projected.mean_square(
+        Dynamics(momentum, weight_decay=0.01),
+        update.report.inverse_effective_batch_size(BATCH),
+        largest=largest,
+        population=128,
+        with_error=False,
+    ).lr
     # Directions outside of a Krylov space that saw the top only count as flat ones.
-    assert second_moment_radius(batches, 0.97 * want, momentum, 0.01) < 1
-    assert second_moment_radius(batches, 1.03 * want, momentum, 0.01) > 1
+    assert second_moment_radius(batches, 0.97 * plain, momentum, 0.01) < 1
+    assert second_moment_radius(batches, 1.03 * plain, momentum, 0.01) > 1
+    # The limit given allows for batches whose differences come out too large by chance.
+    assert plain * (1 - 1e-6) <= want < 1.2 * plain
     assert scheduler.peak == pytest.approx(safety * want, rel=1e-9)
     assert optimizer.param_groups[0]["lr"] == scheduler.peak == update.peak
     assert update.largest_eigenvalue == pytest.approx(largest, rel=1e-9)

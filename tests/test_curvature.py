@@ -704,17 +704,17 @@ def test_a_parameter_the_optimizer_does_not_hold_counts_as_still():
 TOP = {"tol": 1e-5, "tracking": True, "num_eigenpairs": 1}  # the upper end only
 
 
-def batch_second_moment(model, batch, batch_size, num_batches, dataset_size):
+def batch_second_moment(model, batch, batch_size, numbers, dataset_size):
     """``E g_B^2`` of a batch like the ones given, from per-batch gradients by plain autograd."""
     gradients = []
-    for k in range(num_batches):
+    for k in numbers:
         part = [t[k * batch_size : (k + 1) * batch_size] for t in batch]
         loss = nn.functional.cross_entropy(model(part[0]), part[1])
         gradients.append(
             torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(model.parameters()))])
         )
     stacked = torch.stack(gradients)
-    total = batch_size * num_batches
+    total = batch_size * len(gradients)
     variance = batch_size * stacked.var(0, unbiased=True)  # of one sample
     mean_square = stacked.mean(0).square() - variance * (1 / total - 1 / dataset_size)
 
@@ -725,10 +725,11 @@ def batch_second_moment(model, batch, batch_size, num_batches, dataset_size):
 
 
 @pytest.mark.parametrize("dataset_size", [200, 5000])
-def test_adam_without_a_step_takes_its_preconditioner_from_gradients(dataset_size):
+def test_adam_without_a_step_takes_its_preconditioner_from_gradients(dataset_size, monkeypatch):
+    monkeypatch.setattr("batchlr.curvature.selection_bias", lambda *_: (1.0, 0.0))
     model, batch = train(network(), 1), first_digits(200)
     report = measure(model, batch, 25, optimizer="adam", dataset_size=dataset_size, **TOP)
-    at = batch_second_moment(model, batch, 25, 8, dataset_size)
+    at = batch_second_moment(model, batch, 25, range(8), dataset_size)
     scale = (at(25).sqrt() + 1e-8).rsqrt()
     dense = scale[:, None] * dense_hessian(model, batch) * scale
     values, vectors = torch.linalg.eigh(dense)
@@ -740,17 +741,63 @@ def test_adam_without_a_step_takes_its_preconditioner_from_gradients(dataset_siz
         assert adam.largest == pytest.approx(top, rel=1e-8)
     else:
         assert 0.5 * top <= adam.largest < top  # corrected for being a batch
-    # How the preconditioner stretches along the top vector; interpolated on a grid of 41 sizes.
+    # How the preconditioner stretches along the top vector; interpolated on a grid of 15 sizes.
     for size in (1, 4, 25, 100, 200):
         stretch = (at(size).sqrt() + 1e-8) / (at(25).sqrt() + 1e-8)
         want = float((vectors[:, -1].square() * stretch).sum())
         assert adam.stretch_at(size) == pytest.approx(want, rel=0.02)
 
 
+def test_adam_s_metric_is_judged_by_halves_of_the_batches(monkeypatch):
+    """Even and odd ones; what is found multiplies the metric, its error is the metric's."""
+    asked = []
+
+    def judge(values, metrics):
+        asked.append((values, metrics))
+        return 1 + len(asked) / 100, len(asked) / 10
+
+    model, batch = train(network(), 1), first_digits(200)
+    options = {"optimizer": "adam", **TOP}
+    monkeypatch.setattr("batchlr.curvature.selection_bias", lambda *_: (1.0, 0.0))
+    plain = measure(model, batch, 25, **options).adam
+    monkeypatch.setattr("batchlr.curvature.selection_bias", judge)
+    judged = measure(model, batch, 25, **options).adam
+    numbers = np.arange(1, len(asked) + 1)
+    assert len(asked) == len(judged.batch_sizes) == 15
+    assert judged.metric_errors == pytest.approx(numbers / 10)
+    assert plain.metric_errors == (0.0,) * 15
+    factors = 1 + numbers / 100
+    assert judged.metrics == pytest.approx(plain.metrics * factors[:, None, None], rel=1e-12)
+
+    every, *halves = (
+        batch_second_moment(model, batch, 25, numbers, 200)
+        for numbers in (range(8), range(0, 8, 2), range(1, 8, 2))
+    )
+    scale = every(25).sqrt() + 1e-8
+    dense = scale[:, None].rsqrt() * dense_hessian(model, batch) * scale.rsqrt()
+    top = torch.linalg.eigh(dense).eigenvectors[:, -1]
+    for size, (values, metrics) in zip(judged.batch_sizes, asked, strict=True):
+        assert np.array_equal(values, judged.projected.values)
+        assert len(metrics) == 2
+        for at, metric in zip(halves, metrics, strict=True):
+            want = float((top.square() * (at(size).sqrt() + 1e-8) / scale).sum())
+            assert metric[0, 0] == pytest.approx(want, rel=1e-3)  # of the eigenvector
+
+
+@pytest.mark.parametrize("num_batches", [2, 3])
+def test_few_batches_have_no_halves(num_batches):
+    model, batch = train(network(), 1), first_digits(60)
+    size = 60 // num_batches
+    adam = measure(model, batch, size, optimizer="adam", **TOP).adam
+    assert adam.metric_errors == (0.0,) * 15
+    here = adam.projected_at(size)
+    assert float(here.values[0]) == pytest.approx(float(adam.projected.values[0]), rel=0.02)
+
+
 def test_curvature_under_adam_at_another_batch_size_is_a_lower_bound():
     model, batch = train(network(), 1), first_digits(200)
     report = measure(model, batch, 25, optimizer="adam", **TOP)
-    at = batch_second_moment(model, batch, 25, 8, 200)
+    at = batch_second_moment(model, batch, 25, range(8), 200)
     hessian = dense_hessian(model, batch)
     for size in (4, 12, 50, 150):
         scale = (at(size).sqrt() + 1e-8).rsqrt()
@@ -779,7 +826,7 @@ def test_adam_s_own_second_moments_are_pooled_with_the_batches_by_age(steps, eps
     report = measure(model, batch, 25, optimizer=optimizer, **TOP)
     moments = torch.cat([optimizer.state[p]["exp_avg_sq"].reshape(-1) for p in model.parameters()])
     moments = moments / (1 - 0.99**steps)
-    here = batch_second_moment(model, batch, 25, 8, 200)(25)
+    here = batch_second_moment(model, batch, 25, range(8), 200)(25)
     metric = ((steps * moments + 8 * here) / (steps + 8)).sqrt() + eps
     scale = metric.rsqrt()
     dense = scale[:, None] * dense_hessian(model, batch) * scale
@@ -818,7 +865,7 @@ def test_rmsprop_s_root_is_of_its_own_average_without_correction(steps, centred)
     average = flat("square_avg")
     if centred:
         average = average - flat("grad_avg").square()
-    at = batch_second_moment(model, batch, 25, 8, 200)
+    at = batch_second_moment(model, batch, 25, range(8), 200)
     here = at(25)
     if centred:  # of batches out of 200: E g_B^2 less its value for the full batch
         here = batch_variance(model, batch, 25, 8) * (1 / 25 - 1 / 200)
@@ -872,7 +919,7 @@ def test_rmsprop_by_name_takes_its_preconditioner_from_gradients():
     named = measure(model, batch, 25, optimizer="rmsprop", **TOP)
     fresh = measure(model, batch, 25, optimizer=torch.optim.RMSprop(model.parameters()), **TOP)
     want = preconditioned_largest(
-        model, batch, batch_second_moment(model, batch, 25, 8, 200)(25).sqrt() + 1e-8
+        model, batch, batch_second_moment(model, batch, 25, range(8), 200)(25).sqrt() + 1e-8
     )
     for report in (named, fresh):
         assert report.adam.largest == pytest.approx(want, rel=1e-8)
@@ -886,7 +933,7 @@ def test_adam_with_a_large_eps_sees_the_hessian_over_it():
     report = measure(model, batch, 25, optimizer=optimizer, tol=1e-5)
     assert report.adam.largest == pytest.approx(report.largest / 1e6, rel=1e-5)
     size = len(report.adam.projected.values)
-    assert report.adam.metrics == pytest.approx(np.tile(np.eye(size), (41, 1, 1)), abs=1e-5)
+    assert report.adam.metrics == pytest.approx(np.tile(np.eye(size), (15, 1, 1)), abs=1e-5)
 
 
 def test_adam_with_unequal_groups_measures_both_metrics_at_once():
@@ -895,7 +942,7 @@ def test_adam_with_unequal_groups_measures_both_metrics_at_once():
     optimizer = torch.optim.AdamW(groups, lr=5e-4, weight_decay=0.1)
     report = measure(model, batch, 25, optimizer=optimizer, **TOP)
     ratio = torch.cat([torch.ones(64 * 4 + 4), torch.full((50,), 0.5)]).double()
-    metric = batch_second_moment(model, batch, 25, 8, 200)(25).sqrt() + 1e-8
+    metric = batch_second_moment(model, batch, 25, range(8), 200)(25).sqrt() + 1e-8
     scale = (ratio / metric).sqrt()
     dense = scale[:, None] * dense_hessian(model, batch) * scale
     assert report.adam.largest == pytest.approx(float(torch.linalg.eigvalsh(dense)[-1]), rel=1e-8)
@@ -957,7 +1004,8 @@ def test_an_earlier_report_s_vectors_save_products(kind):
     assert len(first.top_vectors) == (1 if kind == "sgd" else 2)
     assert warm.num_products < cold.num_products
     limits = [report.max_lr(50, optimizer=kind).value for report in (warm, cold)]
-    assert limits[0] == pytest.approx(limits[1], rel=1e-2)
+    # What the choice of Adam's metric adds is judged on the axes found, which are not the same.
+    assert limits[0] == pytest.approx(limits[1], rel=1e-2 if kind == "sgd" else 3e-2)
 
 
 class Bowl(nn.Module):

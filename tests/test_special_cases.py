@@ -23,6 +23,8 @@ KAPPA = VARIANCE / LARGEST
 CRITICAL = KAPPA / LARGEST  # 4,000: where noise and curvature limit plain SGD alike
 UNBOUNDED = 2**31  # samples, so that 1/b = 1/B to 1e-9 of a critical size
 ROUNDING = 1e-12
+# Too few for a correction: the noise counts as if it were known to be the variance given.
+BATCHES = {"num_batches": 3, "batch_size": 500}
 
 
 def amplified(momentum):
@@ -60,7 +62,7 @@ def make_report(*, dataset_size=UNBOUNDED, adam=None, momentum=0.0):
         converged=True,
         num_products=1,
         seconds=1.0,
-        projected=projected_curvature([LARGEST], {(0, 0): VARIANCE}, batch_size=500),
+        projected=projected_curvature([LARGEST], {(0, 0): VARIANCE}, **BATCHES),
     )
 
 
@@ -77,7 +79,7 @@ def make_adam(stretch_at, *, variance=VARIANCE, beta1=0.9):
         converged=True,
         source="gradients",
         batch_sizes=tuple(sizes),
-        projected=projected_curvature([LARGEST], {(0, 0): variance}, batch_size=500),
+        projected=projected_curvature([LARGEST], {(0, 0): variance}, **BATCHES),
         metrics=np.array([stretch_at(size) for size in sizes]).reshape(-1, 1, 1),
         metric_errors=(0.0,) * len(sizes),
     )

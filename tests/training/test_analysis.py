@@ -122,7 +122,7 @@ def test_the_rates_are_those_of_a_measurement_by_hand(command, tmp_path):
         Dynamics(0.5, weight_decay=5e-4),
         1 / 64 - 1 / 1437,
         largest=report.largest,
-        sampling=1 / report.num_samples - 1 / 1437,
+        population=1437,
     )
     assert content["bounds"][SIZES.index(64)]["value"] == pytest.approx(by_hand.lr, rel=1e-9)
 
