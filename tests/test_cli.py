@@ -31,7 +31,7 @@ def run(tmp_path, monkeypatch):
 @pytest.fixture
 def calls(monkeypatch):
     """What the commands ask the library to do, instead of doing it."""
-    from batchlr.training import analysis, loop, spectra
+    from batchlr.training import analysis, loop, spectra, sweep
 
     calls = []
     for module, name in (
@@ -39,6 +39,7 @@ def calls(monkeypatch):
         (analysis, "measure_rates"),
         (analysis, "measure_spectrum"),
         (spectra, "measure_spectra"),
+        (sweep, "sweep"),
     ):
         monkeypatch.setattr(
             module, name, lambda *args, _name=name, **kwargs: calls.append((_name, args, kwargs))
@@ -115,7 +116,51 @@ def test_a_grid_of_spectra_takes_many_checkpoints(run, calls):
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("command", [["train"], ["lr"], ["spectrum"], ["config", "show"]])
+def test_sweep_hands_on_sizes_optimizers_and_steps(run, calls):
+    options = ("--batch-sizes", "8, 32", "--optimizers", "adam", "--steps", "50")
+    files = ("--checkpoint", "c.pt", "--out", "o")
+    assert run("sweep", "run.yaml", "seed=2", *options, *files).exit_code == 0
+    assert run("sweep", "run.yaml").exit_code == 0
+    common = {"batch_sizes": [8, 32], "optimizers": ["adam"], "steps": 50}
+    default = {"batch_sizes": [4, 16, 64, 256], "optimizers": ["sgd", "adam"], "steps": 200}
+    assert [(name, args[0].seed, kwargs) for name, args, kwargs in calls] == [
+        ("sweep", 2, common | {"out": Path("o"), "checkpoint": Path("c.pt")}),
+        ("sweep", 0, default | {"out": Path("runs/run"), "checkpoint": None}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("--batch-sizes", "4,x"), "batch sizes must be positive integers separated by commas"),
+        (("--optimizers", "lion"), "optimizers must be sgd, adam or both, separated by a comma"),
+        (("--steps", "4"), "Invalid value for '--steps'"),
+    ],
+)
+def test_a_sweep_of_illegal_settings_exits_2(run, calls, options, complaint):
+    result = run("sweep", "run.yaml", *options)
+    assert result.exit_code == 2
+    assert complaint in result.stderr
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(ValueError("too large"), 2), (ArithmeticError("diverges everywhere"), 4)]
+)
+def test_a_sweep_that_fails_has_its_exit_code(run, monkeypatch, error, code):
+    from batchlr.training import sweep
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(sweep, "sweep", fail)
+    result = run("sweep", "run.yaml")
+    assert (result.exit_code, result.stderr) == (code, f"{error}\n")
+
+
+@pytest.mark.parametrize(
+    "command", [["train"], ["lr"], ["spectrum"], ["sweep"], ["config", "show"]]
+)
 def test_configuration_errors_exit_2_with_all_problems(run, calls, command):
     result = run(*command, "run.yaml", "train.epoch=3", "seed=-1")
     assert result.exit_code == 2
@@ -225,7 +270,7 @@ def test_env_is_json(run):
 def test_no_command_shows_the_commands(run):
     result = run()
     assert result.exit_code == 2
-    for command in ("train", "lr", "spectrum", "config", "env"):
+    for command in ("train", "lr", "spectrum", "sweep", "config", "env"):
         assert f"\n  {command} " in result.output
 
 
@@ -251,7 +296,7 @@ def test_the_package_and_the_script_start_the_same_command(tmp_path, start):
     )
 
 
-@pytest.mark.parametrize("command", ["train", "lr", "spectrum"])
+@pytest.mark.parametrize("command", ["train", "lr", "spectrum", "sweep"])
 def test_a_script_is_its_command(command):
     text = (ROOT / "scripts" / f"{command}.py").read_text(encoding="utf-8")
     assert f'main(["{command}", *sys.argv[1:]])' in text

@@ -9,7 +9,14 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from batchlr.curvature_report import LRBound
-from batchlr.plotting import plot_batch_spectra, plot_rates, plot_run, plot_spectrum, save_figure
+from batchlr.plotting import (
+    plot_batch_spectra,
+    plot_rates,
+    plot_run,
+    plot_spectrum,
+    plot_sweep,
+    save_figure,
+)
 from batchlr.slq import SpectralMeasure
 
 
@@ -247,3 +254,38 @@ def test_a_grid_that_is_not_positive_has_a_linear_axis():
 def test_a_grid_without_cells_is_refused():
     with pytest.raises(ValueError, match=r"no spectra to draw: spectra\.jsonl is empty"):
         plot_batch_spectra([])
+
+
+# Sweeps -----------------------------------------------------------------------------------------
+
+
+def swept(optimizer, batch_size, predicted):
+    return {
+        "optimizer": optimizer,
+        "batch_size": batch_size,
+        "predicted": predicted,
+        "low": predicted / 2,
+        "high": predicted * 3,
+        "survived": predicted * 1.5,
+    }
+
+
+def test_a_sweep_has_lines_for_predictions_and_dots_for_what_survived(tmp_path):
+    cells = [swept("sgd", 16, 0.2), swept("sgd", 4, 0.1), swept("adam", 8, 0.01)]
+    figure = plot_sweep(cells)
+    (axis,) = figure.axes
+    assert {line.get_label(): points(line) for line in axis.lines} == {
+        "sgd: predicted": [(4, 0.1), (16, 0.2)],
+        "sgd: survived": [(4, pytest.approx(0.15)), (16, pytest.approx(0.3))],
+        "adam: predicted": [(8, 0.01)],
+        "adam: survived": [(8, 0.015)],
+    }
+    band = axis.collections[0]
+    corners = {tuple(corner) for corner in band.get_paths()[0].vertices.round(9)}
+    assert corners == {(4, 0.05), (4, 0.3), (16, 0.1), (16, 0.6)}
+    assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("batch size", "learning rate")
+    save_figure(figure, tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    own = Figure()
+    assert plot_sweep(cells, ax=own.subplots()) is own

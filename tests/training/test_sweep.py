@@ -1,0 +1,405 @@
+"""The rate that training survives: found where it is known, recorded once, drawn and tabulated."""
+
+import copy
+import json
+import math
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from runs import NETWORKS, run, tiny
+from torch import nn
+
+from batchlr.operators import supervised
+from batchlr.training import sweep as module
+from batchlr.training.experiment import build_experiment
+from batchlr.training.sweep import (
+    SweepCell,
+    largest_survivable_lr,
+    parse_batch_sizes,
+    parse_optimizers,
+    sweep,
+)
+
+HALVINGS = 2 ** (1 / 4)  # what the two halvings leave of a factor of two
+MSE = supervised(nn.MSELoss())
+
+
+@pytest.fixture(autouse=True)
+def no_picture(request, monkeypatch):
+    """Drawing takes longer than a tiny sweep; one test looks at the picture."""
+    if "picture" not in request.node.name:
+        monkeypatch.setattr(module, "save_figure", lambda *_: None)
+
+
+# The search ------------------------------------------------------------------------------------
+
+
+def linear(curvatures=(4.0, 1.0)):
+    """A linear model whose mean squared loss has the Hessian ``diag(curvatures)``."""
+    count = len(curvatures)
+    x = torch.diag(torch.tensor(curvatures, dtype=torch.float64).mul(count / 2).sqrt())
+    model = nn.Linear(count, 1, bias=False, dtype=torch.float64)
+    nn.init.ones_(model.weight)
+    return model, (x, torch.zeros(count, 1, dtype=torch.float64))
+
+
+def survivable(**changes):
+    model, samples = linear()
+    options = {
+        "optimizer": "sgd",
+        "momentum": 0.0,
+        "batch_size": 2,
+        "start": 0.5,
+        "steps": 60,
+        "worst_loss": 0.0,  # growth alone is divergence; by default only what overflows is
+    }
+    return largest_survivable_lr(model, MSE, samples, **options | changes)
+
+
+@pytest.mark.parametrize("start", [1e-2, 0.1, 0.49, 0.51, 0.7, 30.0])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_on_a_quadratic_it_is_the_limit_known(start, momentum):
+    """``2 (1 + m) / lambda_1`` in full batches (Polyak 1964), from either side."""
+    limit = 2 * (1 + momentum) / 4.0
+    found = survivable(start=start, momentum=momentum, steps=150)
+    # In 150 steps a rate 1 % beyond grows by 1.02^240 and more, one 0.1 % beyond hardly does.
+    assert found.lr <= 1.01 * limit
+    assert limit <= 1.01 * found.diverged
+    assert found.diverged / found.lr == pytest.approx(HALVINGS, rel=1e-12)
+    steps = abs(math.log2(limit / start))
+    assert found.runs <= math.ceil(steps) + 1 + 2 + 1
+
+
+def test_adam_s_limit_is_searched_with_adam():
+    """Far above it leaves the region of small losses; far below it stays."""
+    found = survivable(optimizer="adam", momentum=0.9, start=0.1)
+    assert 0 < found.lr < found.diverged
+    assert found.diverged / found.lr == pytest.approx(HALVINGS, rel=1e-12)
+
+
+def test_the_first_answer_is_within_the_factor_of_the_start():
+    """Rates tried are powers of ``2^(1/4)`` from the start."""
+    found = survivable(start=0.3)
+    power = 4 * math.log2(found.lr / 0.3)
+    assert power == pytest.approx(round(power), abs=1e-9)
+
+
+def test_a_rate_that_nothing_bounds_is_told():
+    """Without a gradient no rate diverges: twelve doublings are tried."""
+    model, (x, y) = linear()
+    found = largest_survivable_lr(
+        model,
+        lambda m, batch: 0 * MSE(m, batch),
+        (x, y),
+        optimizer="sgd",
+        momentum=0.0,
+        batch_size=2,
+        start=1.0,
+        steps=5,
+    )
+    assert found == (2.0**12, math.inf, 13)
+
+
+def test_divergence_everywhere_is_an_error():
+    def loss(model, batch):
+        return MSE(model, batch) * math.nan
+
+    model, samples = linear()
+    with pytest.raises(
+        ArithmeticError, match=r"training diverges at every rate from 0\.5 down to 0\.000122"
+    ):
+        largest_survivable_lr(
+            model, loss, samples, optimizer="sgd", momentum=0.0, batch_size=2, start=0.5, steps=5
+        )
+
+
+@pytest.mark.parametrize("batch_size", [0, 3, -1])
+def test_a_batch_that_the_samples_cannot_fill_is_refused(batch_size):
+    with pytest.raises(
+        ValueError,
+        match=rf"batch_size must lie in \[1, 2\], the number of samples, got {batch_size}",
+    ):
+        survivable(batch_size=batch_size)
+
+
+def test_a_loss_below_the_worst_is_no_divergence():
+    """Above the limit the quadratic grows; where the guess is worse than that it may."""
+    strict = survivable(start=0.5, steps=20)
+    lenient = survivable(start=0.5, steps=20, worst_loss=1e6)
+    # In 20 steps |1 - 4 lr|^40 may grow to 1e6 / 2.5: by a factor of 1.38 a step.
+    assert strict.lr == pytest.approx(0.5, rel=0.2)
+    assert 0.5 < lenient.lr < 0.7
+    assert survivable(steps=20, worst_loss=math.inf).lr >= lenient.lr
+
+
+def test_model_and_random_state_are_left_as_they_were():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 1))
+    samples = (torch.randn(12, 4), torch.randn(12, 1))
+    model.train()
+    MSE(model, samples).backward()
+    kept = copy.deepcopy(model.state_dict())
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    state = torch.get_rng_state()
+    largest_survivable_lr(
+        model, MSE, samples, optimizer="adam", momentum=0.9, batch_size=4, start=0.1, steps=10
+    )
+    assert all(torch.equal(kept[name], value) for name, value in model.state_dict().items())
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_every_run_sees_the_same_batches_of_an_epoch_without_replacement():
+    model, _ = linear((1.0,) * 6)
+    seen = []
+
+    def loss(twin, batch):
+        seen.append(batch[0][:, 0].tolist())
+        return MSE(twin, batch)
+
+    x = torch.arange(6, dtype=torch.float64)[:, None].repeat(1, 6) / 6
+    samples = (x, torch.zeros(6, 1, dtype=torch.float64))
+    options = {"optimizer": "sgd", "momentum": 0.0, "batch_size": 2, "start": 1e-3, "steps": 6}
+    found = largest_survivable_lr(model, loss, samples, **options, seed=1)
+    runs = [seen[:6], seen[6:12]]
+    assert runs[0] == runs[1]
+    for epoch in (runs[0][:3], runs[0][3:]):
+        assert sorted(row for batch in epoch for row in batch) == samples[0][:, 0].tolist()
+    again = largest_survivable_lr(model, loss, samples, **options, seed=1)
+    assert again == found
+
+
+# What the command line says -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "sizes"), [("4", [4]), ("4,16", [4, 16]), (" 64 , 8 ", [64, 8])])
+def test_batch_sizes_are_numbers_between_commas(text, sizes):
+    assert parse_batch_sizes(text) == sizes
+
+
+@pytest.mark.parametrize("text", ["", "4,", "0", "-4", "4.0", "four", "4;8"])
+def test_other_batch_sizes_are_refused(text):
+    with pytest.raises(
+        ValueError, match=f"batch sizes must be positive integers separated by commas, got '{text}'"
+    ):
+        parse_batch_sizes(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds"), [("sgd", ["sgd"]), ("adam, sgd", ["adam", "sgd"]), ("adam", ["adam"])]
+)
+def test_optimizers_are_names_between_commas(text, kinds):
+    assert parse_optimizers(text) == kinds
+
+
+@pytest.mark.parametrize("text", ["", "lion", "sgd,", "SGD", "sgd adam"])
+def test_other_optimizers_are_refused(text):
+    with pytest.raises(ValueError, match=f"optimizers must be sgd, adam or both, .* got '{text}'"):
+        parse_optimizers(text)
+
+
+# The sweep ---------------------------------------------------------------------------------------
+
+FEW = {"batch_sizes": (16, 64), "optimizers": ("sgd",), "steps": 8}
+
+
+@pytest.fixture
+def training(monkeypatch):
+    """Counts the searches and the measurements that a sweep makes; the searches are faked."""
+    calls = SimpleNamespace(searched=[], measured=[])
+    measure = module.measure_curvature
+
+    def search(model, loss_fn, samples, **options):
+        calls.searched.append((len(samples[0]), options))
+        return module.Survival(options["start"] / 2, options["start"], 3)
+
+    def measured(model, loss_fn, batches, **options):
+        calls.measured.append((len(batches), len(batches[0][0]), options))
+        return measure(model, loss_fn, batches, **options)
+
+    monkeypatch.setattr(module, "largest_survivable_lr", search)
+    monkeypatch.setattr(module, "measure_curvature", measured)
+    return calls
+
+
+def lines(out):
+    path = out / "curvature" / "sweep.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_sweep_trains_and_writes_cells_table_and_picture(tmp_path, capsys):
+    cells = sweep(tiny(tmp_path), out=tmp_path / "out", **FEW)
+    assert [(cell.optimizer, cell.batch_size, cell.steps) for cell in cells] == [
+        ("sgd", 16, 8),
+        ("sgd", 64, 8),
+    ]
+    for cell in cells:
+        assert 0 < cell.low <= cell.predicted <= cell.high
+        assert 0 < cell.survived < cell.diverged
+        assert cell.momentum == 0.9
+        assert cell.paper > 0
+    folder = tmp_path / "out" / "curvature"
+    assert {p.name for p in folder.iterdir()} == {"sweep.jsonl", "sweep.json", "sweep.png"}
+    assert (folder / "sweep.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert json.loads((folder / "sweep.json").read_text()) == {"steps": 8, "config": "tiny"}
+    assert lines(tmp_path / "out") == [
+        asdict(cell) | {"reasons": list(cell.reasons)} for cell in cells
+    ]
+    text = capsys.readouterr().out
+    for cell in cells:
+        assert f"sgd at batch {cell.batch_size}: predicted {cell.predicted:.3g}, survived" in text
+    for title in ("optimizer", "predicted", "90 % interval", "survived", "ratio", "paper"):
+        assert title in text
+    assert "does not diverge within 8 steps, to a factor 1.2" in text
+    for reason in {reason for cell in cells for reason in cell.reasons}:
+        assert f"* {reason}" in text
+
+
+def test_the_rates_predicted_are_where_the_search_starts(tmp_path, training):
+    config = tiny(tmp_path, "seed=3")
+    cells = sweep(config, out=tmp_path / "out", **FEW | {"optimizers": ("sgd", "adam")})
+    assert [(options["optimizer"], options["batch_size"]) for _, options in training.searched] == [
+        ("sgd", 16),
+        ("sgd", 64),
+        ("adam", 16),
+        ("adam", 64),
+    ]
+    for cell, (count, options) in zip(cells, training.searched, strict=True):
+        assert count == 1437  # all of the training data
+        assert options["start"] == cell.predicted
+        assert options["momentum"] == cell.momentum == 0.9
+        assert (options["steps"], options["seed"]) == (8, 3)
+        assert options["worst_loss"] == math.log(10)
+        assert (cell.survived, cell.diverged) == (cell.predicted / 2, cell.predicted)
+
+
+def test_momentum_is_the_run_s_for_its_own_optimizer(tmp_path, training):
+    adam = tiny(tmp_path, "optim={name: adamw, betas: [0.5, 0.99]}")
+    cells = sweep(adam, out=tmp_path / "a", **FEW | {"optimizers": ("adam", "sgd")})
+    assert [cell.momentum for cell in cells] == [0.5, 0.5, 0.9, 0.9]
+    sgd = tiny(tmp_path, "optim.momentum=0.3")
+    cells = sweep(sgd, out=tmp_path / "b", **FEW | {"optimizers": ("adam", "sgd")})
+    assert [cell.momentum for cell in cells] == [0.9, 0.9, 0.3, 0.3]
+
+
+def test_one_measurement_serves_all_sizes(tmp_path, training):
+    sweep(tiny(tmp_path), out=tmp_path / "out", **FEW | {"optimizers": ("sgd", "adam")})
+    ((count, size, options),) = training.measured
+    assert (count, size) == (8, 8)  # of curvature.samples = 64
+    assert options["dataset_size"] == 1437
+
+
+def test_a_model_that_normalises_over_batches_is_measured_at_each_size(tmp_path, training):
+    config = tiny(tmp_path, *NETWORKS["batch norm"])
+    sweep(config, out=tmp_path / "a", **FEW | {"batch_sizes": (4, 8, 64)})
+    # At most a quarter of the 96 samples, for the noise needs four batches.
+    assert [(count, size) for count, size, _ in training.measured] == [(8, 4), (4, 8), (4, 24)]
+    assert {options["norm_mode"] for *_, options in training.measured} == {"train"}
+    training.measured.clear()
+    still = tiny(tmp_path, *NETWORKS["batch norm"], "curvature.norm_mode=eval")
+    sweep(still, out=tmp_path / "b", **FEW | {"batch_sizes": (4, 8, 64)})
+    assert len(training.measured) == 1
+
+
+def test_finished_cells_are_kept(tmp_path, training, monkeypatch):
+    config, out = tiny(tmp_path), tmp_path / "out"
+    first = sweep(config, out=out, **FEW)
+    assert len(training.searched) == 2
+    assert sweep(config, out=out, **FEW) == first
+    more = sweep(config, out=out, **FEW | {"batch_sizes": (64, 32, 16)})
+    assert [options["batch_size"] for _, options in training.searched] == [16, 64, 32]
+    assert (more[0], more[2]) == (first[1], first[0])
+    assert [line["batch_size"] for line in lines(out)] == [16, 64, 32]
+    assert len(training.measured) == 2  # not for cells that are there
+
+    def fail(*_, **__):
+        raise ArithmeticError("stopped")
+
+    monkeypatch.setattr(module, "largest_survivable_lr", fail)
+    with pytest.raises(ArithmeticError, match="stopped"):
+        sweep(config, out=out, **FEW | {"batch_sizes": (16, 128)})
+    assert [line["batch_size"] for line in lines(out)] == [16, 64, 32]
+
+
+def test_a_cell_that_nothing_bounds_comes_back(tmp_path, training, monkeypatch):
+    monkeypatch.setattr(
+        module, "largest_survivable_lr", lambda *_, **__: module.Survival(1.0, math.inf, 13)
+    )
+    config, out = tiny(tmp_path), tmp_path / "out"
+    cells = sweep(config, out=out, **FEW)
+    assert all(math.isinf(cell.diverged) for cell in cells)
+    assert sweep(config, out=out, **FEW) == cells
+
+
+def test_cells_of_other_steps_are_refused(tmp_path, training):
+    config, out = tiny(tmp_path), tmp_path / "out"
+    sweep(config, out=out, **FEW)
+    with pytest.raises(
+        ValueError,
+        match=r"sweep\.jsonl holds cells of \[8\] steps, not 9: remove it or choose another --out",
+    ):
+        sweep(config, out=out, **FEW | {"steps": 9})
+
+
+@pytest.mark.parametrize("sizes", [(0, 16), (16, 1438)])
+def test_a_batch_larger_than_the_data_set_is_refused(tmp_path, sizes):
+    illegal = [size for size in sizes if size != 16]
+    with pytest.raises(
+        ValueError,
+        match=rf"batch sizes must lie in \[1, 1437\], the size of the data set, got \[{illegal[0]}",
+    ):
+        sweep(tiny(tmp_path), out=tmp_path / "out", **FEW | {"batch_sizes": sizes})
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_curvature_there_is_nothing_to_predict(tmp_path, training, monkeypatch):
+    measure = module.measure_curvature
+    monkeypatch.setattr(
+        module,
+        "measure_curvature",
+        lambda *args, **options: replace(
+            report := measure(*args, **options), largest=-report.largest
+        ),
+    )
+    with pytest.raises(
+        ArithmeticError, match=r"the largest eigenvalue is -.*: no curvature limits"
+    ):
+        sweep(tiny(tmp_path), out=tmp_path / "out", **FEW)
+    assert not training.searched
+
+
+def test_a_checkpoint_is_where_it_starts(tmp_path, training, monkeypatch):
+    monkeypatch.setattr("batchlr.training.loop._Run.draw", lambda self: None)
+    trained = run(tmp_path, out="run")
+    weights = []
+    monkeypatch.setattr(
+        module,
+        "largest_survivable_lr",
+        lambda model, *_, **__: (
+            weights.append([p.detach().clone() for p in model.parameters()])
+            or module.Survival(1.0, 2.0, 1)
+        ),
+    )
+    config = tiny(tmp_path)
+    few = FEW | {"batch_sizes": (16,)}
+    sweep(config, out=tmp_path / "a", **few)
+    sweep(config, out=tmp_path / "b", checkpoint=trained / "checkpoints", **few)
+    initial = build_experiment(config).model.parameters()
+    assert all(torch.equal(a, b) for a, b in zip(weights[0], initial, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_the_table_marks_what_is_not_reliable_and_what_did_not_diverge(capsys, tmp_path):
+    cell = SweepCell("sgd", 8, 0.9, 0.2, 0.1, 0.4, "noise", True, (), 0.05, 0.3, 0.35, 200)
+    doubtful = replace(cell, batch_size=16, reliable=False, reasons=("because",), diverged=math.inf)
+    module._print(module.Console(width=40), [cell, doubtful, doubtful], tmp_path)
+    text = capsys.readouterr().out
+    rows = [line.split() for line in text.splitlines() if line.strip().startswith("sgd")]
+    assert rows[0] == ["sgd", "8", "0.2", "0.1", "..", "0.4", "0.3", "1.50", "0.05"]
+    assert rows[1] == ["sgd", "16", "*", "0.2", "0.1", "..", "0.4", "0.3+", "1.50", "0.05"]
+    assert text.count("* because") == 1
+    assert "within 200 steps" in text
