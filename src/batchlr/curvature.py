@@ -94,8 +94,8 @@ def measure_curvature(
         num_small_batches: batches of 4 whose largest eigenvalues lead the law for small batches;
             0 leaves them out.
         tracking: leave out what only the report's other batch sizes need (small batches, the
-            random direction, the lower end's noise); with Adam, the plain matrix gets three
-            products only.
+            random direction, the lower end's noise, the doubt about Adam's metric); with Adam, the
+            plain matrix gets three products only.
         start_vectors: the ``top_vectors`` of an earlier report, to start from.
         clip_norm: at which training clips the gradient's norm, if it does; the report's rates then
             say whether it is active at the batches' size. It changes no number.
@@ -151,7 +151,7 @@ def measure_curvature(
     adam, adam_vector = None, None
     if with_adam:
         adam, adam_vector = _adam_curvature(
-            operator, model, optimizer, ratios, search, start_vectors[1:2], size
+            operator, model, optimizer, ratios, search, start_vectors[1:2], size, tracking=tracking
         )
     vectors = [edges.axes[:, 0].clone()] + ([] if adam_vector is None else [adam_vector])
     return CurvatureReport(
@@ -301,6 +301,8 @@ def _adam_curvature(
     search: _Search,
     start_vectors: Sequence[Tensor],
     size: int,
+    *,
+    tracking: bool,
 ) -> tuple[AdamCurvature, Tensor]:
     """Edges of ``D^-1/2 H D^-1/2`` and how ``D`` stretches with the batch size."""
     moments = gradient_moments(operator, dataset_size=size)
@@ -326,7 +328,7 @@ def _adam_curvature(
     halves = [
         gradient_moments(operator, dataset_size=size, only=range(first, count, 2))
         for first in (0, 1)
-        if count >= _MIN_HALVED
+        if count >= _MIN_HALVED and not tracking
     ]
     known = 0.0 if state is None else state.age / (state.age + count)  # share of v not in doubt
     sizes = torch.logspace(0, math.log10(size), _ADAM_GRID, dtype=torch.float64).tolist()

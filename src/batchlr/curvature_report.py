@@ -67,9 +67,9 @@ class AdamCurvature:
     ``D`` is what Adam, or RMSprop, divides by.
 
     ``D`` depends on the batch size through the gradient noise in ``v``. ``metrics`` are
-    ``D(B)/D(batch_size)`` on the axes of ``projected``; the curvature at another batch size is that
-    of the same matrices in this metric (Rayleigh-Ritz: exact at ``batch_size``, from below
-    elsewhere).
+    ``D(B)/D(batch_size)`` on the axes of ``projected``, times what the top direction owes to having
+    been chosen where ``D`` came out small (`selection_bias`; 1 when tracking). The curvature at
+    another batch size is that of the same matrices in this metric (Rayleigh-Ritz, from below).
     """
 
     largest: Measured

@@ -73,7 +73,7 @@ def largest_survivable_lr(
     batch_size: int,
     start: float,
     steps: int = 200,
-    worst_loss: float = math.inf,
+    worst_loss: float = 0.0,
     seed: int = 0,
 ) -> Survival:
     """The largest constant rate at which training from these weights does not diverge.
@@ -93,7 +93,7 @@ def largest_survivable_lr(
         start: where to begin, for example the predicted limit.
         steps: of one run.
         worst_loss: a loss that is no sign of divergence yet, such as that of a uniform guess.
-        seed: of the batches.
+        seed: of the batches and of dropout; the global random state is left as it was.
 
     Raises:
         ArithmeticError: training diverges at every rate tried.
@@ -110,10 +110,12 @@ def largest_survivable_lr(
         runs += 1
         twin = copy.deepcopy(model)
         stepper = _optimizer(optimizer, twin, lr, momentum)
-        losses = _losses(twin, loss_fn, samples, stepper, batch_size, steps, seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)  # of dropout: every run sees the same masks
+            losses = _losses(twin, loss_fn, samples, stepper, batch_size, steps, seed)
         tail = losses[-max(1, steps // 5) :]
         finite = len(losses) == steps and all(map(math.isfinite, losses))
-        return finite and sum(tail) / len(tail) <= max(losses[0], min(worst_loss, 1e30))
+        return finite and sum(tail) / len(tail) <= max(losses[0], worst_loss)
 
     good, bad = (start, math.inf) if survives(start) else (0.0, start)
     for _ in range(_REACH):
