@@ -446,7 +446,8 @@ def test_small_batches_lead_the_law_below_the_size_measured(digits_case):
     spread = 8**-0.5 * error * math.sqrt(40)  # of the report's own 8 batches, without v_1's part
     along = math.sqrt(report.noise.parallel / 4 / 8)
     assert abs(measured - mean) < 3 * math.hypot(spread, along)
-    assert measured.stderr == pytest.approx(math.hypot(spread, along), rel=0.6)  # from eight
+    # What fluctuates along v_1 is taken off if that helps: never more scatter than plain batches'.
+    assert 0 < measured.stderr < 1.6 * math.hypot(spread, along)
     assert report.largest_at(4) == pytest.approx(max(measured, report.largest_at(32)), rel=1e-12)
 
 
@@ -757,7 +758,7 @@ def test_adam_s_metric_is_judged_by_halves_of_the_batches(monkeypatch):
         return 1 + len(asked) / 100, len(asked) / 10
 
     model, batch = train(network(), 1), first_digits(200)
-    options = {"optimizer": "adam", **TOP}
+    options = {"optimizer": "adam", **TOP, "tracking": False}
     monkeypatch.setattr("batchlr.curvature.selection_bias", lambda *_: (1.0, 0.0))
     plain = measure(model, batch, 25, **options).adam
     monkeypatch.setattr("batchlr.curvature.selection_bias", judge)

@@ -108,15 +108,19 @@ def test_the_rates_are_those_of_a_measurement_by_hand(command, tmp_path):
     """At the initial weights, on the samples the experiment draws, with the run's weight decay."""
     assert command("lr", "optim.momentum=0.5").exit_code == 0
     experiment = build_experiment(tiny(tmp_path))
+    content = rates(tmp_path / "out")
+    size = content["num_samples"] // 16  # samples that do not interact: small batches
     report = measure_curvature(
         experiment.model.train(),
         experiment.loss_fn,
-        experiment.measurement_batches(),
+        experiment.measurement_batches((size, 16)),
         dataset_size=1437,
+        num_eigenpairs=1,
+        num_small_batches=0,
         tol=1e-2,
+        max_products=30,
         generator=torch.Generator().manual_seed(0),
     )
-    content = rates(tmp_path / "out")
     assert content["largest_eigenvalue"] == report.largest
     by_hand = report.projected.mean_square(
         Dynamics(0.5, weight_decay=5e-4),
