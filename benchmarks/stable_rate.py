@@ -11,7 +11,7 @@ matrix, restricted to its leading directions (null and negative curvature never 
 The reference for (a) and (b) is built here from autograd and scipy alone; only the prediction and
 the loop of (c) are the library's. Finished cells are kept in the results file and skipped.
 
-    python benchmarks/stable_rate.py                      # everything, about an hour on two cores
+    python benchmarks/stable_rate.py                      # everything: hours
     python benchmarks/stable_rate.py --only mlp-digits    # one problem, a few minutes
     python benchmarks/stable_rate.py --table
 """

@@ -44,7 +44,7 @@ _ADAM_EPS = 1e-8  # torch's default, for when there is no optimizer to ask
 _GRADIENT_SHARE = 0.3  # assumed: of the gradient's direction in a warm start
 _ASIDE = 3  # assumed: products for the plain matrix where only Adam's limit is tracked
 _TRACE_PROBES = 4  # assumed: it only feeds laws given for comparison
-_ADAM_GRID = 15  # batch sizes at which Adam's preconditioner is tabulated; interpolated between
+_ADAM_GRID = 15  # assumed: batch sizes at which Adam's D is tabulated; interpolated between
 _MIN_HALVED = 4  # batches; with fewer the two halves have no variance of their own
 
 
@@ -71,7 +71,8 @@ def measure_curvature(
 
     Weights, ``.grad``, buffers, flags and global random state are bit-identical afterwards. Costs
     one Lanczos run (10-40 products from a random start, 2-5 from an earlier report's vectors) and
-    three products for the noise; twice that with Adam or RMSprop.
+    eight products for noise, trace and Gauss-Newton share (one when tracking); Adam or RMSprop
+    take another run and one more.
 
     Args:
         model: see `HessianOperator`.
@@ -306,7 +307,8 @@ def _adam_curvature(
 ) -> tuple[AdamCurvature, Tensor]:
     """Edges of ``D^-1/2 H D^-1/2`` and how ``D`` stretches with the batch size."""
     moments = gradient_moments(operator, dataset_size=size)
-    batch_size = sum(operator.samples) / len(operator.samples)
+    count = len(operator.samples)
+    batch_size = sum(operator.samples) / count
     inverse = max(1 / batch_size - 1 / size, 0.0)
     state = second_moments(model, optimizer)
     centred = group_value(optimizer, "centered") > 0
@@ -316,7 +318,6 @@ def _adam_curvature(
         # A young average is of few gradients, some near zero by chance; the batches at hand are
         # as many more.
         averaged, age, fraction = state
-        count = len(operator.samples)
         second_moment = fraction * (age * averaged + count * here) / (age + count)
     eps = group_value(optimizer, "eps", default=_ADAM_EPS)
     metric = second_moment.sqrt() + eps
@@ -324,7 +325,6 @@ def _adam_curvature(
     preconditioned = PreconditionedOperator(operator, scale)
     start = _start(start_vectors, scale * _mean_gradient(operator))
     edges = _edges(preconditioned, search, start, tracking=True)
-    count = len(operator.samples)
     halves = [
         gradient_moments(operator, dataset_size=size, only=range(first, count, 2))
         for first in (0, 1)

@@ -18,10 +18,10 @@ End = Literal["largest", "smallest"]
 MAX_GROUPS = 8
 """Groups of batches left out in turn for a rate's error (assumed)."""
 
-_FLOOR = 0.005  # measured: below it, relative to the top, directions change no limit by 2 %
+_FLOOR = 0.005  # assumed, relative to the top; those below moved limits by some 3 %
 _LEAST = 1e-10  # assumed: 1/b of the largest data set; an edge next to zero asks for less
 _MIN_GROUPS = 4  # assumed: with fewer batches the jackknife says too little
-_MIN_CORRECTED = 16  # measured: with 8 batches the correction overshoots as much as it corrects
+_MIN_CORRECTED = 16  # measured (docs/log.md): with 8 batches the correction overshoots
 _MOST_BIAS = 0.5  # assumed: a larger correction, in the logarithm, is not to be believed
 _DRAWS = 400  # assumed: resampled batches; their mean is then good to a twentieth of their spread
 
@@ -273,13 +273,10 @@ class ProjectedCurvature:
         For another preconditioner ``D'``: ``metric = V' D^-1/2 D' D^-1/2 V``. The leak of the
         top axis is scaled by the metric there, that of the lowest is not.
         """
-        factors, rotation = np.linalg.eigh(metric)
-        whitened = rotation / np.sqrt(factors)  # W' metric W = 1
-        values, turned = np.linalg.eigh(whitened.T @ np.diag(self.values) @ whitened)
-        axes = whitened @ turned[:, ::-1]
+        values, axes = _diagonalise(self.values, metric)
         top = float(metric[0, 0]) ** 2
         return ProjectedCurvature(
-            values=values[::-1].copy(),
+            values=values,
             matrices=axes.T @ self.matrices @ axes,
             samples=self.samples,
             leak_largest=Measured(self.leak_largest / top, self.leak_largest.stderr / top),
@@ -294,6 +291,14 @@ def _deviations(matrices: Array, samples: Array) -> Array:
     roots = np.sqrt(counts / (len(counts) - 1))
     result: Array = roots[:, None, None] * (matrices - mean)
     return result
+
+
+def _diagonalise(values: Array, metric: Array) -> tuple[Array, Array]:
+    """Descending eigenvalues of ``diag(values)`` in ``metric``, and axes ``A' metric A = 1``."""
+    factors, rotation = np.linalg.eigh(metric)
+    whitened = rotation / np.sqrt(factors)
+    found, turned = np.linalg.eigh(whitened.T @ np.diag(values) @ whitened)
+    return found[::-1].copy(), whitened @ turned[:, ::-1]
 
 
 def selection_bias(values: Array, metrics: Sequence[Array]) -> tuple[float, float]:
@@ -314,13 +319,11 @@ def selection_bias(values: Array, metrics: Sequence[Array]) -> tuple[float, floa
         return 1.0, 0.0
     logs = []
     for here, there in (metrics, metrics[::-1]):
-        factors, rotation = np.linalg.eigh(here)
-        if factors[0] <= 0:
+        if np.linalg.eigvalsh(here)[0] <= 0:
             return 1.0, 0.0
-        whitened = rotation / np.sqrt(factors)
-        found, turned = np.linalg.eigh(whitened.T @ np.diag(values) @ whitened)
-        axis = whitened @ turned[:, -1]
+        found, axes = _diagonalise(values, here)
+        axis = axes[:, 0]
         judged = float(axis @ (values * axis)) / float(axis @ there @ axis)
-        logs.append(math.log(found[-1] / judged))
+        logs.append(math.log(found[0] / judged))
     optimism = max(0.0, sum(logs) / 2) / 2
     return math.exp(optimism), max(optimism, abs(logs[0] - logs[1]) / 4)
