@@ -48,7 +48,7 @@ def test_its_header_says_source_expectation_and_cost(path):
 @named(RUNS)
 def test_its_name_says_how_the_rate_is_chosen(path):
     config = load_config(path).config
-    published = config.curvature.policy != "mean_square"
+    published = config.curvature.policy.startswith("paper_")
     own = config.optim.lr == "auto" and not published
     assert own == (path.stem.endswith("_auto") or path.parent.name == "demo")
     assert published == bool(re.search(r"_ssgd(m|m_as_published|mn|mn_every_epoch)?$", path.stem))

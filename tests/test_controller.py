@@ -2,9 +2,9 @@
 
 import copy
 import io
-import itertools
 import logging
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from batchlr.learning_rates import balanced_momentum, heavy_ball, max_sgd_lr
 from batchlr.on_the_fly import learn_step_size
 from batchlr.operators import supervised
 from batchlr.policies import POLICIES
+from batchlr.rate_filter import RateFilter
 from batchlr.schedulers import BatchAwareLR
 
 MSE = supervised(nn.MSELoss())
@@ -87,7 +88,8 @@ def second_moment_radius(batches, lr, momentum, weight_decay):
 def test_the_first_peak_is_safety_times_the_limit(safety, momentum):
     problem = linear_problem(momentum=momentum, weight_decay=0.01)
     model, optimizer, scheduler, batches = problem
-    controller = CurvatureController(scheduler, MSE, safety=safety, dataset_size=128, tol=1e-6)
+    options = {"safety": safety, "dataset_size": 128, "tol": 1e-6, "policy": "mean_square"}
+    controller = CurvatureController(scheduler, MSE, **options)
     update = controller.maybe_update(model, batches)
     largest = float(torch.linalg.eigvalsh(dense_hessians(batches).mean(0))[-1])
     want = update.report.max_lr(BATCH, momentum=momentum, rule="top-direction").value
@@ -101,6 +103,25 @@ def test_the_first_peak_is_safety_times_the_limit(safety, momentum):
     assert update.smallest_eigenvalue == float(update.report.smallest)
     assert (update.step, update.momentum, update.failure) == (0, momentum, None)
     assert update.bound.batch_size == BATCH
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_the_edge_is_the_limit_of_a_batch_twice_as_large(kind):
+    model, _, scheduler, batches = linear_problem(kind)
+    controller = CurvatureController(scheduler, MSE, dataset_size=128, policy="edge")
+    update = controller.maybe_update(model, batches)
+    want = update.report.max_lr(2 * BATCH, optimizer=update.bound.optimizer, rule="top-direction")
+    assert update.bound == replace(want, batch_size=BATCH)
+    cautious = update.report.max_lr(BATCH, optimizer=want.optimizer, rule="top-direction")
+    assert cautious.value < update.peak == pytest.approx(want.value, rel=1e-12)
+
+
+def test_the_edge_of_large_batches_is_that_of_the_full_batch():
+    model, optimizer, _, batches = linear_problem()
+    scheduler = BatchAwareLR(optimizer, 1.0, batch_size=100)
+    controller = CurvatureController(scheduler, MSE, dataset_size=128, policy="edge")
+    update = controller.maybe_update(model, batches)
+    assert update.bound.value == update.report.max_lr(128, rule="top-direction").value
 
 
 def test_the_shape_goes_on_under_the_new_peak():
@@ -122,7 +143,7 @@ def test_adam_is_measured_in_its_own_metric():
         assert update.largest_eigenvalue == update.report.adam.largest
         assert update.momentum == 0.8
     assert first.peak == pytest.approx(
-        first.report.max_lr(BATCH, optimizer="adam", momentum=0.8, rule="top-direction").value,
+        first.report.max_lr(2 * BATCH, optimizer="adam", momentum=0.8, rule="top-direction").value,
         rel=1e-12,
     )
 
@@ -133,7 +154,7 @@ def test_rmsprop_gets_the_rate_of_its_own_law():
     first = updates_of(controller, problem, 3)[0]
     assert (first.bound.optimizer, first.bound.momentum, first.momentum) == ("rmsprop", 0.5, 0.5)
     assert first.largest_eigenvalue == first.report.adam.largest
-    adam = first.report.max_lr(BATCH, optimizer="adam", momentum=0.5, rule="top-direction")
+    adam = first.report.max_lr(2 * BATCH, optimizer="adam", momentum=0.5, rule="top-direction")
     assert first.peak == pytest.approx(0.5 * adam.value, rel=1e-12)  # 1 - momentum
 
 
@@ -198,7 +219,7 @@ def stretched_run(factors, **options):
     model = Stretched()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scheduler = BatchAwareLR(optimizer, 7.0)
-    controller = CurvatureController(scheduler, stretched_loss, total_steps=1, **options)
+    controller = CurvatureController(scheduler, stretched_loss, every_steps=1, **options)
     batches = [torch.ones(3, 2, dtype=torch.float64) for _ in range(4)]
     peaks = []
     for factor in factors:
@@ -212,21 +233,22 @@ def stretched_run(factors, **options):
 
 def test_a_lower_limit_applies_at_once_and_a_higher_one_step_by_step():
     peaks = stretched_run([1.0, 10.0, 1.0, 1.0, 1.0, 1.0], growth=3.0)
-    assert [peak for peak, _ in peaks] == pytest.approx(
-        [2.0, 0.02, 0.06, 0.18, 0.54, 1.62], rel=1e-9
-    )
+    first, low, *rising = [peak for peak, _ in peaks]
+    assert first == pytest.approx(2.0, rel=1e-9)
+    assert low == pytest.approx(0.02, rel=0.05)  # the filter keeps a little of the old one
+    assert rising == pytest.approx([low * 3**k for k in (1, 2, 3, 4)], rel=1e-9)
 
 
 @pytest.mark.parametrize("safety", [1.0, 0.5])
 @pytest.mark.parametrize("growth", [1.1, 1.5, 4.0])
-def test_peaks_never_exceed_the_safe_limit_nor_grow_faster_than_allowed(safety, growth):
+def test_peaks_follow_the_filtered_limit_as_fast_as_allowed(safety, growth):
     factors = np.exp(np.random.default_rng(0).normal(size=40))
     peaks = stretched_run(factors, safety=safety, growth=growth)
-    for peak, limit in peaks:
-        assert peak <= safety * limit * (1 + 1e-9)
-    for (before, _), (after, limit) in itertools.pairwise(peaks):
-        assert after <= growth * before * (1 + 1e-12)
-        assert after == pytest.approx(min(safety * limit, growth * before), rel=1e-9)
+    estimate = RateFilter()
+    want = math.inf
+    for step, (peak, limit) in enumerate(peaks):
+        want = min(safety * estimate.update(step, limit, 0.0), growth * want)
+        assert peak == pytest.approx(want, rel=1e-9)
 
 
 def test_the_first_limit_is_not_held_back_by_the_scheduler_s_peak():
@@ -277,20 +299,27 @@ def steps_measured(controller, problem, steps):
     ]
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"total_steps": 300}, [0, 1, 2, 4, 8, 16, 32, 52, 72, 92, 112]),
-        ({"total_steps": 60, "refreshes": 6}, [0, 1, 2, 4, 8, 16, 26, 36, 46, 56]),
-        ({"total_steps": 5}, list(range(5))),
-        ({}, [0, 1, 2, 4, 8, 16, 32, 64, 128, 228, 328]),
-    ],
-)
-def test_measurements_are_dense_early_and_regular_later(options, expected):
+def test_milestones_come_first_and_the_rest_by_need_within_the_budget():
     problem = linear_problem()
-    controller = CurvatureController(problem[2], MSE, **options)
-    steps = expected[-1] + 1
-    assert steps_measured(controller, problem, steps) == expected
+    controller = CurvatureController(problem[2], MSE, total_steps=300)
+    assert steps_measured(controller, problem, 300) == [0, *(2**k for k in range(9))]  # dear steps
+    problem = linear_problem()
+    generous = CurvatureController(problem[2], MSE, total_steps=60, max_overhead=1e9)
+    assert len(steps_measured(generous, problem, 60)) > 10
+
+
+@pytest.mark.parametrize("max_overhead", [0.5, 2.0, 10.0])
+def test_the_budget_is_kept_and_reported(max_overhead):
+    problem = linear_problem()
+    controller = CurvatureController(
+        problem[2], MSE, total_steps=400, max_overhead=max_overhead, batch_size=128
+    )
+    updates = [update for update in updates_of(controller, problem, 400) if update is not None]
+    costs = [3.0 + 2.2 * update.num_products for update in updates]  # 128 samples are one batch
+    assert controller.cadence.spent == pytest.approx(sum(costs), rel=1e-12)
+    assert controller.overhead == sum(costs) / 400
+    assert updates[-1].overhead == pytest.approx(sum(costs) / (updates[-1].step + 1), rel=1e-12)
+    assert controller.overhead <= max_overhead or len(updates) == 10  # the milestones
 
 
 def test_due_tells_what_comes_next():
@@ -306,6 +335,7 @@ def test_due_tells_what_comes_next():
 def test_batches_are_made_only_when_a_measurement_is_due():
     model, _, scheduler, batches = linear_problem()
     controller = CurvatureController(scheduler, MSE)
+    controller = CurvatureController(scheduler, MSE, total_steps=9)
     calls = []
 
     def make():
@@ -347,14 +377,16 @@ def test_a_warm_start_saves_products():
     y = torch.randint(5, (64,), generator=generator)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scheduler = BatchAwareLR(optimizer, 1.0, lambda o: LinearLR(o, 0.01, 0.01), batch_size=64)
-    controller = CurvatureController(scheduler, CROSS_ENTROPY)
+    controller = CurvatureController(scheduler, CROSS_ENTROPY, every_steps=1)
     costs = []
     for _ in range(9):
         update = controller.maybe_update(model, (x, y))
         if update is not None:
             costs.append(update.report.num_products)
         step(model, optimizer, scheduler, (x, y), CROSS_ENTROPY)
-    assert max(costs[1:]) < costs[0]
+    assert len(costs) == 9
+    assert max(costs[1:]) <= costs[0]
+    assert sum(costs[1:]) < 0.8 * 8 * costs[0]
     assert controller.num_products == sum(costs)
     assert controller.seconds > 0
 
@@ -364,7 +396,7 @@ def test_a_warm_start_saves_products():
 
 def test_a_failed_measurement_keeps_the_last_good_rate_and_says_so(caplog):
     model, optimizer, scheduler, batches = linear_problem(momentum=0.5)
-    controller = CurvatureController(scheduler, MSE)
+    controller = CurvatureController(scheduler, MSE, every_steps=1)
     good = controller.maybe_update(model, batches)
     weight = model.weight.detach().clone()
     with torch.no_grad():
@@ -482,7 +514,7 @@ def trained_conv_net(kind, *, observed):
     options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
     optimizer = kind(model.parameters(), lr=0.05, **options)
     scheduler = BatchAwareLR(optimizer, 0.05, lambda o: CosineAnnealingLR(o, 10), batch_size=24)
-    controller = CurvatureController(scheduler, CROSS_ENTROPY, total_steps=10, apply=False)
+    controller = CurvatureController(scheduler, CROSS_ENTROPY, every_steps=1, apply=False)
     updates = []
     torch.manual_seed(11)
     for k in range(10):
@@ -565,10 +597,10 @@ def test_a_cadence_replaces_the_dense_measurements(policy):
     assert steps_measured(controller, problem, 17) == [0, 5, 10, 15]
 
 
-def test_without_a_cadence_a_policy_is_dense_early_too():
+def test_without_a_cadence_a_policy_goes_by_need_too():
     problem = linear_problem()
     controller = CurvatureController(problem[2], MSE, policy="paper_sgd", total_steps=300)
-    assert steps_measured(controller, problem, 33) == [0, 1, 2, 4, 8, 16, 32]
+    assert steps_measured(controller, problem, 65) == [0, 1, 2, 4, 8, 16, 32, 64]
 
 
 def test_a_policy_that_fails_keeps_rate_and_momentum(caplog):
@@ -637,6 +669,97 @@ def test_a_resumed_policy_goes_on_bit_for_bit(cut):
     assert torch.equal(resumed[0].weight, problem[0].weight)
 
 
+# --- losses and batch sizes -----------------------------------------------------------------------
+
+
+def test_a_jump_of_the_loss_halves_the_rate_and_asks_for_a_measurement():
+    problem = linear_problem()
+    model, optimizer, scheduler, batches = problem
+    controller = CurvatureController(scheduler, MSE, total_steps=1000)
+    peak = controller.maybe_update(model, batches).peak
+    losses = [1.0] * 10 + [5.0] * 10
+    spikes = []
+    for loss in losses:
+        spikes.append(controller.observe(torch.tensor(loss)))
+        controller.maybe_update(model, lambda: pytest.fail("not due")) if not controller.due else (
+            controller.maybe_update(model, batches)
+        )
+    assert spikes == [False] * 19 + [True]
+    assert scheduler.peak == pytest.approx(peak / 2, rel=0.1)
+    assert optimizer.param_groups[0]["lr"] == scheduler.peak
+    for _ in range(40):  # quiet again
+        controller.observe(torch.tensor(1.0))
+    assert scheduler.peak == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("options", [{"apply": False}, {"policy": "paper_sgd"}])
+def test_a_controller_that_does_not_steer_does_not_back_off(options):
+    model, _, scheduler, batches = linear_problem()
+    controller = CurvatureController(scheduler, MSE, **options)
+    controller.maybe_update(model, batches)
+    peak = scheduler.peak
+    assert not any(controller.observe(torch.tensor(loss)) for loss in [1.0] * 10 + [9.0] * 10)
+    assert scheduler.peak == peak
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_another_batch_size_gets_its_own_limit_at_once(kind):
+    model, _, scheduler, batches = linear_problem(kind)
+    options = {"dataset_size": 128, "total_steps": 1000, "policy": "mean_square"}
+    controller = CurvatureController(scheduler, MSE, **options)
+    update = controller.maybe_update(model, batches)
+    controller.set_batch_size(4)
+    want = update.report.max_lr(4, optimizer=update.bound.optimizer, rule="top-direction")
+    assert scheduler.peak == pytest.approx(want.value, rel=1e-9)
+    assert scheduler.batch_size == controller.batch_size == 4
+    assert controller.due  # soon after
+    assert controller.maybe_update(model, batches).bound.batch_size == 4
+
+
+def test_a_batch_size_cannot_change_before_the_first_measurement():
+    controller = CurvatureController(linear_problem()[2], MSE)
+    with pytest.raises(ValueError, match="nothing was measured yet"):
+        controller.set_batch_size(4)
+
+
+def test_a_batch_size_changes_after_resuming_as_it_would_have():
+    model, _, scheduler, batches = linear_problem()
+    controller = CurvatureController(scheduler, MSE, dataset_size=128)
+    controller.maybe_update(model, batches)
+    file = io.BytesIO()
+    torch.save((scheduler.state_dict(), controller.state_dict()), file)
+    file.seek(0)
+    _, _, other_scheduler, _ = linear_problem()
+    other = CurvatureController(other_scheduler, MSE, dataset_size=128)
+    for part, state in zip(
+        (other_scheduler, other), torch.load(file, weights_only=True), strict=True
+    ):
+        part.load_state_dict(state)
+    for one in (controller, other):
+        one.set_batch_size(4)
+    assert other_scheduler.peak == scheduler.peak
+
+
+def test_processes_agree_on_what_the_first_decided():
+    first, second = (linear_problem(momentum=0.9) for _ in range(2))
+    leader, follower = (
+        CurvatureController(problem[2], MSE, total_steps=50, adjust_momentum=True)
+        for problem in (first, second)
+    )
+    leader.maybe_update(first[0], first[3])
+    follower.maybe_update(second[0], [(2 * x, y) for x, y in second[3]])
+    assert second[2].peak != first[2].peak
+    said = []
+    leader.agree(lambda value: said.append(value) or value)
+    follower.agree(lambda value: said.pop(0))
+    assert said == []
+    assert second[2].peak == first[2].peak
+    assert get_momentum(second[1]) == get_momentum(first[1])
+    assert follower.cadence == leader.cadence
+    assert isinstance(follower.cadence.interval, int)
+    assert follower.due == leader.due
+
+
 # --- resuming ------------------------------------------------------------------------------------
 
 
@@ -649,7 +772,7 @@ def test_a_resumed_controller_goes_on_bit_for_bit(kind, cut):
             problem[2],
             MSE,
             total_steps=30,
-            refreshes=6,
+            max_overhead=5.0,
             generator=torch.Generator().manual_seed(7),
         )
         return problem, controller
@@ -713,7 +836,7 @@ def test_the_state_does_not_change_later():
     assert state.keys() == before.keys()
     assert torch.equal(state["vectors"][0], before["vectors"][0])
     assert torch.equal(state["generator"], before["generator"])
-    plain = {k: v for k, v in before.items() if k not in ("vectors", "generator")}
+    plain = {k: v for k, v in before.items() if k not in ("vectors", "generator", "last")}
     assert {k: state[k] for k in plain} == plain
 
 
@@ -732,13 +855,18 @@ def test_growth_is_above_one(growth):
         CurvatureController(linear_problem()[2], MSE, growth=growth)
 
 
-@pytest.mark.parametrize(("refreshes", "total_steps"), [(0, None), (15, 0), (-1, 10)])
-def test_steps_and_refreshes_are_positive(refreshes, total_steps):
+@pytest.mark.parametrize("total_steps", [0, -3])
+def test_total_steps_are_positive(total_steps):
+    with pytest.raises(ValueError, match=f"positive, or None, got {total_steps}"):
+        CurvatureController(linear_problem()[2], MSE, total_steps=total_steps)
+
+
+@pytest.mark.parametrize("max_overhead", [-0.1, math.nan, math.inf])
+def test_the_budget_is_a_finite_share(max_overhead):
     with pytest.raises(
-        ValueError,
-        match=f"refreshes and total_steps must be positive, got {refreshes} and {total_steps}",
+        ValueError, match=f"max_overhead must be finite and not neg.*{max_overhead}"
     ):
-        CurvatureController(linear_problem()[2], MSE, refreshes=refreshes, total_steps=total_steps)
+        CurvatureController(linear_problem()[2], MSE, max_overhead=max_overhead)
 
 
 def test_rmsprop_s_momentum_is_not_adjusted():
@@ -774,7 +902,7 @@ def test_a_published_policy_is_for_sgd(kind):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"policy": "best"}, "policy must be one of mean_square, paper_sgd, .*, got 'best'"),
+        ({"policy": "best"}, "policy must be one of mean_square, edge, paper_sgd, .*, got 'best'"),
         (
             {"policy": "paper_sgd", "safety": 0.5},
             "policy paper_sgd is applied as published: safety must be 1, got 0.5",
@@ -794,6 +922,8 @@ def test_options_that_do_not_go_together_are_refused(options, words):
 def test_the_rule_is_the_caller_s_choice():
     problem = linear_problem()
     model, _, scheduler, batches = problem
-    controller = CurvatureController(scheduler, MSE, dataset_size=128, rule="mean-square")
+    controller = CurvatureController(
+        scheduler, MSE, dataset_size=128, rule="mean-square", policy="mean_square"
+    )
     update = controller.maybe_update(model, batches)
     assert update.bound == update.report.max_lr(BATCH, rule="mean-square")

@@ -13,7 +13,8 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src"
 LEVELS = [
-    {"random_matrix", "learning_rates", "scaling_rules", "measured", "mean_square", "operators"},
+    {"random_matrix", "learning_rates", "scaling_rules", "measured", "mean_square", "operators"}
+    | {"cadence", "rate_filter", "spike_guard"},
     {"lanczos", "trace", "dataclass_files", "policies", "projected_curvature"},
     {"slq", "curvature_noise", "gradient_noise", "curvature_report", "optimizer_state"},
     {"curvature", "edge_laws", "on_the_fly"},

@@ -3,14 +3,16 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
 
+from batchlr.cadence import Cadence
 from batchlr.curvature import measure_curvature
 from batchlr.curvature_report import CurvatureReport, LRBound, Rule
+from batchlr.dataclass_files import dataclass_from_state, dataclass_state
 from batchlr.lanczos import default_generator
 from batchlr.learning_rates import balanced_momentum
 from batchlr.on_the_fly import LearnedStepSize, learn_step_size
@@ -19,11 +21,21 @@ from batchlr.operators.curvature_matrix import NormMode
 from batchlr.operators.supervised import LossFunction
 from batchlr.optimizer_state import Kind
 from batchlr.policies import POLICIES, PolicyName
+from batchlr.rate_filter import RateFilter
 from batchlr.schedulers import BatchAwareLR
+from batchlr.spike_guard import SpikeGuard
 
 logger = logging.getLogger("batchlr")
 
+Policy = Literal["mean_square", "edge"] | PolicyName
+
+_STABLE = ("mean_square", "edge")
+_INTERVAL = 2 * 1.645  # standard errors in a 90 % interval
 _UNBOUNDED = 2**31  # stands for a data set of unknown size: without-replacement effects vanish
+_EDGE = 2  # measured against 1, 4 and 16: docs/log.md
+# Gradients of the measured samples, measured (benchmarks/curvature_products.py): recording their
+# graphs with everything around it, a product, and a product through train-mode batch norm.
+_RECORDING, _PRODUCT, _COUPLED_PRODUCT = 3.0, 2.2, 3.5
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,9 @@ class CurvatureUpdate:
     bound: LRBound | None  # None after a failure, and with a policy of the paper
     report: CurvatureReport | None  # likewise
     learned: LearnedStepSize | None = None  # with a policy of the paper; None after a failure
+    overhead: float = (
+        0.0  # cost of all measurements so far over that of the steps made, in gradients
+    )
 
     @property
     def largest_eigenvalue(self) -> float:
@@ -71,25 +86,25 @@ class CurvatureUpdate:
 class CurvatureController:
     """Keeps a scheduler's peak at the largest stable rate of the batch size trained with.
 
-    Measurements are dense while curvature moves fast, before steps 0, 1, 2, 4, 8, ..., then every
-    ``total_steps / refreshes``. Each starts from the last one's eigenvectors. A lower limit applies
-    at once, a higher one raises the peak by at most ``growth``. When a measurement fails the last
-    good rate is kept and the failure reported.
+    It measures where curvature moves (`Cadence`), each time starting from the last eigenvectors;
+    averages what it finds (`RateFilter`); raises the peak by at most ``growth`` a measurement; and,
+    if it is shown the losses (`observe`), halves the rate when they jump (`SpikeGuard`). When a
+    measurement fails the last good rate is kept and the failure reported.
 
     With one of the paper's policies a measurement is instead one Lanczos run of ``max_products``
     steps on the Hessian, and rate and momentum of the policy are applied as they are: no limit, no
-    ``growth``. They reproduce published experiments; what is wrong with them is said in
-    `batchlr.policies`.
+    filter, no ``growth``, no guard. They reproduce published experiments; what is wrong with them
+    is said in `batchlr.policies`.
 
     Args:
         scheduler: whose peak to set, and through it the optimizer's rates.
         loss_fn: ``loss_fn(model, batch)``, the scalar mean loss trained with.
-        total_steps: optimizer steps of the run; None measures every 100 steps after the first.
+        total_steps: optimizer steps of the run; None is open-ended.
         batch_size: of one optimizer step; by default the scheduler's, else that of the batches.
         dataset_size: what batches are drawn from without replacement; None is unbounded.
-        refreshes: sparse measurements over the run (assumed).
-        growth: largest rise of the peak per measurement (assumed).
-        safety: fraction of the limit to apply, in (0, 1]; 1 because the limit has the noise in it.
+        max_overhead: cost of the measurements over that of the steps, see `Cadence` (assumed).
+        growth: largest rise of the peak per measurement (measured: 3 overshoots).
+        safety: fraction of the policy's rate to apply, in (0, 1].
         adjust_momentum: set the momentum too, to where batch noise and curvature limit the rate
             alike (`balanced_momentum`).
         apply: False measures and reports only.
@@ -101,8 +116,10 @@ class CurvatureController:
         rule: of `CurvatureReport.max_lr`. The closed form of one direction is what the demos were
             measured with; ``"mean-square"`` knows all directions, but its correction for few
             batches is noisy where a measurement has only four.
-        policy: ``"mean_square"``, or a key of `POLICIES`; those are for SGD and set its momentum.
-        every_steps: measure before every so many steps, and not densely; None as said above.
+        policy: ``"mean_square"`` keeps to the limit in the mean square; ``"edge"`` to that of a
+            batch twice as large, since training survives more noise (measured); or a key of
+            `POLICIES`; those are for SGD and set its momentum.
+        every_steps: measure before every so many steps, whatever the cost; None goes by need.
         generator: for start vectors; without one the seed is 0.
 
     Raises:
@@ -117,7 +134,7 @@ class CurvatureController:
         total_steps: int | None = None,
         batch_size: int | None = None,
         dataset_size: int | None = None,
-        refreshes: int = 15,
+        max_overhead: float = 0.05,
         growth: float = 1.5,
         safety: float = 1.0,
         adjust_momentum: bool = False,
@@ -127,7 +144,7 @@ class CurvatureController:
         max_products: int = 20,
         clip_norm: float | None = None,
         rule: Rule = "top-direction",
-        policy: Literal["mean_square"] | PolicyName = "mean_square",
+        policy: Policy = "edge",
         every_steps: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -143,13 +160,16 @@ class CurvatureController:
                 "only once; set its momentum yourself and leave adjust_momentum out"
             )
             raise ValueError(msg)
-        if refreshes < 1 or (total_steps is not None and total_steps < 1):
-            msg = f"refreshes and total_steps must be positive, got {refreshes} and {total_steps}"
+        if not 0 <= max_overhead < math.inf:
+            msg = f"max_overhead must be finite and not negative, got {max_overhead}"
+            raise ValueError(msg)
+        if total_steps is not None and total_steps < 1:
+            msg = f"total_steps must be positive, or None, got {total_steps}"
             raise ValueError(msg)
         if every_steps is not None and every_steps < 1:
             msg = f"every_steps must be at least 1, or None, got {every_steps}"
             raise ValueError(msg)
-        if policy != "mean_square":
+        if policy not in _STABLE:
             _check_policy(policy, scheduler.optimizer, safety, adjust_momentum)
         self.scheduler = scheduler
         self.loss_fn = loss_fn
@@ -164,26 +184,35 @@ class CurvatureController:
         self.max_products = max_products
         self.clip_norm = clip_norm
         self.rule: Rule = rule
-        self.policy: Literal["mean_square"] | PolicyName = policy
+        self.policy: Policy = policy
         self.every_steps = every_steps
-        self.interval = 100 if total_steps is None else max(1, total_steps // refreshes)
+        self.cadence = Cadence(total_steps, max_overhead)
         self.num_products = 0
         self.seconds = 0.0
         self._generator = default_generator(generator)
+        self._filter = RateFilter()
+        self._guard = SpikeGuard()
         self._step = 0
-        self._next = 0
         self._has_rate = False
+        self._last: CurvatureReport | None = None
         self._vectors: tuple[Tensor, ...] = ()
 
     @property
     def sets_momentum(self) -> bool:
         """Whether momentum is the controller's, too."""
-        return self.apply and (self.adjust_momentum or self.policy != "mean_square")
+        return self.apply and (self.adjust_momentum or self.policy not in _STABLE)
 
     @property
     def due(self) -> bool:
         """Whether the next `maybe_update` measures."""
-        return self._step >= self._next
+        if self.every_steps is not None:
+            return self._step % self.every_steps == 0
+        return self.cadence.due(self._step)
+
+    @property
+    def overhead(self) -> float:
+        """Cost of the measurements over that of the steps so far, both in gradients."""
+        return self.cadence.spent / max(1, self._step)
 
     def maybe_update(
         self, model: nn.Module, batches: Sequence[Any] | Callable[[], Sequence[Any]]
@@ -206,14 +235,76 @@ class CurvatureController:
             return None
         made = batches() if callable(batches) else batches
         listed = [made] if isinstance(made, (tuple, dict, Tensor)) else list(made)
+        before = self._filter.log_rate
         update = self._update(model, listed)
-        self._next = self._step + (self.every_steps or min(max(self._step, 1), self.interval))
+        change = self._filter.log_rate - before
+        self.cadence.measured(
+            self._step,
+            self._cost(update, listed),
+            math.inf if update.failure or math.isnan(change) else change,
+            self._filter.variance**0.5,
+        )
         self._step += 1
-        return update
+        return replace(update, overhead=self.overhead)
+
+    def observe(self, loss: Tensor) -> bool:
+        """Show the controller the loss ``()`` of a step; True if it has just backed off.
+
+        It looks at ten losses at a time, and waits for the device only then.
+        """
+        if self.policy not in _STABLE or not self.apply or not self._has_rate:
+            return False
+        before = self._guard.factor
+        spiked = self._guard.observe(loss)
+        if self._guard.factor != before:
+            self.scheduler.set_peak(self.scheduler.peak * self._guard.factor / before)
+        if spiked:
+            logger.warning("step %d: the loss jumped, the rate is halved", self._step)
+            self.cadence.look_soon(self._step)
+        return spiked
+
+    def agree(self, same: Callable[[float], float]) -> None:
+        """Take over the decisions of the first of several processes; call it after a measurement.
+
+        Without it processes whose figures differ in the last digit could measure, and wait for one
+        another, at different steps.
+
+        Args:
+            same: returns what the first process passed, in every process.
+        """
+        self.scheduler.set_peak(same(self.scheduler.peak))
+        if self.sets_momentum:
+            set_momentum(self.scheduler.optimizer, same(get_momentum(self.scheduler.optimizer)))
+        for part in (self.cadence, self._filter):
+            part.load_state_dict(
+                {
+                    name: value if value is None else type(value)(same(value))
+                    for name, value in part.state_dict().items()
+                }
+            )
+
+    def set_batch_size(self, batch_size: int) -> None:
+        """Train with another batch size from the next step on.
+
+        The peak moves at once as the last report's limit does, and is measured again soon.
+
+        Raises:
+            ValueError: ``batch_size`` is not in [1, dataset_size], or nothing was measured yet.
+        """
+        if self._last is None or self.batch_size is None:
+            msg = "nothing was measured yet: change the batch size after the first step"
+            raise ValueError(msg)
+        new = self._bound(self._last, batch_size).value
+        factor = new / self._bound(self._last, self.batch_size).value
+        self.batch_size = batch_size
+        self._filter.scale(factor)
+        if self.apply:
+            self.scheduler.rescale(factor, batch_size)
+        self.cadence.look_soon(self._step)
 
     def _update(self, model: nn.Module, batches: list[Any]) -> CurvatureUpdate:
         try:
-            if self.policy != "mean_square":
+            if self.policy in POLICIES:
                 update = self._follow(self.policy, model, batches)
             else:
                 update = self._stay_stable(model, batches)
@@ -228,12 +319,15 @@ class CurvatureController:
         return update
 
     def _stay_stable(self, model: nn.Module, batches: list[Any]) -> CurvatureUpdate:
-        """The mean-square limit of the batch size trained with."""
-        batch_size = self.batch_size or count_samples(batches[0])
+        """The largest stable rate of the batch size trained with."""
+        self.batch_size = self.batch_size or count_samples(batches[0])
         report = self._measure(model, batches)
-        bound = self._bound(report, batch_size)
+        bound = self._bound(report, self.batch_size)
+        self._last = replace(report, seconds=0.0, top_vectors=())  # it goes into the state
+        error = math.log(bound.high / bound.low) / _INTERVAL
+        rate = self._filter.update(self._step, bound.value, error)
         if self.apply:
-            self._apply(bound)
+            self._apply(rate, bound.momentum)
         return self._record(bound=bound, report=report)
 
     def _follow(self, policy: PolicyName, model: nn.Module, batches: list[Any]) -> CurvatureUpdate:
@@ -249,6 +343,7 @@ class CurvatureController:
         )
         self.num_products += learned.num_products
         self.seconds += learned.seconds
+        self._filter.update(self._step, learned.step_size.lr, error=0.0)  # for the cadence only
         if self.apply:
             self.scheduler.set_peak(learned.step_size.lr)
             set_momentum(self.scheduler.optimizer, learned.step_size.momentum)
@@ -288,15 +383,27 @@ class CurvatureController:
             inverse = report.inverse_effective_batch_size(batch_size)
             variance = report.noise.total if report.adam is None else report.adam.total
             momentum = balanced_momentum(part.largest, variance * inverse / part.largest)
-        return report.max_lr(batch_size, optimizer=kind, momentum=momentum, rule=self.rule)
+        size = batch_size if self.policy == "mean_square" else _EDGE * batch_size
+        bound = report.max_lr(
+            min(size, report.dataset_size), optimizer=kind, momentum=momentum, rule=self.rule
+        )
+        return replace(bound, batch_size=batch_size)
 
-    def _apply(self, bound: LRBound) -> None:
-        peak = self.safety * bound.value
+    def _apply(self, rate: float, momentum: float) -> None:
+        peak = self.safety * self._guard.factor * rate
         if self._has_rate:
             peak = min(peak, self.growth * self.scheduler.peak)
         self.scheduler.set_peak(peak)
         if self.adjust_momentum:
-            set_momentum(self.scheduler.optimizer, bound.momentum)
+            set_momentum(self.scheduler.optimizer, momentum)
+
+    def _cost(self, update: CurvatureUpdate, batches: list[Any]) -> float:
+        """Of a measurement, in gradients of one training batch."""
+        report = update.report
+        product = _COUPLED_PRODUCT if report is not None and report.coupled else _PRODUCT
+        samples = sum(count_samples(batch) for batch in batches)
+        gradients = (_RECORDING + product * update.num_products) * samples
+        return gradients / (self.batch_size or samples)
 
     def _record(
         self,
@@ -320,7 +427,11 @@ class CurvatureController:
         """Numbers, lists and tensors; with it a resumed controller goes on bit-identically."""
         return {
             "step": self._step,
-            "next": self._next,
+            "cadence": self.cadence.state_dict(),
+            "filter": self._filter.state_dict(),
+            "guard": self._guard.state_dict(),
+            "batch_size": self.batch_size,
+            "last": None if self._last is None else dataclass_state(self._last),
             "has_rate": self._has_rate,
             "num_products": self.num_products,
             "seconds": self.seconds,
@@ -331,7 +442,12 @@ class CurvatureController:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` saved; the scheduler keeps its own state."""
         self._step = state_dict["step"]
-        self._next = state_dict["next"]
+        self.cadence.load_state_dict(state_dict["cadence"])
+        self._filter.load_state_dict(state_dict["filter"])
+        self._guard.load_state_dict(state_dict["guard"])
+        self.batch_size = state_dict["batch_size"]
+        last = state_dict["last"]
+        self._last = None if last is None else dataclass_from_state(CurvatureReport, last)
         self._has_rate = state_dict["has_rate"]
         self.num_products = state_dict["num_products"]
         self.seconds = state_dict["seconds"]
@@ -359,7 +475,7 @@ def _check_policy(
     policy: str, optimizer: torch.optim.Optimizer, safety: float, adjust_momentum: bool
 ) -> None:
     if policy not in POLICIES:
-        msg = f"policy must be one of mean_square, {', '.join(POLICIES)}, got {policy!r}"
+        msg = f"policy must be one of mean_square, edge, {', '.join(POLICIES)}, got {policy!r}"
         raise ValueError(msg)
     if not isinstance(optimizer, torch.optim.SGD):
         msg = (

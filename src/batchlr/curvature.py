@@ -126,7 +126,8 @@ def measure_curvature(
     if ratios is not None:
         metric = PreconditionedOperator(operator, ratios.sqrt())
     slope = _mean_gradient(operator)
-    start = _start(start_vectors[:1], slope if ratios is None else ratios.sqrt() * slope)
+    slope = slope if ratios is None else ratios.sqrt() * slope
+    start = _start(start_vectors[:1], slope, tracking=tracking)
     plain = replace(search, max_products=_ASIDE) if tracking and with_adam else search
     edges = _edges(metric, plain, start, tracking)
     random_direction = trace = ggn = Measured(math.nan)
@@ -256,15 +257,17 @@ def _edges(
     )
 
 
-def _start(vectors: Sequence[Tensor], gradient: Tensor) -> Tensor | None:
+def _start(vectors: Sequence[Tensor], gradient: Tensor, *, tracking: bool) -> Tensor | None:
     """Where to start: an earlier top eigenvector, if any, with some of the gradient.
+
+    Without one, tracking starts at the gradient, and a full report anywhere.
 
     The old eigenvector may have been overtaken; alone it would converge to the wrong eigenvalue at
     once. The gradient leans towards all the top ones.
     """
-    if not vectors:
-        return None
     length = gradient.norm()
+    if not vectors:
+        return gradient if tracking and length > 0 else None
     return vectors[0] if length == 0 else vectors[0] + _GRADIENT_SHARE * gradient / length
 
 
@@ -323,7 +326,7 @@ def _adam_curvature(
     metric = second_moment.sqrt() + eps
     scale = metric.rsqrt() if ratios is None else (ratios / metric).sqrt()
     preconditioned = PreconditionedOperator(operator, scale)
-    start = _start(start_vectors, scale * _mean_gradient(operator))
+    start = _start(start_vectors, scale * _mean_gradient(operator), tracking=tracking)
     edges = _edges(preconditioned, search, start, tracking=True)
     halves = [
         gradient_moments(operator, dataset_size=size, only=range(first, count, 2))

@@ -1,4 +1,4 @@
-"""Frozen dataclasses of numbers and arrays as files: JSON beside NPZ, no pickle."""
+"""Frozen dataclasses of numbers and arrays as files (JSON beside NPZ, no pickle) or states."""
 
 import json
 import types
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from batchlr.measured import Measured
 
@@ -54,6 +55,22 @@ def load_dataclass(kind: type[T], path: str | Path, *, version: int) -> T:
     except _UNREADABLE as error:
         msg = f"{path} is not a {kind.__name__} of format {version}: {error}"
         raise ValueError(msg) from error
+
+
+def dataclass_state(value: Any) -> dict[str, Any]:
+    """``value`` as primitives and tensors, for a ``state_dict``."""
+    arrays: dict[str, Any] = {}
+    errors: dict[str, dict[str, float]] = {}
+    content = _plain(value, "", arrays, errors)
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+    return {"content": content, "arrays": tensors, "standard_errors": errors}
+
+
+def dataclass_from_state(kind: type[T], state: dict[str, Any]) -> T:
+    """What `dataclass_state` took apart."""
+    arrays = {name: tensor.numpy(force=True) for name, tensor in state["arrays"].items()}
+    result: T = _build(kind, state["content"], "", arrays, state["standard_errors"])
+    return result
 
 
 def _plain(

@@ -144,12 +144,20 @@ class BatchAwareLR(LRScheduler):
             old, new = (
                 report.max_lr(size, optimizer=kind).value for size in (self._batch_size, batch_size)
             )
-            peak = self._peak * new / old
+            factor = new / old
         else:
             assert rule is not None
-            peak = rescale_lr(self._peak, self._batch_size, batch_size, rule=rule)
+            factor = rescale_lr(1.0, self._batch_size, batch_size, rule=rule)
+        self.rescale(factor, batch_size)
+
+    def rescale(self, factor: float, batch_size: int) -> None:
+        """Train with ``batch_size`` from now on, at ``factor`` times the peak.
+
+        Raises:
+            ValueError: ``factor`` is not a positive, finite number.
+        """
+        self.set_peak(self._peak * _positive("factor", factor))
         self._batch_size = batch_size
-        self.set_peak(peak)
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers, strings, lists and dicts of them only."""

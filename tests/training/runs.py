@@ -96,7 +96,7 @@ def differences(left: Any, right: Any, where: str = "") -> Iterator[str]:
     elif isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
         if left.dtype != right.dtype or not torch.equal(left, right):
             yield f"{where} differs"
-    elif left != right:
+    elif left != right and not (left != left and right != right):  # NaN is like NaN
         yield f"{where}: {left!r} and {right!r}"
 
 

@@ -14,6 +14,7 @@ from batchlr.training.experiment import (
     find_device,
     measurement_sizes,
     micro_size,
+    tracking_sizes,
 )
 
 
@@ -48,8 +49,20 @@ def test_a_measurement_has_batches_of_the_size_trained_with_but_at_least_four(
     experiment = build_experiment(config)
     assert measurement_sizes(config, experiment.data) == sizes
     if sizes[0] > 1:
-        batches = experiment.measurement_batches()
+        batches = experiment.measurement_batches(sizes)
         assert [len(labels) for _, labels in batches] == [sizes[0]] * sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("batch", "samples", "sizes"),
+    [(16, 256, (16, 4)), (100, 256, (25, 4)), (400, 256, (64, 4)), (400, 48, (12, 4))],
+)
+def test_while_training_no_more_is_measured_than_a_batch_or_64(tmp_path, batch, samples, sizes):
+    config = tiny(tmp_path, f"batch.global_size={batch}", f"curvature.samples={samples}")
+    experiment = build_experiment(config)
+    assert tracking_sizes(config, experiment.data) == sizes
+    batches = experiment.measurement_batches()
+    assert [len(labels) for _, labels in batches] == [sizes[0]] * sizes[1]
 
 
 def test_the_share_of_a_process_decides_the_size_measured(tmp_path):
@@ -164,10 +177,10 @@ def test_the_controller_gets_its_options(tmp_path):
     controller = built(
         tmp_path,
         "optim.lr=auto",
-        "curvature={refreshes: 4, tolerance: 0.2, max_products: 7, growth: 1.2, safety: 0.5, "
+        "curvature={max_overhead: 0.3, tolerance: 0.2, max_products: 7, growth: 1.2, safety: 0.5, "
         "adjust_momentum: true, norm_mode: eval}",
     ).controller
-    assert controller.interval == 3  # 12 steps / 4
+    assert (controller.cadence.max_overhead, controller.cadence.total_steps) == (0.3, 12)
     assert (controller.batch_size, controller.dataset_size) == (400, 1437)
     assert (controller.tol, controller.max_products, controller.growth) == (0.2, 7, 1.2)
     assert (controller.safety, controller.adjust_momentum) == (0.5, True)
@@ -181,7 +194,7 @@ def test_the_controller_knows_of_clipping(tmp_path):
 
 def test_the_controller_gets_its_policy_and_cadence(tmp_path):
     plain = built(tmp_path, "optim.lr=auto").controller
-    assert (plain.policy, plain.every_steps) == ("mean_square", None)
+    assert (plain.policy, plain.every_steps) == ("edge", None)
     published = built(
         tmp_path, "optim.lr=auto", "curvature={policy: paper_momentum, every_epochs: 2}"
     ).controller
@@ -205,10 +218,6 @@ def test_fixed_samples_are_the_same_each_time_and_in_each_run_of_a_seed(tmp_path
     for images in drawn[1:3]:
         assert all(torch.equal(x, y) for x, y in zip(drawn[0], images, strict=True))
     assert not torch.equal(drawn[0][0], drawn[3][0])
-
-
-def test_no_refreshes_leave_the_dense_measurements(tmp_path):
-    assert built(tmp_path, "optim.lr=auto", "curvature.refreshes=0").controller.interval == 12
 
 
 def test_weights_depend_on_the_seed_only(tmp_path):

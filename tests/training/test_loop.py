@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from batchlr import CurvatureReport
 from batchlr.cli import app
 from batchlr.policies import POLICIES
+from batchlr.rate_filter import RateFilter
 from batchlr.training import loop
 from batchlr.training.checkpoint import load_checkpoint
 from batchlr.training.config import load_config
@@ -101,18 +102,17 @@ def test_every_step_has_a_line(automatic):
 def test_lines_of_a_measurement_say_what_was_measured(automatic):
     lines = metrics(automatic)
     measured = [line for line in lines if "max_lr" in line]
-    # Dense at first, then refreshes: every step at most, since 12 steps are fewer than 15.
-    assert [line["step"] for line in measured] == list(range(12))
+    assert {0, 1, 2, 4, 8} <= {line["step"] for line in measured}
     for line in measured:
         assert line.keys() >= MEASURED | {"max_lr_low", "max_lr_high", "regime", "peak_lr"}
         assert line["failure"] is None
         assert line["smallest_eigenvalue"] < line["largest_eigenvalue"]
         assert 0 < line["max_lr_low"] < line["max_lr"] < line["max_lr_high"]
-        assert line["peak_lr"] <= line["max_lr"]
+        assert line["overhead"] > 0
 
 
 def test_lines_without_a_measurement_do_not(tmp_path):
-    lines = metrics(run(tmp_path, AUTO, "curvature.refreshes=3", "train.epochs=4"))
+    lines = metrics(run(tmp_path, AUTO, "curvature.max_overhead=0", "train.epochs=4"))
     assert [line["step"] for line in lines if "max_lr" in line] == [0, 1, 2, 4, 8]
     for line in lines:
         assert (line.keys() & MEASURED == MEASURED) == (line["step"] in (0, 1, 2, 4, 8))
@@ -121,10 +121,12 @@ def test_lines_without_a_measurement_do_not(tmp_path):
 
 def test_every_measurement_is_kept_as_a_report(automatic):
     for line in metrics(automatic):
+        if "max_lr" not in line:
+            continue
         report = CurvatureReport.load(automatic / "curvature" / f"step-{line['step']:08d}.json")
         assert report.largest == line["largest_eigenvalue"]
         assert report.smallest == line["smallest_eigenvalue"]
-        assert report.max_lr(400, rule="top-direction").value == line["max_lr"]
+        assert report.max_lr(800, rule="top-direction").value == line["max_lr"]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -153,12 +155,14 @@ def test_a_published_policy_sets_rate_and_momentum_every_few_epochs(tmp_path, ca
 
 def test_the_rate_is_the_measured_limit_times_the_shape(automatic):
     """12 steps, warm-up 0.05: one step, at half the peak; then a cosine to zero over 11."""
-    peak = None
+    peak, estimate = math.inf, RateFilter()
     for line in metrics(automatic):
-        peak = line["max_lr"] if peak is None else min(line["max_lr"], 1.5 * peak)
         step = line["step"]
         shape = 0.5 if step == 0 else (1 + math.cos(math.pi * (step - 1) / 11)) / 2
-        assert line["peak_lr"] == pytest.approx(peak, rel=1e-12)
+        if "max_lr" in line:
+            error = math.log(line["max_lr_high"] / line["max_lr_low"]) / (2 * 1.645)
+            peak = min(estimate.update(step, line["max_lr"], error), 1.5 * peak)
+            assert line["peak_lr"] == pytest.approx(peak, rel=1e-12)
         assert line["lr"] == pytest.approx(peak * shape, rel=1e-12)
 
 
@@ -167,9 +171,10 @@ def test_the_summary_agrees_with_the_lines_and_the_weights(automatic):
     assert result.keys() >= SUMMARY
     assert (result["steps"], result["epochs"], result["diverged"]) == (12, 4, False)
     assert result["final_lr"] == lines[-1]["lr"]
-    assert result["peak_lr"] == lines[-1]["peak_lr"]
-    assert result["curvature_products"] == sum(line["products"] for line in lines)
-    assert result["curvature_seconds"] == sum(line["measurement_seconds"] for line in lines)
+    measured = [line for line in lines if "peak_lr" in line]
+    assert result["peak_lr"] == measured[-1]["peak_lr"]
+    assert result["curvature_products"] == sum(line["products"] for line in measured)
+    assert result["curvature_seconds"] == sum(line["measurement_seconds"] for line in measured)
     assert 0 < result["curvature_seconds"] < result["wall_seconds"]
     last_epoch = [line["loss"] for line in lines[-3:]]
     assert result["train_loss"] == pytest.approx(sum(last_epoch) / 3, rel=1e-12)
@@ -201,7 +206,7 @@ def test_sparse_lines_lose_nothing_of_the_summary(tmp_path):
     measured = run(
         tmp_path, "train.max_steps=5", "log.every_steps=5", "curvature.measure=true", out="measured"
     )
-    assert [line["step"] for line in metrics(measured)] == list(range(5))
+    assert [line["step"] for line in metrics(measured)] == [0, 1, 2, 4]
 
 
 @pytest.mark.parametrize("network", ["mlp", "batch norm"])
@@ -313,11 +318,11 @@ def test_a_run_is_the_plain_training_loop(tmp_path, overrides, optimizer, smooth
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_measuring_without_applying_changes_no_bit(tmp_path, network):
-    """Weights, buffers, optimizer, schedule and random state, after five measurements."""
+    """Weights, buffers, optimizer, schedule and random state, after four measurements or more."""
     common = [*NETWORKS[network], "train.max_steps=5"]
     without = run(tmp_path, *common, out="without")
     measured = run(tmp_path, *common, "curvature.measure=true", out="with")
-    assert all("max_lr" in line for line in metrics(measured))
+    assert sum("max_lr" in line for line in metrics(measured)) >= 4
     left, right = state(without), state(measured)
     for own in ("controller", "sampler"):  # what belongs to measuring
         del left[own], right[own]
@@ -517,7 +522,9 @@ def test_a_measurement_that_fails_does_not_stop_a_run_with_a_rate_of_its_own(tmp
     out = run(tmp_path, *common, "curvature.measure=true")
     lines = metrics(out)
     assert len(lines) == 12
-    assert all(line["failure"].endswith(": nothing limits the rate") for line in lines)
+    failures = [line["failure"] for line in lines if "failure" in line]
+    assert len(failures) >= 5
+    assert all(failure.endswith(": nothing limits the rate") for failure in failures)
     plain = run(tmp_path, *common, out="plain")
     assert_same(state(out)["model"], state(plain)["model"])
 

@@ -30,7 +30,7 @@ from batchlr.training.distributed import Processes
 from batchlr.training.interruption import stop_request
 from batchlr.training.loop import InterruptedRun
 
-SPARSE = ["curvature.refreshes=3"]  # before steps 0, 1, 2, 4, 8
+SPARSE = ["curvature.max_overhead=0"]  # before steps 0, 1, 2, 4, 8
 RUNS = {
     "batch norm": [*NETWORKS["batch norm"], "optim.lr=auto", *SPARSE],
     "batch norm, adam": [*NETWORKS["batch norm"], "optim={name: adam, lr: auto}", *SPARSE],
@@ -119,7 +119,7 @@ def test_the_comparison_sees_what_matters(whole):
     assert saved["optimizer"]["state"][0].keys() == {"step", "exp_avg", "exp_avg_sq"}
     assert any("running_var" in name for name in saved["model"])
     assert saved["controller"]["vectors"]
-    assert {"generator", "next", "num_products"} <= saved["controller"].keys()
+    assert {"generator", "cadence", "filter", "guard", "num_products"} <= saved["controller"].keys()
     assert {"sampler", "random_state", "scheduler"} <= saved.keys()
     with pytest.raises(AssertionError, match=r"stem\.weight differs"):
         assert_same(saved, state(whole("batch norm")))

@@ -8,6 +8,7 @@ from torch import nn
 
 from batchlr.controller import CurvatureController
 from batchlr.operators.supervised import SupervisedLoss, supervised
+from batchlr.policies import POLICIES
 from batchlr.schedulers import BatchAwareLR
 from batchlr.training.config import TrainConfig
 from batchlr.training.config.variants import SGDOptions
@@ -23,6 +24,7 @@ from batchlr.training.models import build_model
 from batchlr.training.shapes import shape_factory
 
 _MIN_BATCHES = 4  # disjoint batches a measurement of curvature noise should have
+_FEWEST = 64  # assumed: samples of a measurement while training, where a batch has fewer
 
 
 @dataclass
@@ -49,9 +51,9 @@ class Experiment:
         Fresh ones, or with ``curvature.fixed_samples`` the same each time.
 
         Args:
-            sizes: size and number of the batches; by default `measurement_sizes`.
+            sizes: size and number of the batches; by default `tracking_sizes`.
         """
-        size, count = sizes or measurement_sizes(self.config, self.data, self.processes.world_size)
+        size, count = sizes or tracking_sizes(self.config, self.data, self.processes.world_size)
         fixed = self.config.curvature.fixed_samples
         batches = measurement_batches(
             self.data,
@@ -164,8 +166,20 @@ def measurement_sizes(config: TrainConfig, data: ImageData, world_size: int = 1)
     but at least four fit into ``curvature.samples``. The paper's policies, which ask for no noise,
     take all samples as one batch.
     """
-    samples = min(config.curvature.samples, len(data.train))
-    if config.curvature.policy != "mean_square":
+    return _sizes(config, data, world_size, config.curvature.samples)
+
+
+def tracking_sizes(config: TrainConfig, data: ImageData, world_size: int = 1) -> tuple[int, int]:
+    """As `measurement_sizes`, while training: no more samples than one batch, or 64, has."""
+    if config.curvature.policy in POLICIES:
+        return measurement_sizes(config, data, world_size)
+    most = max(config.batch.global_size, _FEWEST)
+    return _sizes(config, data, world_size, min(config.curvature.samples, most))
+
+
+def _sizes(config: TrainConfig, data: ImageData, world_size: int, samples: int) -> tuple[int, int]:
+    samples = min(samples, len(data.train))
+    if config.curvature.policy in POLICIES:
         return samples, 1
     size = max(1, min(micro_size(config, world_size), samples // _MIN_BATCHES))
     return size, max(1, min(samples // size, len(data.train) // size))
@@ -250,7 +264,7 @@ def _controller(
         total_steps=steps_per_epoch * config.train.epochs,
         batch_size=config.batch.global_size,
         dataset_size=len(data.train),
-        refreshes=max(1, options.refreshes),
+        max_overhead=options.max_overhead,
         growth=options.growth,
         safety=options.safety,
         adjust_momentum=options.adjust_momentum,

@@ -4,7 +4,8 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from batchlr.controller import CurvatureUpdate, get_momentum, set_momentum
+from batchlr.controller import CurvatureUpdate, get_momentum
 from batchlr.training.checkpoint import latest_checkpoint, save_checkpoint
 from batchlr.training.config import TrainConfig
 from batchlr.training.console import RunConsole
@@ -161,6 +162,8 @@ class _Run:
         update = self.measure()
         rate = float(experiment.scheduler.get_last_lr()[0])
         loss = self.update_weights(batch)
+        if experiment.controller is not None and experiment.controller.observe(loss):
+            self.console.say(f"step {progress.step}: the loss jumped, the rate is halved")
         entry = {
             "step": progress.step,
             "epoch": progress.epoch,
@@ -193,12 +196,11 @@ class _Run:
         )
         if update is None:
             return None
-        if experiment.controller.apply:
-            group = experiment.processes
-            experiment.scheduler.set_peak(group.same(update.peak, experiment.device))
-        if experiment.controller.sets_momentum:
-            momentum = experiment.processes.same(update.momentum, experiment.device)
-            set_momentum(experiment.optimizer, momentum)
+        if experiment.processes.world_size > 1:
+            same = partial(experiment.processes.same, device=experiment.device)
+            experiment.controller.agree(same)
+            momentum = get_momentum(experiment.optimizer)
+            update = replace(update, peak=experiment.scheduler.peak, momentum=momentum)
         if not self.updates:
             self.console.measurement(update)
         if update.failure is not None:
@@ -357,5 +359,6 @@ def _measured(update: CurvatureUpdate | None) -> dict[str, Any]:
         "peak_lr": update.peak,
         "products": update.num_products,
         "measurement_seconds": update.seconds,
+        "overhead": update.overhead,
         "failure": update.failure,
     }

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from batchlr.policies import POLICIES
 from batchlr.training.config.fields import (
     AboveOne,
     Count,
@@ -20,6 +21,7 @@ from batchlr.training.config.fields import (
     FolderName,
     Fraction,
     Interior,
+    NonNegative,
     Options,
     PositiveOrNull,
     Resume,
@@ -72,10 +74,15 @@ class CurvatureOptions(Options):
     measure: FlagOrNull = Field(
         default=None, description="measure while training; null = only when optim.lr is auto"
     )
-    samples: CountFromTwo = Field(default=256, description="samples in one measurement (assumed)")
-    refreshes: CountFromZero = Field(
-        default=15,
-        description="sparse measurements over the run, after the dense early ones (assumed)",
+    samples: CountFromTwo = Field(
+        default=256,
+        description="samples in one measurement; while training no more than the batch has, or 64 "
+        "(assumed)",
+    )
+    max_overhead: NonNegative = Field(
+        default=0.05,
+        description="cost of the measurements over that of the training steps, which a handful "
+        "at fixed steps early in the run may exceed (assumed)",
     )
     tolerance: Interior = Field(
         default=0.1, description="relative residual at which an eigenvalue search stops (assumed)"
@@ -100,20 +107,22 @@ class CurvatureOptions(Options):
     )
     policy: Literal[
         "mean_square",
+        "edge",
         "paper_sgd",
         "paper_momentum",
         "paper_momentum_as_published",
         "paper_nesterov",
     ] = Field(
-        default="mean_square",
+        default="edge",
         description="what a measurement sets: mean_square = the largest stable rate (Mulayoff and "
-        "Michaeli 2024, extended to momentum); paper_* = rate and momentum of the paper's "
+        "Michaeli 2024, extended to momentum); edge = that of a batch twice as large (measured); "
+        "paper_* = rate and momentum of the paper's "
         "on-the-fly learners as published, from one Lanczos run of max_products steps",
     )
     every_epochs: CountOrNull = Field(
         default=None,
         description="epochs between two measurements (the paper used 1, 10 and 20); null = dense "
-        "early, then refreshes (assumed)",
+        "early, then by need (assumed)",
     )
     fixed_samples: Flag = Field(
         default=False,
@@ -124,10 +133,12 @@ class CurvatureOptions(Options):
     @field_validator("policy")
     @classmethod
     def _check(cls, policy: str, info: ValidationInfo) -> str:
-        if policy != "mean_square" and info.data.get("safety", 1.0) != 1.0:
-            raise refusal("must be mean_square when safety is not 1")
-        if policy != "mean_square" and info.data.get("adjust_momentum"):
-            raise refusal("must be mean_square when adjust_momentum is true; others set momentum")
+        if policy in POLICIES and info.data.get("safety", 1.0) != 1.0:
+            raise refusal("must be mean_square or edge when safety is not 1")
+        if policy in POLICIES and info.data.get("adjust_momentum"):
+            raise refusal(
+                "must be mean_square or edge when adjust_momentum is true; others set momentum"
+            )
         return policy
 
 
@@ -253,8 +264,10 @@ class TrainConfig(Options):
         optim = info.data.get("optim")
         if curvature.measure is False and optim is not None and optim.lr == "auto":
             raise refusal("measure must not be false when optim.lr is auto")
-        if curvature.policy != "mean_square" and optim is not None and optim.name != "sgd":
-            words = f"policy must be mean_square for {optim.name}; {curvature.policy} is sgd's"
+        if curvature.policy in POLICIES and optim is not None and optim.name != "sgd":
+            words = (
+                f"policy must be mean_square or edge for {optim.name}; {curvature.policy} is sgd's"
+            )
             raise refusal(words)
         return curvature
 

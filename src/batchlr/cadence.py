@@ -1,0 +1,82 @@
+"""When to measure curvature while training: where it moves, and within a budget."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, final
+
+_SPARSE = 2  # measured: milestones lie this factor apart; with 4 the rate ran away (docs/log.md)
+_MOVED = 0.2  # assumed: a change of the limit by 20 % is worth another look soon
+_ADVANCE = 0.25  # assumed: share of the whole run's budget that may be spent before it is earned
+
+
+@final
+@dataclass
+class Cadence:
+    """Says before which steps to measure, without a clock, so that runs are repeatable.
+
+    Milestones are steps 0, 1, 2, 4, 8, ...: at those it always measures. In between it goes by
+    need: the interval halves when the limit has moved, and doubles when it has not, but no
+    measurement by need takes the cost above ``max_overhead`` of the training steps. Costs are in
+    gradients of one training batch, about one step each.
+
+    Args:
+        total_steps: of the run; None is open-ended, and nothing is spent in advance.
+        max_overhead: cost of all measurements over that of the steps. Only milestones, about
+            ``log2(total_steps)`` of them, may exceed it: short runs need a rate as well.
+    """
+
+    total_steps: int | None = None
+    max_overhead: float = 0.05
+    next: float = 0  # step before which to measure; infinite: never again
+    interval: int = 1
+    spent: float = 0.0
+
+    def due(self, step: int) -> bool:
+        """Whether to measure before ``step``."""
+        return step >= self.next
+
+    def measured(self, step: int, cost: float, change: float, error: float = 0.0) -> None:
+        """Note a measurement before ``step`` and plan the next.
+
+        Args:
+            step: steps made before it.
+            cost: in gradients of one training batch.
+            change: logarithm of the limit over the last one.
+            error: standard error of that change; a change within it is none.
+        """
+        self.spent += cost
+        moved = abs(change) > max(_MOVED, error)
+        longest = max(1, (self.total_steps or step) // 10)
+        self.interval = max(1, self.interval // 2) if moved else min(2 * self.interval, longest)
+        by_need = max(step + self.interval, self._affordable(cost))
+        self.next = min(by_need, self._milestone(step))
+
+    def look_soon(self, step: int) -> None:
+        """Something has happened: measure before the step after ``step``, and often for a while."""
+        self.interval = 1
+        self.next = min(self.next, step + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers only."""
+        return asdict(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        for name, value in state_dict.items():
+            setattr(self, name, value)
+
+    def _milestone(self, step: int) -> int:
+        milestone = 1
+        while milestone <= step:
+            milestone *= _SPARSE
+        return milestone
+
+    def _affordable(self, cost: float) -> float:
+        """The first step at which another measurement of ``cost`` is within the budget."""
+        if self.max_overhead <= 0:
+            return math.inf
+        earned = (self.spent + cost) / self.max_overhead
+        if self.total_steps is None:
+            return earned
+        step = earned - _ADVANCE * self.total_steps
+        return math.inf if earned > self.total_steps else math.ceil(step)
