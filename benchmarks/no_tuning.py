@@ -1,10 +1,10 @@
 """`lr: auto` against tuned rates: every network, batch size and optimizer with one setting.
 
-A cell is a task, a network, an optimizer and a batch size. Its grid is seven fixed peak rates, a factor
-of about three apart, under the same cosine with warm-up and for the same epochs: one seed each, then
-two more for the best two. `auto` runs with three seeds and no option of its own. Finished runs
-are kept in the results file and skipped, so the script may be stopped and started at will, and any
-part run alone.
+A cell is a task, a network, an optimizer and a batch size. Its grid is seven fixed peak rates, a
+factor of about three apart, under the same cosine with warm-up and for the same epochs: one seed
+each, then two more for the best two. `auto` runs with three seeds and no option of its own.
+Finished runs are kept in the results file and skipped, so the script may be stopped and started at
+will, and any part run alone.
 
     python benchmarks/no_tuning.py --models mlp --batches 64
     python benchmarks/no_tuning.py --table
