@@ -125,7 +125,7 @@ def main():
     options = {} if arguments.tol is None else {"tol": arguments.tol}
     print(
         "| run | products an update | the same, warm | most | longer runs | mean error | median "
-        "| largest | above its estimate | share of the time |\n|---|---|---|---|---|---|---|---|---|---|"
+        "| largest | above its estimate | share of the time |\n" + "|---" * 10 + "|"
     )
     figures = [
         follow(name, arguments.updates, arguments.check_every, **options) for name in arguments.runs

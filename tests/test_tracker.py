@@ -137,7 +137,7 @@ class TestTracking:
         assert update.num_products == 5
         assert update.largest.error > 1e-6
 
-    @settings(max_examples=25)
+    @settings(max_examples=25, deadline=None)
     @given(
         size=st.integers(1, 8), seed=st.integers(0, 999), ends=st.sampled_from(["largest", "both"])
     )

@@ -12,6 +12,7 @@ FORMS = ("auto", "device", "half", "cpu")
 
 _ROWS = 16  # assumed: rows allocated at a time where the number of vectors is not known
 _CHUNK = 1 << 16  # measured (docs/log.md): columns widened at a time; 8 MB at 32 rows
+_SMALL = 1 << 26  # assumed: bytes that are not worth asking the system for
 _HALVES = {torch.float64: torch.float32, torch.float32: torch.float16}
 
 
@@ -87,6 +88,11 @@ class KrylovBasis:
     def orthogonalise_(self, vector: Tensor) -> Tensor:
         """Classical Gram-Schmidt, twice (enough: Giraud et al. 2005), in place."""
         if self.count == 0:
+            return vector
+        if len(self._blocks) == 1 and self._stored_as == self.dtype and self.form == "device":
+            rows = self._blocks[0][: self.count]
+            for _ in range(2):
+                vector.addmv_(rows.T, rows @ vector, alpha=-1)
             return vector
         here = vector.to(self._stored_on)
         for _ in range(2):
@@ -193,6 +199,8 @@ def choose_form(
     else:
         forms = [form]
     least = count if least is None else min(least, count)
+    if budget is None and basis_bytes(size, count, dtype, forms[0]) < _SMALL:
+        return forms[0], count
     reports = []
     for candidate in forms:
         place = torch.device("cpu") if candidate == "cpu" else device

@@ -212,5 +212,7 @@ def _dot(left: Tensor, right: Tensor) -> Tensor:
     """Inner product in float64, a part at a time."""
     if left.dtype == torch.float64:
         return torch.dot(left, right)
-    parts = zip(left.split(_EXACT), right.split(_EXACT), strict=True)
+    if left.numel() <= _EXACT:
+        return torch.dot(left.double(), right.double())
+    parts = zip(torch.split(left, _EXACT), torch.split(right, _EXACT), strict=True)
     return torch.stack([torch.dot(a.double(), b.double()) for a, b in parts]).sum()

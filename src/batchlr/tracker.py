@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from batchlr.curvature_noise import DirectionalNoise, directional_noise, noise_of_products
-from batchlr.lanczos import Subspace, default_generator, gaussian
+from batchlr.lanczos import default_generator, gaussian
+from batchlr.lanczos_process import Subspace
 from batchlr.measured import Measured
 from batchlr.operators import LinearOperator
 from batchlr.operators.base import BatchedOperator
@@ -23,7 +24,7 @@ _EXPLORE_NEAR = 2  # assumed: the same while the second eigenvalue is within `_N
 _NEAR = 0.75  # assumed
 _GRADIENT_SHARE = 0.2  # assumed: of the gradient's direction in such a look
 _DOUBT = (4.0, 1.4)  # measured (docs/log.md): of a gap remembered, of one seen
-_FORGET = 0.9  # assumed: of the second eigenvalue, an update
+_FORGET = 0.97  # measured (docs/log.md): of the second eigenvalue seen, at each update
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class CurvatureTracker:
             by_batch=self.with_noise,
             keep_products=2 * self.max_products * len(self._trails) if self.with_noise else 0,
         )
-        explored = self._search(space, operator, slope)
+        self._search(space, operator, slope)
         values, coefficients = space.ritz()
         edges = {end: self._edge(space, end, values, coefficients) for end in self._trails}
         warm = self.max_products * len(self._trails)
@@ -172,7 +173,7 @@ class CurvatureTracker:
             noise, spent = _noise(space, operator, subspace)
             products += spent
         for end, edge in edges.items():
-            self._remember(space, end, edge, explored, values, coefficients)
+            self._remember(space, end, edge, values, coefficients)
         self.num_updates += 1
         self.num_products += products
         scale = float(values.abs().max())
@@ -186,8 +187,8 @@ class CurvatureTracker:
             noise=noise,
         )
 
-    def _search(self, space: RitzSpace, operator: LinearOperator, slope: Tensor | None) -> set[str]:
-        """Let vectors join the space until the ends are settled; the ends that were explored."""
+    def _search(self, space: RitzSpace, operator: LinearOperator, slope: Tensor | None) -> None:
+        """Let vectors join the space until the ends are settled."""
         limit = self.max_run * len(self._trails)
         for trail in self._trails.values():
             if trail.vector is not None and space.num_products < limit:
@@ -195,14 +196,11 @@ class CurvatureTracker:
         if space.size == 0 and (slope is None or not space.extend(slope)):
             space.extend(gaussian(operator, self._generator))
         pending = [end for end in self._trails if self._due(end)]
-        explored = set()
         while space.num_products < limit and space.size < operator.shape[0]:
             values, coefficients = space.ritz()
             if pending:
                 end = pending.pop()
-                direction = self._exploration(end, operator, slope)
-                if space.extend(direction, end=self.ends):
-                    explored.add(end)
+                space.extend(self._exploration(end, operator, slope), end=self.ends)
                 continue
             scale = float(values.abs().max())
             edges = [self._edge(space, end, values, coefficients) for end in self._trails]
@@ -214,7 +212,6 @@ class CurvatureTracker:
             column = coefficients[:, _index(end)]
             if not space.extend(space.residual(edges[worst].value, column), end=self.ends):
                 break
-        return explored
 
     def _due(self, end: str) -> bool:
         """Whether this update looks for an overtaking eigenvalue."""
@@ -258,7 +255,6 @@ class CurvatureTracker:
         space: RitzSpace,
         end: str,
         edge: TrackedEdge,
-        explored: set[str],
         values: Tensor,
         coefficients: Tensor,
     ) -> None:
@@ -279,10 +275,7 @@ class CurvatureTracker:
         if edge.value == 0:
             return
         found = float(values[second]) / edge.value
-        if trail.ratio is None or end in explored:
-            trail.ratio = found
-        else:
-            trail.ratio = max(found, _FORGET * trail.ratio)
+        trail.ratio = found if trail.ratio is None else max(found, _FORGET * trail.ratio)
 
     def _slope(self, operator: LinearOperator, gradient: Tensor | None) -> Tensor | None:
         """The gradient, or None if there is none or it has no direction."""
