@@ -11,7 +11,7 @@ BasisForm = Literal["auto", "device", "half", "cpu"]
 FORMS = ("auto", "device", "half", "cpu")
 
 _ROWS = 16  # assumed: rows allocated at a time where the number of vectors is not known
-_CHUNK = 1 << 16  # measured (docs/log.md): columns widened at a time; 8 MB at 32 rows
+_CHUNK = 1 << 16  # assumed: columns widened at a time; 8 MB at 32 rows
 _SMALL = 1 << 26  # assumed: bytes that are not worth asking the system for
 _HALVES = {torch.float64: torch.float32, torch.float32: torch.float16}
 

@@ -19,7 +19,7 @@ from batchlr.rayleigh_ritz import RitzSpace
 Ends = Literal["largest", "both"]
 
 _CAPACITY = 12  # assumed: vectors of a longer run before it restarts from half of them
-_EXPLORE_EVERY = 8  # measured (docs/log.md): updates between looks for an overtaking eigenvalue
+_EXPLORE_EVERY = 8  # measured (docs/log.md): updates between looks for one that overtakes
 _EXPLORE_NEAR = 2  # assumed: the same while the second eigenvalue is within `_NEAR` of the first
 _NEAR = 0.75  # assumed
 _GRADIENT_SHARE = 0.2  # assumed: of the gradient's direction in such a look
@@ -86,7 +86,7 @@ class CurvatureTracker:
     Args:
         ends: ``"largest"``, or ``"both"`` (products and limits then count for two).
         tol: error at which an update stops, relative to the largest magnitude seen. Mean true
-            errors came out at a third to a half of it (`benchmarks/tracking.py`).
+            errors came out at 0.3 % to 2.4 % (`benchmarks/tracking.py`), single ones higher.
         max_products: of a usual update, per end (assumed).
         max_run: of the first update and of longer runs, per end (assumed).
         with_noise: also return how batches differ (`TrackedCurvature.subspace`, ``noise``). It
