@@ -15,8 +15,19 @@ SOURCE = Path(__file__).parents[1] / "src"
 LEVELS = [
     {"random_matrix", "learning_rates", "scaling_rules", "measured", "mean_square", "operators"}
     | {"cadence", "rate_filter", "spike_guard"},
-    {"lanczos", "trace", "dataclass_files", "policies", "projected_curvature"},
-    {"slq", "curvature_noise", "gradient_noise", "curvature_report", "optimizer_state"},
+    {"krylov_basis", "rayleigh_ritz"},
+    {"lanczos_process"},
+    {"lanczos", "dataclass_files", "policies", "projected_curvature"},
+    {
+        "slq",
+        "trace",
+        "sampling",
+        "curvature_noise",
+        "gradient_noise",
+        "curvature_report",
+        "optimizer_state",
+    },
+    {"tracker"},
     {"curvature", "edge_laws", "on_the_fly"},
     {"schedulers", "batch_size", "averaging", "probes", "optim"},
     {"controller"},

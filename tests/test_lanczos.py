@@ -1,17 +1,22 @@
 """Lanczos on matrices whose spectra are chosen, with dense eigensolvers as the judge."""
 
+import contextlib
+import gc
 import math
+import weakref
 
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.sparse.linalg
 import scipy.stats
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from batchlr import DenseOperator, lanczos, top_eigenpairs
+from batchlr import DenseOperator, LinearOperator, lanczos, top_eigenpairs
+from batchlr.krylov_basis import KrylovBasis
 from batchlr.lanczos import MAX_STEPS
 from batchlr.operators.base import BatchedOperator
 from cases import CASES, DiagonalOperator
@@ -385,6 +390,200 @@ def assert_sound(pairs, matrix):
         assert distance(value, exact) <= residual + rounding
 
 
+class TestErrors:
+    """`residual^2 / gap` against the true error."""
+
+    @each_spectrum
+    @pytest.mark.parametrize("which", ["largest", "both"])
+    def test_errors_bound_the_distance_to_an_eigenvalue(self, spectrum, which):
+        matrix = with_spectrum(spectrum)
+        exact = torch.linalg.eigvalsh(matrix)
+        rounding = 1e-13 * float(exact.abs().max()) * math.sqrt(SIZE)
+        for tol in (1e-3, 1e-6):
+            pairs = top_eigenpairs(DenseOperator(matrix), which=which, tol=tol)
+            assert (pairs.errors <= pairs.residuals).all()
+            for value, error in zip(pairs.values, pairs.errors, strict=True):
+                assert distance(value, exact) <= error + rounding
+
+    @settings(max_examples=40, deadline=None)
+    @given(seed=st.integers(0, 10_000), size=st.integers(20, 60), steps=st.integers(5, 15))
+    def test_they_hold_for_an_end_that_stands_out(self, seed, size, steps):
+        spectrum = torch.rand(size, dtype=torch.float64, generator=generator(seed))
+        spectrum[0] = 1.5
+        matrix = with_spectrum(spectrum, seed)
+        pairs = top_eigenpairs(DenseOperator(matrix), tol=1e-12, max_steps=steps)
+        assume(pairs.residuals[0] < 0.2)  # before that the search has not found it
+        assert 1.5 - pairs.values[0] <= pairs.errors[0] + 1e-13
+
+    def test_judging_errors_takes_fewer_products(self):
+        spectrum = torch.cat([torch.linspace(0, 1, 499), torch.tensor([1.5])]).double()
+        operator = DiagonalOperator(spectrum)
+        certified = top_eigenpairs(operator, tol=1e-6)
+        estimated = top_eigenpairs(operator, tol=1e-6, criterion="error")
+        assert estimated.converged
+        assert estimated.num_products < 0.9 * certified.num_products
+        assert abs(estimated.values[0] - 1.5) < 1e-6 * 1.5
+
+    def test_a_gap_that_could_close_counts_for_nothing(self):
+        """At the edge of a bulk the residuals of the last two values reach over each other."""
+        operator = DiagonalOperator(torch.linspace(0, 1, 5000, dtype=torch.float64))
+        pairs = top_eigenpairs(operator, tol=1e-9, max_steps=10)
+        assert torch.equal(pairs.errors, pairs.residuals)
+
+
+class TestDifficultSpectra:
+    @pytest.mark.parametrize("which", ["largest", "both"])
+    def test_a_cluster_at_the_edge(self, which):
+        spectrum = torch.cat([torch.linspace(-1, 1, 180), 2 + 1e-4 * torch.arange(20)]).double()
+        matrix = with_spectrum(spectrum)
+        pairs = top_eigenpairs(DenseOperator(matrix), which=which, tol=1e-3)
+        assert_sound(pairs, matrix)
+        assert abs(pairs.values[0] - spectrum.max()) <= 2e-3 * 2
+
+    def test_two_hundred_float32_steps_have_no_ghosts_and_stay_orthogonal(self):
+        bulk = 0.01 * torch.randn(20_000, generator=generator())
+        bulk[:10] = torch.linspace(50, 100, 10)
+        t = lanczos(DiagonalOperator(bulk), 200)
+        gram = t.basis @ t.basis.T
+        assert (gram - torch.eye(200)).abs().max() < 1e-4
+        values, _ = t.eigh()
+        assert (values > 1).sum() == 10
+        expected = torch.linspace(50, 100, 10).double()
+        torch.testing.assert_close(values[-10:], expected, rtol=1e-5, atol=0)
+
+    def test_the_algebraically_largest_not_the_largest_in_magnitude(self):
+        spectrum = torch.linspace(-50, 3, SIZE, dtype=torch.float64)
+        pairs = top_eigenpairs(DenseOperator(with_spectrum(spectrum)), tol=1e-6)
+        assert pairs.values[0] == pytest.approx(3, abs=1e-4)
+
+    @pytest.mark.parametrize("scale", [1e-7, 1e-20])
+    def test_tiny_matrices_in_float32_against_scipy(self, scale):
+        matrix = with_spectrum(torch.linspace(-3, 2, SIZE, dtype=torch.float64))
+        single = (scale * matrix).float()
+        pairs = top_eigenpairs(DenseOperator(single), which="both", tol=1e-4)
+        exact = scipy.linalg.eigvalsh(single.double().numpy())[[-1, 0]]
+        assert np.abs(pairs.values.numpy() - exact).max() < 1e-3 * 3 * scale
+
+    def test_the_oracle_agrees_on_a_network(self):
+        problem = CASES["mlp-relu"]()
+        operator = problem.operator("hessian")
+        exact = scipy.sparse.linalg.eigsh(
+            operator.to_scipy(), k=2, which="LA", return_eigenvectors=False
+        )
+        pairs = top_eigenpairs(operator, 2, tol=1e-8)
+        np.testing.assert_allclose(pairs.values.flip(0).numpy(), exact, rtol=1e-8)
+
+
+class TestRestart:
+    @pytest.mark.parametrize("which", ["largest", "smallest", "both"])
+    @pytest.mark.parametrize("k", [1, 3])
+    def test_a_short_basis_finds_the_same_pairs(self, which, k):
+        spectrum = torch.cat(
+            [torch.linspace(-1, 1, 294), torch.tensor([-4.0, -3, -2, 2, 3, 5])]
+        ).double()
+        matrix = with_spectrum(spectrum)
+        options = {"k": k, "which": which, "tol": 1e-8}
+        whole = top_eigenpairs(DenseOperator(matrix), **options)
+        wanted = 2 * k if which == "both" else k
+        short = top_eigenpairs(DenseOperator(matrix), max_basis=2 * wanted + 8, **options)
+        assert short.converged
+        assert short.num_products > 2 * wanted + 8  # it has restarted
+        torch.testing.assert_close(short.values, whole.values, rtol=0, atol=1e-12)
+        assert_sound(short, matrix)
+        assert short.num_products < 2 * whole.num_products
+
+    def test_products_are_counted_across_restarts(self):
+        operator = DiagonalOperator(torch.linspace(0, 1, 2000, dtype=torch.float64))
+        pairs = top_eigenpairs(operator, tol=1e-9, max_steps=50, max_basis=10)
+        assert pairs.num_products == operator.num_products == 50
+        assert not pairs.converged
+
+    def test_a_small_budget_makes_it_restart(self):
+        spectrum = torch.cat([torch.linspace(0, 1, 999), torch.tensor([1.25])]).double()
+        operator = DiagonalOperator(spectrum)
+        pairs = top_eigenpairs(operator, tol=1e-6, basis_budget=12 * 1000 * 8)
+        assert pairs.converged
+        assert pairs.num_products > 12
+        assert pairs.values[0] == pytest.approx(1.25, rel=1e-9)
+
+    @pytest.mark.parametrize("samples", [(3, 5, 2, 2, 1, 4, 3, 6, 2, 5)])
+    def test_the_batches_own_matrices_survive_a_restart(self, samples):
+        operator = batch_matrices(samples, size=60)
+        pairs = top_eigenpairs(operator, tol=1e-12, max_basis=10, with_subspace=True)
+        assert pairs.num_products > 10
+        space = pairs.subspace
+        dense = space.axes.T @ operator.matrices @ space.axes
+        assert (space.matrices - dense).abs().max() < 1e-10 * operator.mean.norm()
+        assert space.weights.sum() < 1 + 1e-12
+
+    def test_copies_are_still_found_in_the_complement(self):
+        matrix = with_spectrum(torch.tensor([5.0, 5.0, *[1.0] * 38], dtype=torch.float64))
+        pairs = top_eigenpairs(DenseOperator(matrix), 2, max_basis=12)
+        torch.testing.assert_close(pairs.values, torch.full((2,), 5.0).double())
+
+
+class TestBasisForms:
+    @pytest.mark.parametrize("form", ["device", "half", "cpu"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_every_form_finds_the_spectrum(self, form, dtype):
+        bulk = 0.01 * torch.randn(5000, generator=generator(), dtype=torch.float64).to(dtype)
+        bulk[:3] = torch.tensor([3.0, 5.0, 10.0])
+        operator = DiagonalOperator(bulk)
+        plain = lanczos(operator, 40).eigh()[0]
+        t = lanczos(operator, 40, basis=form)
+        # The worst case: an eigenvector in one entry, which float16 rounds to 5e-4.
+        half = 3e-4 if dtype == torch.float32 else 1e-7
+        loss = half if form == "half" else 1e-12
+        assert (t.eigh()[0] - plain).abs().max() <= loss * 10
+        assert (t.eigh()[0] > 1).sum() == 3  # no ghosts
+        gram = t.basis.double() @ t.basis.double().T
+        assert (gram - torch.eye(40).double()).abs().max() < (2e-3 if form == "half" else 1e-4)
+        pairs = top_eigenpairs(operator, 2, basis=form, tol=1e-3, which="both")
+        assert pairs.values[0] == pytest.approx(10, rel=1e-4)
+
+    def test_the_basis_can_be_left_behind(self):
+        operator = DiagonalOperator(torch.linspace(0, 1, 100))
+        kept, left = lanczos(operator, 10), lanczos(operator, 10, keep_basis=False)
+        assert left.basis.shape == (0, 100)
+        assert torch.equal(kept.diagonal, left.diagonal)
+        assert torch.equal(kept.off_diagonal, left.off_diagonal)
+
+    @pytest.mark.parametrize("run", [lanczos, top_eigenpairs])
+    def test_what_does_not_fit_is_refused_before_any_product(self, run):
+        operator = DiagonalOperator(torch.linspace(0, 1, 1000))
+        options = {"num_steps": 30} if run is lanczos else {}
+        words = r"does not fit \(device: .* of 9 kB; half: .* of 9 kB\)\. Ways out: fewer steps"
+        with pytest.raises(MemoryError, match=words):
+            run(operator, **options, basis_budget=9_000)
+        assert operator.num_products == 0
+
+    @pytest.mark.parametrize("run", [lanczos, top_eigenpairs])
+    def test_unknown_forms(self, run):
+        operator = DiagonalOperator(torch.linspace(0, 1, 10))
+        options = {"num_steps": 3} if run is lanczos else {}
+        with pytest.raises(ValueError, match=r"basis must be one of auto, .*, got 'disk'"):
+            run(operator, **options, basis="disk")
+
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_everything_is_freed_on_return_and_on_error(self, fails):
+        freed = []
+
+        class Watched(LinearOperator):
+            def _multiply(self, columns):
+                if fails and self.num_products == 5:
+                    raise ArithmeticError
+                product = torch.linspace(0, 1, 50).unsqueeze(1) * columns
+                weakref.finalize(product, freed.append, 1)
+                return product
+
+        operator = Watched(50, dtype=torch.float32, device=torch.device("cpu"))
+        with contextlib.suppress(ArithmeticError):
+            top_eigenpairs(operator, tol=1e-9, max_steps=8)
+        gc.collect()
+        assert not [o for o in gc.get_objects() if type(o) is KrylovBasis]
+        assert len(freed) == (4 if fails else 8)
+
+
 class TestBothRefuse:
     @pytest.fixture(params=["lanczos", "top_eigenpairs"])
     def run(self, request):
@@ -425,6 +624,15 @@ class TestBothRefuse:
 
 
 class TestRefuses:
+    def test_an_unknown_criterion(self):
+        with pytest.raises(ValueError, match="criterion must be 'residual' or 'error', got 'gap'"):
+            top_eigenpairs(DenseOperator(torch.eye(5)), criterion="gap")
+
+    def test_a_basis_too_short_to_restart(self):
+        operator = DiagonalOperator(torch.linspace(0, 1, 100))
+        with pytest.raises(ValueError, match="max_basis must be at least 12 for 2 pairs, got 11"):
+            top_eigenpairs(operator, which="both", max_basis=11)
+
     @pytest.mark.parametrize("num_steps", [0, -1, 6])
     def test_num_steps_out_of_range(self, num_steps):
         with pytest.raises(ValueError, match=rf"num_steps must lie in \[1, 5\], got {num_steps}"):

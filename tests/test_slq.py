@@ -82,7 +82,7 @@ class TestExactness:
         assert measure.mean_stderr < 1e-14
 
     @given(num_steps=st.integers(1, 12), num_probes=st.integers(1, 4), seed=st.integers(0, 99))
-    @settings(max_examples=25)
+    @settings(max_examples=25, deadline=None)
     def test_is_a_probability_measure_inside_the_spectrum(self, num_steps, num_probes, seed):
         matrix = symmetric(seed)
         operator = DenseOperator(matrix)
@@ -190,6 +190,65 @@ class TestStandardErrors:
         torch.testing.assert_close(measure.density(grid, 0.2), curves.mean(0))
         expected = curves.std(0) / math.sqrt(3)
         torch.testing.assert_close(measure.density_stderr(grid, 0.2), expected)
+
+
+class TestOutliers:
+    def test_each_is_found_with_its_place_and_the_doubt_about_its_weight(self):
+        operator = spiked()
+        measure = stochastic_lanczos_quadrature(operator, num_steps=25, num_probes=40)
+        found = measure.outliers()
+        assert len(found) >= 10
+        for outlier, exact in zip(found, operator.diagonal[:10].tolist(), strict=False):
+            assert outlier.value == pytest.approx(exact, rel=1e-6)
+            assert abs(outlier.weight - 1 / 3000) < 4 * outlier.weight.stderr
+            assert outlier.weight.stderr >= math.sqrt(2 / 40) * outlier.weight
+        assert any(outlier.reliable for outlier in found[:10])
+
+    def test_one_probe_is_flagged_and_has_an_error_all_the_same(self):
+        measure = stochastic_lanczos_quadrature(spiked(), num_steps=25, num_probes=1)
+        found = measure.outliers()
+        assert len(found) >= 10
+        for outlier in found:
+            assert not outlier.reliable
+            assert outlier.weight.stderr == pytest.approx(math.sqrt(2) * outlier.weight)
+            assert math.isnan(outlier.value.stderr)
+
+    def test_the_other_end_has_its_own(self):
+        operator = spiked()
+        operator.diagonal[20] = -7
+        measure = stochastic_lanczos_quadrature(operator, num_steps=25, num_probes=3)
+        assert measure.outliers("smallest")[0].value == pytest.approx(-7, rel=1e-6)
+
+    def test_a_bulk_is_none(self):
+        operator = DiagonalOperator(torch.ones(500, dtype=torch.float64))
+        measure = stochastic_lanczos_quadrature(operator, num_steps=5, num_probes=2)
+        assert measure.outliers() == ()
+
+    def test_refusals(self):
+        measure = stochastic_lanczos_quadrature(spiked(), num_steps=2, num_probes=1)
+        with pytest.raises(ValueError, match="end must be 'largest' or 'smallest', got 'top'"):
+            measure.outliers("top")
+        alone = SpectralMeasure(measure.nodes, measure.weights, measure.probes, 2)
+        with pytest.raises(ValueError, match="outliers need to know P"):
+            alone.outliers()
+
+
+class TestMemory:
+    @pytest.mark.parametrize("basis", ["half", "cpu"])
+    def test_moments_do_not_depend_on_where_the_basis_is(self, basis):
+        operator = DenseOperator(symmetric())
+        options = {"num_steps": 10, "num_probes": 2}
+        plain = stochastic_lanczos_quadrature(operator, **options)
+        other = stochastic_lanczos_quadrature(operator, basis=basis, **options)
+        assert other.second_moment == pytest.approx(plain.second_moment, rel=1e-6)
+
+    def test_a_basis_that_does_not_fit_is_refused(self):
+        operator = DenseOperator(symmetric())
+        with pytest.raises(MemoryError, match="Krylov basis of 10 vectors of 80 numbers does not"):
+            stochastic_lanczos_quadrature(
+                operator, num_steps=10, num_probes=2, basis="device", basis_budget=6399
+            )
+        assert operator.num_products == 0
 
 
 class TestDensity:

@@ -2,12 +2,28 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from batchlr.krylov_basis import BasisForm
 from batchlr.lanczos import default_generator, gaussian, lanczos
+from batchlr.measured import Measured
 from batchlr.operators import LinearOperator
+
+_FEW = 10.0  # assumed: a node that stands for at most so many eigenvalues is an outlier
+_RELIABLE = 0.3  # assumed: relative error of a weight that may be used as a number
+_ONE_PROBE = math.sqrt(2)  # relative standard deviation of an isolated eigenvalue's weight
+
+
+@dataclass(frozen=True)
+class Outlier:
+    """An isolated node: its place is good from one probe on, its weight is not."""
+
+    value: Measured  # mean over probes and its standard error
+    weight: Measured  # share of the spectrum, an eigenvalue being 1/P
+    reliable: bool  # whether the weight's error is below 30 %, which takes about 22 probes
 
 
 @dataclass(frozen=True)
@@ -22,6 +38,7 @@ class SpectralMeasure:
     weights: Tensor  # (n,) float64 Gauss weights, their sum is 1
     probes: Tensor  # (n,) int64, the probe each node belongs to
     num_products: int
+    size: int | None = None  # P
 
     @property
     def num_probes(self) -> int:
@@ -62,6 +79,48 @@ class SpectralMeasure:
             return torch.full_like(densities[0], math.nan)
         return densities.std(0) / math.sqrt(len(densities))
 
+    def outliers(self, end: Literal["largest", "smallest"] = "largest") -> tuple[Outlier, ...]:
+        """Isolated eigenvalues at one end, outermost first, with the errors of their weights.
+
+        Nodes are matched from probe to probe by their order from the end, up to the first that
+        stands for more than ten eigenvalues on average. A weight's relative error is at least the
+        ``sqrt(2 / num_probes)`` of a Gaussian probe, so that one probe has an error too, and few
+        that agree by chance claim no more.
+
+        Raises:
+            ValueError: ``end`` is unknown, or the measure does not know P.
+        """
+        if end not in ("largest", "smallest"):
+            msg = f"end must be 'largest' or 'smallest', got {end!r}"
+            raise ValueError(msg)
+        if self.size is None:
+            msg = "outliers need to know P: give the measure its size"
+            raise ValueError(msg)
+        probes = []
+        for probe in range(self.num_probes):
+            chosen = self.probes == probe
+            order = self.nodes[chosen].argsort(descending=end == "largest")
+            shares = self.num_probes * self.weights[chosen][order]
+            probes.append((self.nodes[chosen][order], shares))
+        found = []
+        for rank in range(min(len(nodes) for nodes, _ in probes)):
+            values = torch.stack([nodes[rank] for nodes, _ in probes])
+            shares = torch.stack([weights[rank] for _, weights in probes])
+            weight = float(shares.mean())
+            if weight * self.size > _FEW:
+                break
+            relative = _ONE_PROBE / math.sqrt(self.num_probes)
+            scatter = _standard_error(shares)
+            error = max(relative * weight, 0.0 if math.isnan(scatter) else scatter)
+            found.append(
+                Outlier(
+                    value=Measured(float(values.mean()), _standard_error(values)),
+                    weight=Measured(weight, error),
+                    reliable=error <= _RELIABLE * weight,
+                )
+            )
+        return tuple(found)
+
     def _densities(self, grid: Tensor, bandwidth: float) -> Tensor:
         if not bandwidth > 0:
             msg = f"bandwidth must be positive, got {bandwidth}"
@@ -83,14 +142,26 @@ def stochastic_lanczos_quadrature(
     *,
     num_steps: int,
     num_probes: int,
+    basis: BasisForm = "auto",
+    basis_budget: int | None = None,
     generator: torch.Generator | None = None,
 ) -> SpectralMeasure:
     """Spectral measure from ``num_probes * num_steps`` products (Ubaru, Chen & Saad 2017).
 
-    Moments up to ``2 num_steps - 1`` of each probe are exact. A breakdown ends a probe early.
+    Moments up to ``2 num_steps - 1`` of each probe are exact. A breakdown ends a probe early. The
+    basis of one probe is in memory at a time, ``num_steps P`` numbers in the form chosen.
+
+    Args:
+        operator: a symmetric matrix.
+        num_steps: Lanczos steps of each probe.
+        num_probes: random vectors.
+        basis: where the Krylov vectors are, see `lanczos`.
+        basis_budget: bytes they may take; by default what is free.
+        generator: for the probes; without one the seed is 0.
 
     Raises:
-        ValueError: ``num_steps`` not in [1, P] or ``num_probes`` < 1.
+        ValueError: ``num_steps`` not in [1, P] or ``num_probes`` < 1, or an illegal ``basis``.
+        BasisMemoryError: a MemoryError, before any product: the basis does not fit.
         ArithmeticError: a product is not finite.
     """
     if num_probes < 1:
@@ -101,12 +172,24 @@ def stochastic_lanczos_quadrature(
     nodes, weights, probes = [], [], []
     for probe in range(num_probes):
         start = gaussian(operator, generator)
-        values, vectors = lanczos(operator, num_steps, start=start).eigh()
+        tridiagonal = lanczos(
+            operator,
+            num_steps,
+            start=start,
+            basis=basis,
+            basis_budget=basis_budget,
+            keep_basis=False,
+        )
+        values, vectors = tridiagonal.eigh()
         nodes.append(values)
         weights.append(vectors[0] ** 2 / num_probes)
         probes.append(torch.full_like(values, probe, dtype=torch.int64))
     return SpectralMeasure(
-        torch.cat(nodes), torch.cat(weights), torch.cat(probes), operator.num_products - before
+        torch.cat(nodes),
+        torch.cat(weights),
+        torch.cat(probes),
+        operator.num_products - before,
+        operator.shape[0],
     )
 
 
