@@ -61,7 +61,7 @@ def directional_noise(
         msg = f"vector must have unit norm, got {float(vector.norm()):.6g}"
         raise ValueError(msg)
     products = torch.stack(list(operator.batch_products(vector)))  # (K, P)
-    samples = torch.tensor(operator.samples, dtype=torch.float64, device=products.device)
+    samples = torch.tensor(operator.weights, dtype=torch.float64, device=products.device)
     weights = (samples / samples.sum()).to(products.dtype)
     deviations = products - weights @ products
     parallel = (deviations @ vector).double() ** 2
