@@ -16,7 +16,7 @@ LEVELS = [
     {"random_matrix", "learning_rates", "scaling_rules", "measured", "mean_square", "operators"},
     {"lanczos", "trace", "dataclass_files", "policies", "projected_curvature"},
     {"slq", "curvature_noise", "gradient_noise", "curvature_report", "optimizer_state"},
-    {"curvature", "edge_laws", "on_the_fly"},
+    {"curvature", "edge_laws", "on_the_fly", "layer_spectra"},
     {"schedulers", "batch_size", "averaging", "probes", "optim"},
     {"controller"},
     {"__init__"},  # the public names: `import batchlr` as a user writes it

@@ -16,8 +16,8 @@ from batchlr.operators.graphs import GraphStore, KeepGraph, Recording, offloaded
 from batchlr.operators.isolation import NORM_LAYERS, Isolation
 from batchlr.operators.isolation import NormMode as NormMode
 from batchlr.operators.parameters import Adder, common_dtype, named_trainable_parameters, split_like
-from batchlr.operators.supervised import LossFunction
 from batchlr.operators.repetition import RepetitionCheck
+from batchlr.operators.supervised import LossFunction
 
 
 class CurvatureOptions(TypedDict, total=False):
@@ -250,7 +250,10 @@ class CurvatureMatrix(BatchedOperator):
         tensors = [self._parameters[j] for j in chosen]
         with torch.inference_mode(False):
             tangents = [
-                [piece.to(t.dtype) for piece, t in zip(split_like(row, tensors), tensors, strict=True)]
+                [
+                    piece.to(t.dtype)
+                    for piece, t in zip(split_like(row, tensors), tensors, strict=True)
+                ]
                 for row in rows
             ]
             totals = torch.empty(rows.shape, dtype=self.dtype, device=self.device)

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -181,8 +181,7 @@ def _count(tensor: Tensor, sizes: dict[int, int]) -> None:
 
 
 def _saved(node: Any) -> Iterable[Tensor]:
-    names = _saved_names(type(node))
-    for entry in (getattr(node, name) for name in names):
+    for entry in (getattr(node, name) for name in _saved_names(type(node))):
         if isinstance(entry, Tensor):
             yield entry
         elif isinstance(entry, (tuple, list)):
@@ -190,5 +189,5 @@ def _saved(node: Any) -> Iterable[Tensor]:
 
 
 @cache
-def _saved_names(kind: type) -> tuple[str, ...]:
+def _saved_names(kind: Hashable) -> tuple[str, ...]:
     return tuple(n for n in dir(kind) if n.startswith("_saved_") or n == "saved_tensors")
