@@ -47,7 +47,7 @@ def test_layers_smaller_than_asked_give_what_they_have():
 
 def test_measures_have_the_moments_of_the_blocks():
     operator = CASES["mlp-tanh"]().operator("hessian")
-    found = layer_measures(operator, num_steps=8, num_probes=200)
+    found = layer_measures(operator, num_steps=6, num_probes=30)
     for layer, matrix in blocks("mlp-tanh", "hessian").items():
         measure = found[layer]
         error = 5 * measure.mean_stderr

@@ -84,7 +84,9 @@ class GGNOperator(CurvatureMatrix):
             curved = None if pushed is None else curve(pushed)
             return [None] * len(chosen) if curved is None else pull_back(curved, chosen)
 
-        return Recording(loss, lambda: pull_back(slope, everything), product, (outputs, *roots))
+        return Recording(
+            loss, lambda: pull_back(slope, everything), product, (outputs, *roots), uses <= FEW
+        )
 
 
 def _of_outputs(
