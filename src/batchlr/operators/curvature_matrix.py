@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any, TypedDict, final
 
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from batchlr.operators.base import BatchedOperator
 from batchlr.operators.batch_weight import batch_weight
 from batchlr.operators.batches import check_batches, count_samples, cut
-from batchlr.operators.graphs import GraphStore, KeepGraph, Recording, offloaded
+from batchlr.operators.graphs import GraphStore, KeepGraph, Recording, offloaded, survey
 from batchlr.operators.isolation import NORM_LAYERS, Isolation
 from batchlr.operators.isolation import NormMode as NormMode
 from batchlr.operators.parameters import Adder, common_dtype, named_trainable_parameters, split_like
 from batchlr.operators.repetition import RepetitionCheck
+from batchlr.operators.second_order import torchs_own_layers
 from batchlr.operators.supervised import LossFunction
 
 
@@ -122,6 +123,7 @@ class CurvatureMatrix(BatchedOperator):
         self._state = [*model.parameters(), *model.buffers()]
         self._recorded_at: object = None
         self._offload = offload
+        self._checkpoints: bool | None = None  # whether layers are computed anew; not known yet
         keep = True if offload and keep_graph == "auto" else keep_graph
         self._graphs = GraphStore(keep, memory_budget, expected_products, self._state)
         narrowest = min((p.dtype for p in self._parameters), key=lambda d: torch.finfo(d).bits)
@@ -222,6 +224,15 @@ class CurvatureMatrix(BatchedOperator):
     def _differentiate(self, batch: Any, uses: int, seed: int) -> Recording:
         """Record ``batch`` for ``uses`` products, in an isolation of this ``seed``."""
 
+    def _differentiated(self, number: int, columns: int) -> Recording:
+        with ExitStack() as stack:
+            if self._offload:
+                stack.enter_context(offloaded(self._state))
+            if self._checkpoints:  # autograd computes them anew outside of any function mode
+                stack.enter_context(torchs_own_layers())
+            uses = self._graphs.uses(columns)
+            return self._differentiate(self._parts[number].batch, uses, self._seed + number)
+
     @final
     def _evaluate(self, function: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:
         """``function(model, batch)``, checked to be a tensor."""
@@ -229,6 +240,10 @@ class CurvatureMatrix(BatchedOperator):
         if not isinstance(result, Tensor):
             msg = f"the loss function must return a tensor, got {type(result).__name__}"
             raise TypeError(msg)
+        if self._checkpoints is None:
+            self._checkpoints = survey([result]).hooked
+            if self._checkpoints:
+                raise _ComputedAnew
         return result
 
     @final
@@ -298,10 +313,12 @@ class CurvatureMatrix(BatchedOperator):
         if recording is not None:
             return recording
         before = self._versions()
-        with offloaded(self._state) if self._offload else nullcontext():
-            recording = self._differentiate(
-                self._parts[number].batch, self._graphs.uses(columns), self._seed + number
-            )
+        try:
+            recording = self._differentiated(number, columns)
+        except _ComputedAnew:
+            self._checkpoints = True
+            with self._isolation(self._seed + number):
+                recording = self._differentiated(number, columns)
         if self._versions() != before:
             msg = (
                 "running the model changes its weights in place (an embedding with max_norm?), so "
@@ -312,6 +329,10 @@ class CurvatureMatrix(BatchedOperator):
             self._check.see_loss(number, recording.loss)
         self._graphs.offer(number, recording)
         return recording
+
+
+class _ComputedAnew(Exception):
+    """Layers are checkpointed."""
 
 
 def check_norm_mode(model: nn.Module, norm_mode: NormMode | None) -> NormMode | None:

@@ -163,7 +163,7 @@ class Graph:
     """What a recorded graph holds."""
 
     num_bytes: int  # of its tensors, each storage once; those of weights do not count
-    hooked: bool  # some are not held but computed or fetched when needed, as by checkpointing
+    hooked: bool  # some are not held but computed when needed, as by checkpointing
 
 
 def survey(roots: Sequence[Tensor], owned: Iterable[Tensor] = ()) -> Graph:
@@ -177,8 +177,9 @@ def survey(roots: Sequence[Tensor], owned: Iterable[Tensor] = ()) -> Graph:
     while queue:
         node = queue.pop()
         for saved in _saved(node):
-            if getattr(saved, "unpack_hook", _UNKNOWN) is not None:
-                hooked = True
+            hook = getattr(saved, "unpack_hook", _UNKNOWN)
+            if hook is not None:
+                hooked = hooked or getattr(hook, "__module__", None) != __name__
             elif saved.data is not None:
                 _count(saved.data, sizes)
         for parent, _ in node.next_functions:
