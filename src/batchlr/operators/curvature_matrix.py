@@ -13,7 +13,7 @@ from batchlr.operators.base import BatchedOperator
 from batchlr.operators.batch_weight import batch_weight
 from batchlr.operators.batches import check_batches, count_samples, cut
 from batchlr.operators.graphs import GraphStore, KeepGraph, Recording, offloaded, survey
-from batchlr.operators.isolation import NORM_LAYERS, Isolation
+from batchlr.operators.isolation import NORM_LAYERS, Isolation, check_norm_mode
 from batchlr.operators.isolation import NormMode as NormMode
 from batchlr.operators.parameters import Adder, common_dtype, named_trainable_parameters, split_like
 from batchlr.operators.repetition import RepetitionCheck
@@ -333,26 +333,6 @@ class CurvatureMatrix(BatchedOperator):
 
 class _ComputedAnew(Exception):
     """Layers are checkpointed."""
-
-
-def check_norm_mode(model: nn.Module, norm_mode: NormMode | None) -> NormMode | None:
-    """``norm_mode`` if it is legal for ``model``.
-
-    Raises:
-        ValueError: it is unknown, or missing although the model normalises over batches.
-    """
-    if norm_mode not in ("train", "eval", None):
-        msg = f"norm_mode must be 'train' or 'eval', got {norm_mode!r}"
-        raise ValueError(msg)
-    names = [name for name, m in model.named_modules() if isinstance(m, NORM_LAYERS)]
-    if names and norm_mode is None:
-        msg = (
-            f"the model normalises over batches ({len(names)} layers, first {names[0]!r}) and its "
-            "curvature depends on how: pass norm_mode='train' (batch statistics, what a training "
-            "step descends) or norm_mode='eval' (running statistics, a sum over samples)"
-        )
-        raise ValueError(msg)
-    return norm_mode
 
 
 def check_micro_batch(model: nn.Module, norm_mode: NormMode | None, micro_batch: int) -> None:

@@ -67,7 +67,9 @@ class GraphStore:
         self._budget = budget
         self._owned = list(owned)
         self._used = 0
-        self._full = keep is False or (keep == "auto" and expected == 1)
+        self._closed = keep is False or (keep == "auto" and expected == 1)
+        self._full = self._closed
+        self._told = False
         self._expected = MANY if expected is None else expected
         self._kept: dict[int, Recording] = {}
 
@@ -95,18 +97,21 @@ class GraphStore:
             )  # fmt: skip
             if self._used > self._budget:
                 self._full = True
-                logger.info(
-                    "the graphs of %d batches fill the memory budget of %.3g MB; those of the "
-                    "others are recorded anew for each product",
-                    len(self._kept), self._budget / 1e6,
-                )  # fmt: skip
+                if not self._told:
+                    logger.info(
+                        "the graphs of %d batches fill the memory budget of %.3g MB; those of the "
+                        "others are recorded anew for each product",
+                        len(self._kept), self._budget / 1e6,
+                    )  # fmt: skip
+                self._told = True
                 return
         self._kept[number] = replace(recording, runs_model=recording.runs_model or graph.hooked)
 
     def clear(self) -> None:
-        """Forget all recordings; what turned out not to fit is not tried again."""
+        """Forget all recordings; there is room again."""
         self._kept.clear()
         self._used = 0
+        self._full = self._closed
 
 
 @contextmanager

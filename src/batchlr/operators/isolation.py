@@ -122,3 +122,23 @@ def forked_random_state(device: torch.device, seed: int) -> Iterator[None]:
             with module.device(accelerator):
                 module.manual_seed(seed)
         yield
+
+
+def check_norm_mode(model: nn.Module, norm_mode: NormMode | None) -> NormMode | None:
+    """``norm_mode`` if it is legal for ``model``.
+
+    Raises:
+        ValueError: it is unknown, or missing although the model normalises over batches.
+    """
+    if norm_mode not in ("train", "eval", None):
+        msg = f"norm_mode must be 'train' or 'eval', got {norm_mode!r}"
+        raise ValueError(msg)
+    names = [name for name, m in model.named_modules() if isinstance(m, NORM_LAYERS)]
+    if names and norm_mode is None:
+        msg = (
+            f"the model normalises over batches ({len(names)} layers, first {names[0]!r}) and its "
+            "curvature depends on how: pass norm_mode='train' (batch statistics, what a training "
+            "step descends) or norm_mode='eval' (running statistics, a sum over samples)"
+        )
+        raise ValueError(msg)
+    return norm_mode
