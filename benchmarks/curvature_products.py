@@ -1,4 +1,4 @@
-"""Cost of one curvature product, beside curvlinops and beside stock batch norm.
+"""Cost of one curvature product, beside curvlinops and beside torch's own layers.
 
 Rounds alternate between the contestants in one process; each figure is the ratio of CPU times
 within a round (all threads), its median and its range over the rounds.
@@ -7,7 +7,6 @@ within a round (all threads), its median and its range over the rounds.
 """
 
 import argparse
-import contextlib
 import statistics
 import time
 import warnings
@@ -17,7 +16,7 @@ from curvlinops import GGNLinearOperator, HessianLinearOperator
 from torch import nn
 
 import batchlr
-from batchlr.operators import curvature_matrix
+from batchlr.operators.second_order import torchs_own_layers
 from batchlr.training.data import load_data, measurement_batches
 from batchlr.training.models import build_model
 
@@ -69,13 +68,11 @@ def main():
     once = gradient(model, loss_fn, batch)
     compare("gradient : Hessian product, train", once, lambda: operators["train"] @ vector, rounds)
 
-    composed = curvature_matrix.DifferentiableBatchNorm
-    curvature_matrix.DifferentiableBatchNorm = contextlib.nullcontext
     stock = batchlr.HessianOperator(model, loss_fn, [batch], norm_mode="train")
-    stock @ vector
-    curvature_matrix.DifferentiableBatchNorm = composed
+    with torchs_own_layers():
+        stock @ vector  # recorded here
     compare(
-        "Hessian product, train : the same with stock batch norm",
+        "Hessian product, train : the same with torch's own layers",
         lambda: operators["train"] @ vector, lambda: stock @ vector, rounds,
     )  # fmt: skip
 

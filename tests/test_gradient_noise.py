@@ -38,7 +38,8 @@ def cut(gradients, order, sizes):
     """What `gradient_moments` asks of an operator, from per-sample gradients in a given order."""
     groups = gradients[list(order)[: sum(sizes)]].split(list(sizes))
     return SimpleNamespace(
-        samples=tuple(sizes), batch_gradients=lambda: (group.mean(0) for group in groups)
+        weights=tuple(map(float, sizes)),
+        batch_gradients=lambda: (group.mean(0) for group in groups),
     )
 
 

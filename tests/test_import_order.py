@@ -28,7 +28,7 @@ LEVELS = [
         "optimizer_state",
     },
     {"tracker"},
-    {"curvature", "edge_laws", "on_the_fly"},
+    {"curvature", "edge_laws", "on_the_fly", "layer_spectra"},
     {"schedulers", "batch_size", "averaging", "probes", "optim"},
     {"controller"},
     {"__init__"},  # the public names: `import batchlr` as a user writes it

@@ -539,7 +539,7 @@ class TestBasisForms:
         gram = t.basis.double() @ t.basis.double().T
         assert (gram - torch.eye(40).double()).abs().max() < (2e-3 if form == "half" else 1e-4)
         pairs = top_eigenpairs(operator, 2, basis=form, tol=1e-3, which="both")
-        assert pairs.values[0] == pytest.approx(10, rel=1e-4)
+        assert pairs.values[0] == pytest.approx(10, rel=5e-4 if form == "half" else 1e-4)
 
     def test_the_basis_can_be_left_behind(self):
         operator = DiagonalOperator(torch.linspace(0, 1, 100))

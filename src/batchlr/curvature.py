@@ -238,7 +238,7 @@ def _edges(
     projected = ProjectedCurvature(
         values=space.values.cpu().numpy(),
         matrices=space.matrices.cpu().numpy(),
-        samples=operator.samples,
+        samples=operator.weights,
         leak_largest=noise.outside,
         leak_smallest=Measured(math.nan) if below is None else below.outside,
     )
@@ -273,8 +273,8 @@ def _start(vectors: Sequence[Tensor], gradient: Tensor, *, tracking: bool) -> Te
 
 def _mean_gradient(operator: CurvatureMatrix) -> Tensor:
     """Gradient ``(P,)`` of the mean loss over the operator's batches."""
-    total = sum(operator.samples)
-    pairs = zip(operator.samples, operator.batch_gradients(), strict=True)
+    total = sum(operator.weights)
+    pairs = zip(operator.weights, operator.batch_gradients(), strict=True)
     return torch.stack([gradient * (count / total) for count, gradient in pairs]).sum(0)
 
 

@@ -62,24 +62,23 @@ def directional_noise(
         msg = f"vector must have unit norm, got {float(vector.norm()):.6g}"
         raise ValueError(msg)
     products = torch.stack(list(operator.batch_products(vector)))  # (K, P)
-    return noise_of_products(products, operator.samples, vector, others=others)
+    return noise_of_products(products, operator.weights, vector, others=others)
 
 
 def noise_of_products(
-    products: Tensor, counts: Sequence[int], vector: Tensor, *, others: Tensor | None = None
+    products: Tensor, weights: Sequence[float], vector: Tensor, *, others: Tensor | None = None
 ) -> DirectionalNoise:
-    """`directional_noise` from the products ``H_k v`` ``(K, P)`` of batches of ``counts`` samples.
+    """`directional_noise` from the products ``H_k v`` ``(K, P)`` of batches of these ``weights``.
 
     Args:
         products: of at least two batches.
-        counts: samples of each batch.
+        weights: of the batches, in samples (`BatchedOperator.weights`).
         vector: ``v`` ``(P,)`` of unit norm.
         others: ``(P, k)`` orthonormal, orthogonal to ``vector``.
     """
-    count = len(counts)
-    samples = torch.tensor(counts, dtype=torch.float64, device=products.device)
-    weights = (samples / samples.sum()).to(products.dtype)
-    deviations = products - weights @ products
+    count = len(weights)
+    samples = torch.tensor(weights, dtype=torch.float64, device=products.device)
+    deviations = products - (samples / samples.sum()).to(products.dtype) @ products
     parallel = (deviations @ vector).double() ** 2
     total = deviations.double().square().sum(1)
     directions = vector.new_zeros(vector.numel(), 0) if others is None else others

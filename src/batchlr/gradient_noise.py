@@ -45,8 +45,8 @@ def gradient_moments(
     Raises:
         ValueError: there is only one batch.
     """
-    chosen = range(len(operator.samples)) if only is None else only
-    samples = [operator.samples[number] for number in chosen]
+    chosen = range(len(operator.weights)) if only is None else only
+    samples = [operator.weights[number] for number in chosen]
     if len(samples) < 2:
         msg = "the noise of the gradient needs at least two disjoint batches, got 1"
         raise ValueError(msg)

@@ -196,13 +196,13 @@ class LanczosProcess:
             product: Tensor = self.operator @ self.next
             return product
         j = self.count - 1
-        samples = self.operator.samples
+        shares = self.operator.weights
         total = torch.zeros_like(self.next)
         products = self.operator.batch_products(self.next)
-        for first in range(0, len(samples), _BLOCK):
+        for first in range(0, len(shares), _BLOCK):
             block = torch.stack(list(islice(products, _BLOCK)))  # (block, P)
             last = first + len(block)
-            weights = block.new_tensor(samples[first:last]) / sum(samples)
+            weights = block.new_tensor(shares[first:last]) / sum(shares)
             total += weights @ block
             self._projections[first:last, : j + 1, j] = self.basis.project(block.T).T.double()
         return total

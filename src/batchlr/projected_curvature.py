@@ -47,7 +47,7 @@ class ProjectedCurvature:
 
     values: Array  # (m,) descending Ritz values, diagonal of the mean
     matrices: Array  # (K, m, m)
-    samples: tuple[int, ...]  # of each batch
+    samples: tuple[float, ...]  # of each batch
     leak_largest: Measured  # per-sample variance of H_i v_1 outside the axes; unit: curvature^2
     leak_smallest: Measured  # the same of v_m; NaN if not measured
 

@@ -143,14 +143,14 @@ class RitzSpace:
         if not self._by_batch:
             return self.operator @ vector
         assert isinstance(self.operator, BatchedOperator)
-        m, samples = self.size, self.operator.samples
+        m, weights = self.size, self.operator.weights
         self._whole = self._whole and self.num_products < self._keep_products
         total = torch.zeros_like(vector)
         held = []
         rows = self._vectors[: m + 1]
         entries = []
-        for count, product in zip(samples, self.operator.batch_products(vector), strict=True):
-            total.add_(product, alpha=count / sum(samples))
+        for weight, product in zip(weights, self.operator.batch_products(vector), strict=True):
+            total.add_(product, alpha=weight / sum(weights))
             entries.append(rows @ product)
             if self._whole:
                 held.append(product)

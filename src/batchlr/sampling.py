@@ -136,13 +136,13 @@ def nested_edges(
     )
     assert pairs.subspace is not None
     matrices = pairs.subspace.matrices
-    samples = torch.tensor(operator.samples, dtype=matrices.dtype, device=matrices.device)
+    weights = torch.tensor(operator.weights, dtype=matrices.dtype, device=matrices.device)
     result = {}
     for size in sizes:
         edges = []
         for first in range(0, count - size + 1, size):
             part = slice(first, first + size)
-            shares = samples[part] / samples[part].sum()
+            shares = weights[part] / weights[part].sum()
             mean = torch.einsum("k,kij->ij", shares, matrices[part])
             edges.append(torch.linalg.eigvalsh(mean)[-1])
         values = torch.stack(edges)
