@@ -13,7 +13,12 @@ from batchlr.dataclass_files import load_dataclass, save_dataclass
 from batchlr.learning_rates import max_adam_lr, max_sgd_lr, paper_adam_lr, paper_sgd_lr
 from batchlr.mean_square import Dynamics
 from batchlr.measured import Measured
-from batchlr.projected_curvature import MAX_GROUPS, ProjectedCurvature, RateEstimate
+from batchlr.projected_curvature import (
+    MAX_GROUPS,
+    ProjectedCurvature,
+    RateEstimate,
+    jackknife_groups,
+)
 
 Rule = Literal["mean-square", "top-direction", "paper"]
 
@@ -85,6 +90,8 @@ class AdamCurvature:
     metrics: npt.NDArray[np.float64] = field(compare=False)  # (G, m, m)
     metric_errors: tuple[float, ...]  # (G,) relative error of the curvature through the metric
     optimizer: Literal["adam", "rmsprop"] = "adam"  # whose v it is
+    # (G, groups, m, m), the same without each group of batches in turn; None if not measured
+    metrics_without: npt.NDArray[np.float64] | None = field(default=None, compare=False)
 
     @property
     def total(self) -> float:
@@ -93,20 +100,28 @@ class AdamCurvature:
 
     def stretch_at(self, batch_size: float) -> float:
         """``D(B)/D(batch_size)`` along the top eigenvector, its Rayleigh quotient."""
-        return float(self._metric_at(batch_size)[0, 0])
+        return float(self._at(self.metrics, batch_size)[0, 0])
 
     def projected_at(self, batch_size: float) -> ProjectedCurvature:
         """The matrices under the preconditioner of another batch size."""
-        return self.projected.in_metric(self._metric_at(batch_size))
+        return self.projected.in_metric(self._at(self.metrics, batch_size))
 
-    def _metric_at(self, batch_size: float) -> npt.NDArray[np.float64]:
-        """``metrics``, interpolated in ``B^-1/2``: exact for gradients all noise, or all signal."""
+    def without_groups_at(self, batch_size: float, population: float) -> list[ProjectedCurvature]:
+        """The same, each group of batches left out of matrices and preconditioner in turn."""
+        if self.metrics_without is None:
+            metric = self._at(self.metrics, batch_size)
+            metrics = [metric] * len(jackknife_groups(len(self.projected.samples)))
+        else:
+            metrics = list(self._at(self.metrics_without, batch_size))
+        return self.projected.leaving_out(population, metrics)
+
+    def _at(self, table: npt.NDArray[np.float64], batch_size: float) -> npt.NDArray[np.float64]:
+        """``table``, interpolated in ``B^-1/2``: exact for gradients all noise, or all signal."""
         roots = np.array(self.batch_sizes) ** -0.5
         position = float(np.interp(-(batch_size**-0.5), -roots, range(len(roots))))
         below = min(int(position), len(self.batch_sizes) - 2)
         share = position - below
-        lower, upper = self.metrics[below], self.metrics[below + 1]
-        metric: npt.NDArray[np.float64] = (1 - share) * lower + share * upper
+        metric: npt.NDArray[np.float64] = (1 - share) * table[below] + share * table[below + 1]
         return metric
 
 
@@ -282,12 +297,13 @@ class CurvatureReport:
             rate = self._top_direction(batch_size, optimizer, momentum)
         else:
             rate = self._mean_square(batch_size, optimizer, momentum)
+        low, high = (rate.value, rate.value) if rate.ends is None else rate.ends
         margin = math.exp(min(_student_95(self._freedom(rule)) * rate.error, _WIDEST))
         reasons = self._reasons(batch_size, optimizer, rule)
         return LRBound(
             value=rate.value,
-            low=rate.value / margin,
-            high=rate.value * margin,
+            low=low / margin,
+            high=high * margin,
             exponent=rate.exponent,
             regime=_regime(rate.noise_share),
             reliable=not reasons,
@@ -342,7 +358,7 @@ class CurvatureReport:
                 dynamics, inverse, largest=self.largest, population=self.dataset_size
             )
             exponent = rate.exponent / (batch_size * inverse) if inverse > 0 else 0.0
-            return _Rate(rate.lr, rate.error, exponent, 1 - rate.lr / rate.noiseless)
+            return _Rate(rate.lr, rate.error, exponent, 1 - rate.lr / rate.noiseless, rate.ends)
         adam = self._measured_adam()
         max_sgd_lr(adam.largest)  # likewise
         dynamics = Dynamics(
@@ -359,6 +375,7 @@ class CurvatureReport:
                 largest=largest,
                 population=self.dataset_size,
                 with_error=with_error,
+                without=adam.without_groups_at(size, self.dataset_size) if with_error else None,
             )
 
         rate = rate_at(batch_size, with_error=True)
@@ -368,7 +385,7 @@ class CurvatureReport:
         low, high = self._around(batch_size)
         exponent = math.log(rate_at(high).lr / rate_at(low).lr) / math.log(high / low)
         error = math.hypot(rate.error, metric_error)
-        return _Rate(rate.lr, error, exponent, 1 - rate.lr / rate.noiseless)
+        return _Rate(rate.lr, error, exponent, 1 - rate.lr / rate.noiseless, rate.ends)
 
     def _top_direction(self, batch_size: float, optimizer: str, momentum: float) -> "_Rate":
         inverse = self.inverse_effective_batch_size(batch_size)
@@ -480,6 +497,7 @@ class _Rate(NamedTuple):
     error: float  # relative standard error
     exponent: float  # d ln value / d ln B
     noise_share: float  # of what limits the rate
+    ends: tuple[float, float] | None = None  # from which the interval reaches; value if None
 
 
 def _regime(noise_share: float) -> Literal["noise", "transition", "curvature"]:
