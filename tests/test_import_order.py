@@ -13,9 +13,18 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src"
 LEVELS = [
-    {"random_matrix", "learning_rates", "scaling_rules", "measured", "mean_square", "operators"},
+    {
+        "random_matrix",
+        "learning_rates",
+        "scaling_rules",
+        "measured",
+        "mean_square",
+        "lr_bound",
+        "operators",
+    },
     {"lanczos", "trace", "dataclass_files", "policies", "projected_curvature"},
-    {"slq", "curvature_noise", "gradient_noise", "curvature_report", "optimizer_state"},
+    {"slq", "curvature_noise", "gradient_noise", "adam_curvature", "optimizer_state"},
+    {"curvature_report"},
     {"curvature", "edge_laws", "on_the_fly"},
     {"schedulers", "batch_size", "averaging", "probes", "optim"},
     {"controller"},

@@ -11,8 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from batchlr.curvature_noise import DirectionalNoise, directional_noise
-from batchlr.curvature_report import AdamCurvature, CurvatureNoise, CurvatureReport
+from batchlr.adam_curvature import AdamCurvature
+from batchlr.curvature_noise import CurvatureNoise, DirectionalNoise, directional_noise
+from batchlr.curvature_report import CurvatureReport
 from batchlr.gradient_noise import GradientMoments, gradient_moments
 from batchlr.lanczos import default_generator, first_vector, top_eigenpairs
 from batchlr.measured import Measured

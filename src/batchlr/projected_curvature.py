@@ -121,7 +121,13 @@ class ProjectedCurvature:
         Returns:
             The distance, at least 0 for the mean and growing with ``inverse``, and the error of
             resampling and of the leak.
+
+        Raises:
+            ValueError: the quantile is out of range.
         """
+        if quantile is not None and not 0 < quantile < 1:
+            msg = f"quantile must lie in (0, 1), got {quantile}"
+            raise ValueError(msg)
         edge = abs(float(self.values[0 if end == "largest" else -1]))
         if inverse <= 0 or edge == 0:
             return Measured(0.0, 0.0)
