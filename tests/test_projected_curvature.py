@@ -401,6 +401,61 @@ def test_the_jackknife_leaves_out_eight_groups_at_most():
     assert math.log(rate.lr / plain.lr) == pytest.approx(-doubt * bias, abs=1e-3)
 
 
+def test_mean_and_noise_err_together():
+    """Gamma-distributed curvature: where it is high it also spreads; the closed form of one axis.
+
+    ``lr = 2 (1 + m) / (mean + (1 + m) / (1 - m) variance / mean)``, group by group.
+    """
+    curvatures = np.random.default_rng(0).gamma(2.0, size=8)
+    batches = as_batches(curvatures.reshape(-1, 1, 1), 10)
+
+    def closed_form(seen, inverse=0.3, m=0.9):
+        variance = 10 * seen.var(ddof=1) * inverse
+        return 2 * (1 + m) / (seen.mean() + (1 + m) / (1 - m) * variance / seen.mean())
+
+    rate = limit_of(batches, 0.3, population=math.inf)
+    assert rate.lr == pytest.approx(closed_form(curvatures), rel=1e-6)
+    logs = [math.log(closed_form(np.delete(curvatures, k))) for k in range(8)]
+    want = math.sqrt(7 / 8 * np.sum((logs - np.mean(logs)) ** 2))
+    assert rate.error == pytest.approx(want, rel=5e-3)  # each limit is good to a thousandth
+
+
+@pytest.mark.parametrize("population", [80, 200, math.inf])
+def test_leaving_out_moves_the_mean_by_the_share_of_it_in_doubt(population):
+    rng = np.random.default_rng(0)
+    batches = draw_batches(8, rng, directions=3, known_mean=False)
+    doubts = [1 - count / population for count in (80, 8)]
+    pull = math.sqrt(doubts[0] / doubts[1])
+    for left_out, rest in enumerate(batches.leaving_out(population)):
+        there = np.delete(batches.matrices, left_out, axis=0)
+        mean = pull * there.mean(0) + (1 - pull) * np.diag(batches.values)
+        assert rest.values == pytest.approx(np.linalg.eigvalsh(mean)[::-1], abs=1e-12)
+        assert rest.samples == (10,) * 7
+        # The fluctuations are those of the seven, whatever their mean.
+        spread = 10 * ((there - there.mean(0)) ** 2).sum() / 6
+        assert (rest.deviations**2).sum() == pytest.approx(spread, rel=1e-12)
+
+
+def test_what_is_left_out_of_the_metric_counts_too():
+    """Along one axis a metric divides curvature, and so multiplies the rate."""
+    batches = as_batches(np.full((8, 1, 1), 4.0), 10)
+    metrics = [np.full((1, 1), 1 + 0.1 * k) for k in range(8)]
+    rests = batches.leaving_out(math.inf, metrics)
+    rate = limit_of(batches, population=math.inf, without=rests)
+    logs = [math.log(metric.item()) for metric in metrics]
+    want = math.sqrt(7 / 8 * np.sum((logs - np.mean(logs)) ** 2))
+    assert rate.error == pytest.approx(want, rel=1e-6)
+
+
+def test_the_interval_s_ends_are_the_rate_before_and_after_the_correction():
+    for count in (8, 16):
+        batches = draw_batches(count, np.random.default_rng(0), directions=6)
+        rate = limit_of(batches, 0.3, population=math.inf)
+        assert rate.ends[0] == plain_limit_of(batches, 0.3).lr
+        assert rate.ends[0] < rate.ends[1] <= rate.noiseless
+        assert rate.lr == rate.ends[1 if count == 16 else 0]  # eight overshoot
+
+
 def test_the_leak_s_error_counts_with_its_share():
     sure = projected_curvature([4.0], {}, leak_largest=Measured(300.0, 0.0))
     unsure = projected_curvature([4.0], {}, leak_largest=Measured(300.0, 60.0))
