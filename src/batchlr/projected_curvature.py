@@ -218,6 +218,7 @@ class ProjectedCurvature:
         """
         limit = mean_square_limit(dynamics, self._spread(inverse, largest))
         count, bias, ends = len(self.samples), 0.0, (limit.lr, limit.lr)
+        doubt = _doubt(count, population)
         if not with_error:
             return RateEstimate(limit.lr, math.nan, limit.noiseless, 1 / limit.steepness, ends)
         if count >= MIN_GROUPS:
@@ -226,12 +227,12 @@ class ProjectedCurvature:
             shares = limit.by_deviation
             least = math.sqrt(2 / (count - 1)) * float(shares.sum())
             scatter = float(shares.std(ddof=1)) * math.sqrt(count)
-            noise_error = max(scatter, least) / limit.steepness
+            noise_error = math.sqrt(doubt) * max(scatter, least) / limit.steepness
             error = math.hypot(noise_error, self._mean_error(limit, largest, population))
         relative = self.leak_largest.stderr / self.leak_largest if self.leak_largest > 0 else 0
         leak = self.leak_largest * inverse / largest
         leaked = leak * dynamics.flat_response(limit.lr) * relative / limit.steepness
-        error = math.hypot(error, leaked * math.sqrt(_doubt(count, population)))
+        error = math.hypot(error, leaked * math.sqrt(doubt))
         ends = (limit.lr, min(limit.lr * math.exp(-bias), limit.noiseless))
         lr = ends[1] if count >= _MIN_CORRECTED else limit.lr
         return RateEstimate(lr, error, limit.noiseless, 1 / limit.steepness, ends)
