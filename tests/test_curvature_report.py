@@ -584,10 +584,10 @@ def test_the_default_s_interval_has_the_freedom_of_its_eight_groups(
         population=10_000,
     )
     assert limit.value == pytest.approx(rate.lr, rel=1e-7)
-    width = math.log(limit.high / limit.value)
     accuracy = {1: 0.12, 2: 0.02}.get(freedom, 4e-3)  # of the quantile's expansion
-    assert width == pytest.approx(student.ppf(0.95, freedom) * rate.error, rel=accuracy)
-    assert limit.low * limit.high == pytest.approx(limit.value**2, rel=1e-12)
+    want = student.ppf(0.95, freedom) * error
+    assert math.log(rate.ends[0] / limit.low) == pytest.approx(want, rel=accuracy)
+    assert math.log(limit.high / rate.ends[1]) == pytest.approx(want, rel=accuracy)
 
 
 @pytest.mark.parametrize("batch_size", [100, 200, 5000])

@@ -30,6 +30,7 @@ MIN_GROUPS = 4
 _FLOOR = 0.005  # assumed, relative to the top; those below moved limits by some 3 %
 _LEAST = 1e-10  # assumed: 1/b of the largest data set; an edge next to zero asks for less
 _MIN_CORRECTED = 16  # measured (docs/log.md): with 8 batches the correction overshoots
+_LEAST_TOP = 0.25  # assumed: share of the top eigenvalue left without any group
 _MOST_BIAS = 0.5  # assumed: a larger one, in the logarithm, is not to be believed
 _MOST_OWED = 0.5  # assumed: share of an eigenvalue owed to the sample; beyond, nothing is known
 _DRAWS = 400  # assumed: resampled batches; their mean is then good to a twentieth of their spread
@@ -221,7 +222,9 @@ class ProjectedCurvature:
         doubt = _doubt(count, population)
         if not with_error:
             return RateEstimate(limit.lr, math.nan, limit.noiseless, 1 / limit.steepness, ends)
-        if count >= MIN_GROUPS:
+        if math.isinf(limit.steepness):  # noise does not limit: the mean alone is in doubt
+            error = self._mean_error(limit, largest, population)
+        elif count >= MIN_GROUPS:
             bias, error = self._jackknife(dynamics, inverse, largest, limit.lr, population, without)
         else:
             shares = limit.by_deviation
@@ -229,16 +232,16 @@ class ProjectedCurvature:
             scatter = float(shares.std(ddof=1)) * math.sqrt(count)
             noise_error = math.sqrt(doubt) * max(scatter, least) / limit.steepness
             error = math.hypot(noise_error, self._mean_error(limit, largest, population))
-        relative = self.leak_largest.stderr / self.leak_largest if self.leak_largest > 0 else 0
-        leak = self.leak_largest * inverse / largest
-        leaked = leak * dynamics.flat_response(limit.lr) * relative / limit.steepness
-        error = math.hypot(error, leaked * math.sqrt(doubt))
+        if self.leak_largest > 0:
+            leaked = self.leak_largest.stderr * inverse / largest * math.sqrt(doubt)
+            response = dynamics.flat_response(limit.lr) / limit.steepness
+            error = math.hypot(error, leaked * response)
         ends = (limit.lr, min(limit.lr * math.exp(-bias), limit.noiseless))
         lr = ends[1] if count >= _MIN_CORRECTED else limit.lr
         return RateEstimate(lr, error, limit.noiseless, 1 / limit.steepness, ends)
 
     def _kept(self, largest: float) -> tuple[Array, npt.NDArray[np.bool_]]:
-        """Curvatures with ``largest`` at the top, and which of them are followed one by one."""
+        """Curvatures below ``largest``, and which are followed one by one."""
         values = self.values.copy()
         values[0] = largest
         return values, values > _FLOOR * max(largest, 0.0)
@@ -261,10 +264,9 @@ class ProjectedCurvature:
     ) -> tuple[float, float]:
         """Bias and standard error of ``ln lr``, groups left out (Efron & Tibshirani 1993, ch. 11).
 
-        Mean and noise are left out together, for they are correlated: samples that curve more
-        also spread more. The gain is a largest eigenvalue, which errors in the map only raise: so
-        the bias of the rate is not positive, and what the jackknife finds above zero is chance.
-        What the top eigenvalue owes to the size of the sample is proportional to its inverse.
+        Of mean and noise together, for they are correlated: samples that curve more also spread
+        more. The gain is a largest eigenvalue, which errors in the map only raise, so that a
+        positive bias of the rate is chance. What the top owes to the sample goes with ``1/n``.
         """
         doubt = _doubt(len(self.samples), population)
         if doubt == 0:
@@ -274,6 +276,7 @@ class ProjectedCurvature:
         for rest in self.leaving_out(population) if without is None else without:
             more = 1 + (sum(self.samples) / sum(rest.samples) - 1) / doubt
             top = float(rest.values[0]) * (1 - min(owed * more, _MOST_OWED))
+            top = max(top, _LEAST_TOP * largest)
             there = mean_square_lr(dynamics, rest._spread(inverse, top), near=lr)
             logs.append(math.log(there / lr))
         mean, size = sum(logs) / len(logs), len(logs)
@@ -306,7 +309,7 @@ class ProjectedCurvature:
                     values=values,
                     matrices=axes.T @ matrices @ axes,
                     samples=tuple(counts[rest].tolist()),
-                    leak_largest=_scaled(self.leak_largest, float(metric[0, 0]) ** -2),
+                    leak_largest=_divided(self.leak_largest, float(metric[0, 0]) ** 2),
                     leak_smallest=self.leak_smallest,
                 )
             )
@@ -338,7 +341,7 @@ class ProjectedCurvature:
             values=values,
             matrices=axes.T @ self.matrices @ axes,
             samples=self.samples,
-            leak_largest=_scaled(self.leak_largest, float(metric[0, 0]) ** -2),
+            leak_largest=_divided(self.leak_largest, float(metric[0, 0]) ** 2),
             leak_smallest=self.leak_smallest,
         )
 
@@ -351,8 +354,7 @@ def _deviations(matrices: Array, samples: Array) -> Array:
 
 
 def _mean(matrices: Array, samples: Array) -> Array:
-    result: Array = np.einsum("k,kij->ij", samples / samples.sum(), matrices)
-    return result
+    return np.asarray(np.einsum("k,kij->ij", samples / samples.sum(), matrices))
 
 
 def _doubt(count: int, population: float) -> float:
@@ -360,8 +362,8 @@ def _doubt(count: int, population: float) -> float:
     return max(0.0, 1 - count / population)
 
 
-def _scaled(value: Measured, factor: float) -> Measured:
-    return Measured(value * factor, value.stderr * factor)
+def _divided(value: Measured, by: float) -> Measured:
+    return Measured(value / by, value.stderr / by)
 
 
 def _diagonalise(matrix: Array, metric: Array) -> tuple[Array, Array]:
