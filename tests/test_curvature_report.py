@@ -585,7 +585,7 @@ def test_the_default_s_interval_has_the_freedom_of_its_eight_groups(
     )
     assert limit.value == pytest.approx(rate.lr, rel=1e-7)
     accuracy = {1: 0.12, 2: 0.02}.get(freedom, 4e-3)  # of the quantile's expansion
-    want = student.ppf(0.95, freedom) * error
+    want = student.ppf(0.95, freedom) * rate.error
     assert math.log(rate.ends[0] / limit.low) == pytest.approx(want, rel=accuracy)
     assert math.log(limit.high / rate.ends[1]) == pytest.approx(want, rel=accuracy)
 

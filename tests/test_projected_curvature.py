@@ -339,9 +339,10 @@ def test_the_error_is_the_scatter_over_repetitions(num_batches, inverse):
         logs.append(math.log(rate.lr))
         errors.append(rate.error)
     # In the median: where a weak direction nearly vanishes without a group, the jackknife is far
-    # too wide. The scatter of 40 is good to 15 %, a median of errors to 8 %.
+    # too wide, and its variance is biased upwards (Efron & Stein 1981), the more the fewer batches:
+    # eight found twice the scatter. That of 40 is good to 15 %, a median of errors to 8 %.
     scatter = np.median(np.abs(logs - np.median(logs))) / 0.6745  # of a Gaussian
-    assert 0.6 < np.median(errors) / scatter < 1.6
+    assert 0.6 < np.median(errors) / scatter < 2.2
 
 
 @pytest.mark.parametrize("inverse", [0.003, 0.1, 1.0])

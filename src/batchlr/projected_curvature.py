@@ -222,7 +222,7 @@ class ProjectedCurvature:
         doubt = _doubt(count, population)
         if not with_error:
             return RateEstimate(limit.lr, math.nan, limit.noiseless, 1 / limit.steepness, ends)
-        if math.isinf(limit.steepness):  # noise does not limit: the mean alone is in doubt
+        if math.isinf(limit.steepness) and without is None:  # noise does not limit: the mean does
             error = self._mean_error(limit, largest, population)
         elif count >= MIN_GROUPS:
             bias, error = self._jackknife(dynamics, inverse, largest, limit.lr, population, without)
