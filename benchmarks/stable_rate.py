@@ -25,8 +25,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.optimize import brentq
-from scipy.sparse.linalg import LinearOperator, eigs, eigsh
-from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
+from scipy.sparse.linalg import LinearOperator, eigs
+from torch.func import (
+    functional_call,
+    grad,
+    jacrev,
+    jvp,
+    replace_all_batch_norm_modules_,
+    vjp,
+    vmap,
+)
 
 from batchlr import measure_curvature, supervised
 from batchlr.training.data import load_data
@@ -36,10 +44,15 @@ from batchlr.training.sweep import largest_survivable_lr
 RESULTS = Path(__file__).resolve().parent / "results" / "stable_rate.jsonl"
 SAMPLES = 1280  # the data set of every problem; all of them are measured for the prediction
 FLOOR = 0.002  # least curvature followed, relative to the top: with 0.02 limits rise by up to 30 %
-DIRECTIONS = {False: 120, True: 40}  # leading eigenvectors; fewer where samples interact
-BATCHES = (4, 16, 64, 256, 1024)
-MOMENTA = (0.0, 0.5, 0.9)
-SURVIVED = ((16, 0.0), (16, 0.9), (256, 0.0), (256, 0.9))  # (B, momentum) of part (c), SGD
+DIRECTIONS = {False: 120, True: 24}  # leading eigenvectors; fewer where samples interact
+POINTS = ("start", "middle")
+BATCHES = {False: (4, 16, 64, 256, 1024), True: (16, 64, 256)}  # likewise
+MOMENTA = {False: (0.0, 0.5, 0.9), True: (0.0, 0.9)}  # likewise
+SURVIVED = ((16, 0.0), (16, 0.9), (256, 0.0), (256, 0.9))  # (B, momentum) of part (c)
+COUPLED = ("vgg_bn", "preresnet")  # batch norm in train mode: samples of a batch interact
+MEASURED = 40  # batches at most that a prediction is measured on, where samples interact
+LEADING = 256  # samples whose mean has the directions followed, where samples interact
+CHUNK = 8  # directions differentiated together: more take memory and save no time
 STEPS = 100  # of a run in part (c)
 MIDDLE = 150  # steps of training before the second point
 TASKS = {
@@ -69,7 +82,9 @@ class Problem:
         self.model = build_model(
             kind, num_classes=10, in_channels=data.in_channels, image_size=size, **options
         ).train()
-        self.coupled = any("BatchNorm" in type(m).__name__ for m in self.model.modules())
+        self.coupled = model in COUPLED
+        # running averages are no part of what a training step sees, and vmap cannot write them
+        replace_all_batch_norm_modules_(self.model)
         self.loss_fn = supervised(torch.nn.CrossEntropyLoss())
         if point == "middle":
             optimizer = torch.optim.SGD(self.model.parameters(), lr=0.03, momentum=0.9)
@@ -97,30 +112,38 @@ class Problem:
             start += value.numel()
         return parts
 
-    def ggn_product(self, rows, vector):
-        """``G v`` of the mean loss over ``rows``."""
+    def flatten(self, parts):
+        """``(k, P)`` of batched pieces, the inverse of `unflatten` for each."""
+        return torch.cat([parts[name].flatten(1) for name in self.parameters], 1)
+
+    def push(self, rows, axes):
+        """Softmax outputs ``p`` ``(n, 10)``, the tangents ``J V`` ``(k, n, 10)``, and ``J'``."""
         function = self.outputs(self.x[rows])
-        logits, tangent = jvp(function, (self.parameters,), (self.unflatten(vector),))
-        p = torch.softmax(logits, 1)
-        inner = p * tangent - p * (p * tangent).sum(1, keepdim=True)
-        (pulled,) = vjp(function, self.parameters)[1](inner / len(rows))
-        return torch.cat([pulled[name].reshape(-1) for name in self.parameters])
+        logits, pull = vjp(function, self.parameters)
+
+        def along(axis):
+            return jvp(function, (self.parameters,), (self.unflatten(axis),))[1]
+
+        return torch.softmax(logits, 1), vmap(along, in_dims=1, chunk_size=CHUNK)(axes), pull
+
+    def ggn_block(self, rows, axes):
+        """``G V`` ``(P, k)`` of the mean loss over ``rows``."""
+        p, tangents, pull = self.push(rows, axes)
+        inner = p * tangents - p * (p * tangents).sum(2, keepdim=True)
+        (pulled,) = vmap(pull, chunk_size=CHUNK)(inner / len(rows))
+        return self.flatten(pulled).T
 
     def factors(self, rows, axes):
         """``R_i J_i V`` ``(len(rows), 10, k)``, with ``R_i' R_i`` the loss's Hessian in the logits.
 
         The product of a sample's factor with its transpose is the sample's matrix on the axes.
         """
-        function = self.outputs(self.x[rows])
-        columns = []
-        for axis in axes.T:
-            logits, tangent = jvp(function, (self.parameters,), (self.unflatten(axis),))
-            columns.append(tangent.double())
-        p = torch.softmax(logits.double(), 1)
+        p, tangents, _ = self.push(rows, axes)
+        p, tangents = p.double(), tangents.double()
         inner = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
         values, vectors = torch.linalg.eigh(inner)
         roots = values.clamp(min=0).sqrt()[:, :, None] * vectors.transpose(1, 2)
-        return (roots @ torch.stack(columns, 2)).numpy()
+        return (roots @ tangents.permute(1, 2, 0)).numpy()
 
     def root_jacobian(self):
         """``R_i J_i`` of every sample ``(SAMPLES, 10, P)``, float32."""
@@ -175,7 +198,7 @@ def random_batches(batch_size, count, seed=2):
 
 def count_for(batch_size):
     """Batches that stand for the population where samples interact."""
-    return max(16, min(64, 2048 // batch_size))
+    return max(12, min(64, 2048 // batch_size))
 
 
 class Quadratic:
@@ -206,18 +229,14 @@ class Quadratic:
 
     def _from_batches(self, problem, scale):
         groups = random_batches(self.batch_size, count_for(self.batch_size))
-        some = groups[: max(2, min(16, 512 // self.batch_size))]
-
-        def multiply(vector):
-            v = scale * torch.from_numpy(np.array(vector, dtype=np.float32))
-            product = sum(problem.ggn_product(rows, v) for rows in some) / len(some)
-            return (scale * product).numpy()
-
-        shape, count = (problem.size, problem.size), DIRECTIONS[True]
-        operator = LinearOperator(shape, matvec=multiply, dtype=np.float32)
-        start = np.random.default_rng(0).normal(size=problem.size).astype(np.float32)
-        _, axes = eigsh(operator, k=count, tol=0.1, v0=start)
-        axes = scale[:, None] * torch.from_numpy(axes.copy())
+        some = groups[: max(2, LEADING // self.batch_size)]
+        generator = torch.Generator().manual_seed(0)
+        count = DIRECTIONS[True]
+        axes = torch.randn(problem.size, count, generator=generator)
+        for _ in range(2):  # the dynamics are restricted to the result exactly
+            axes = scale[:, None] * torch.linalg.qr(axes)[0]
+            axes = scale[:, None] * sum(problem.ggn_block(rows, axes) for rows in some)
+        axes = scale[:, None] * torch.linalg.qr(axes)[0]
         matrices = []
         for rows in groups:
             f = problem.factors(rows, axes).reshape(-1, count)
@@ -349,34 +368,39 @@ def predict(problem, batch_size, adam, cache):
     cut = batch_size if problem.coupled else near
     if (cut, adam) not in cache:
         rows = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(5))
-        whole = rows[: SAMPLES // cut * cut].split(cut)
+        count = min(SAMPLES // cut, MEASURED if problem.coupled else SAMPLES)
+        whole = rows[: count * cut].split(cut)
         cache[cut, adam] = {
             matrix: measure_curvature(
                 problem.model, problem.loss_fn, [(problem.x[r], problem.y[r]) for r in whole],
                 dataset_size=SAMPLES, matrix=matrix, tol=1e-2, max_products=30, tracking=True,
                 optimizer="adam" if adam else "sgd",
             )
-            for matrix in ("ggn", "hessian")
+            for matrix in (("ggn",) if problem.coupled else ("ggn", "hessian"))
         }  # fmt: skip
     return cache[cut, adam]
 
 
-def cells(problem_name):
-    for point in ("start", "middle"):
-        for batch_size in BATCHES:
-            for momentum in MOMENTA:
+def cells(problem_name, points):
+    coupled = problem_name.rsplit("-", 1)[0] in COUPLED
+    with_adam = (
+        BATCHES[False] if problem_name.startswith("mlp") else (64,) if coupled else (16, 256)
+    )
+    for point in points:
+        for batch_size in BATCHES[coupled]:
+            for momentum in MOMENTA[coupled]:
                 yield {"problem": problem_name, "point": point, "optimizer": "sgd",
                        "momentum": momentum, "batch": batch_size}  # fmt: skip
-            if problem_name.startswith("mlp") or batch_size in (16, 256):
+            if batch_size in with_adam:
                 yield {"problem": problem_name, "point": point, "optimizer": "adam",
                        "momentum": 0.9, "batch": batch_size}  # fmt: skip
 
 
-def run(problem_name, finished, path):
+def run(problem_name, points, finished, path):
     """Every cell of one network and task."""
     model, task = problem_name.rsplit("-", 1)
     problem, quadratics, reports = None, {}, {}
-    for cell in cells(problem_name):
+    for cell in cells(problem_name, points):
         key = tuple(cell.values())
         if key in finished:
             continue
@@ -385,8 +409,6 @@ def run(problem_name, finished, path):
             problem = cell["point"], Problem(model, task, cell["point"])
             quadratics, reports = {}, {}
         here, batch_size = problem[1], cell["batch"]
-        if here.coupled and batch_size > SAMPLES // 2:
-            continue  # the noise of batches that interact needs two of them
         adam = cell["optimizer"] == "adam"
         which = (adam, batch_size if adam or here.coupled else 0)
         if which not in quadratics:
@@ -408,12 +430,15 @@ def run(problem_name, finished, path):
                 if rule == "mean-square":
                     row[f"{matrix}_low"], row[f"{matrix}_high"] = bound.low, bound.high
                     row[f"{matrix}_reasons"] = bound.reasons
-        if (batch_size, cell["momentum"]) in SURVIVED:
+        # batch norm survives rates far above the limit, so that many runs are needed to find it
+        affordable = ((16, 0.9),) if here.coupled else SURVIVED
+        if (batch_size, cell["momentum"]) in affordable:
+            matrix = "ggn" if here.coupled else "hessian"
             try:
                 row["survived"] = largest_survivable_lr(
                     here.model, here.loss_fn, (here.x, here.y), optimizer=cell["optimizer"],
                     momentum=cell["momentum"], batch_size=batch_size,
-                    start=row["hessian_mean-square"], steps=STEPS, worst_loss=math.log(10),
+                    start=row[f"{matrix}_mean-square"], steps=STEPS, worst_loss=math.log(10),
                 ).lr  # fmt: skip
             except ArithmeticError:
                 row["survived"] = 0.0
@@ -435,9 +460,9 @@ def table(rows):
     """Markdown: the ratios to the mean-square limit, and how many cells lie within bounds."""
     lines = [
         "| problem | point | optimizer | momentum | "
-        + " | ".join(f"B={b}" for b in BATCHES)
+        + " | ".join(f"B={b}" for b in BATCHES[False])
         + " |",
-        "|---" * (4 + len(BATCHES)) + "|",
+        "|---" * (4 + len(BATCHES[False])) + "|",
     ]
     groups = {}
     for row in rows:
@@ -445,7 +470,7 @@ def table(rows):
         groups.setdefault(key, {})[row["batch"]] = row
     for key, group in groups.items():
         entries = []
-        for batch_size in BATCHES:
+        for batch_size in BATCHES[False]:
             row = group.get(batch_size)
             if row is None:
                 entries.append("")
@@ -463,7 +488,13 @@ def table(rows):
         chosen = [row for row in rows if row["optimizer"] == optimizer]
         for matrix in ("ggn", "hessian"):
             for rule in ("mean-square", "top-direction", "paper"):
-                ratios = np.array([r["mean_square"] / r[f"{matrix}_{rule}"] for r in chosen])
+                ratios = np.array(
+                    [
+                        r["mean_square"] / r[f"{matrix}_{rule}"]
+                        for r in chosen
+                        if f"{matrix}_{rule}" in r
+                    ]
+                )
                 if len(ratios) == 0:
                     continue
                 near = ((ratios >= 0.8) & (ratios <= 1.25)).mean()
@@ -491,7 +522,7 @@ def picture(rows, path):
     figure = Figure(figsize=(12, 2.6 * math.ceil(len(names) / 4)), layout="constrained")
     for index, name in enumerate(names):
         ax = figure.add_subplot(math.ceil(len(names) / 4), 4, index + 1)
-        for colour, momentum in enumerate(MOMENTA):
+        for colour, momentum in enumerate(MOMENTA[False]):
             group = [r for r in rows if (r["problem"], r["point"]) == name
                      and r["optimizer"] == "sgd" and r["momentum"] == momentum]  # fmt: skip
             sizes = [r["batch"] for r in group]
@@ -508,6 +539,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = [f"{model}-{task}" for model in MODELS for task in TASKS]
     parser.add_argument("--only", action="append", choices=names)
+    parser.add_argument("--point", action="append", choices=POINTS)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="print the table and stop")
     parser.add_argument("--picture", type=Path)
@@ -518,7 +550,7 @@ def main():
         keys = ("problem", "point", "optimizer", "momentum", "batch")
         finished = {tuple(row[key] for key in keys) for row in rows}
         for name in options.only or names:
-            run(name, finished, options.out)
+            run(name, options.point or POINTS, finished, options.out)
         rows = read(options.out)
     print(table(rows))
     if options.picture:

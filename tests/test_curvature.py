@@ -785,12 +785,34 @@ def test_adam_s_metric_is_judged_by_halves_of_the_batches(monkeypatch):
             assert metric[0, 0] == pytest.approx(want, rel=1e-3)  # of the eigenvector
 
 
+def test_adam_s_metric_is_measured_without_each_batch_in_turn(monkeypatch):
+    """Its factor for having been chosen stays: it is the whole's."""
+    monkeypatch.setattr("batchlr.curvature.selection_bias", lambda *_: (1.25, 0.0))
+    model, batch = train(network(), 1), first_digits(200)
+    options = {"optimizer": "adam", **TOP, "tracking": False}
+    adam = measure(model, batch, 25, **options).adam
+    every = batch_second_moment(model, batch, 25, range(8), 200)
+    scale = every(25).sqrt() + 1e-8
+    dense = scale[:, None].rsqrt() * dense_hessian(model, batch) * scale.rsqrt()
+    top = torch.linalg.eigh(dense).eigenvectors[:, -1]
+    assert adam.metrics_without.shape == (15, 8, *adam.projected.matrices.shape[1:])
+    for left_out in range(8):
+        rest = [number for number in range(8) if number != left_out]
+        at = batch_second_moment(model, batch, 25, rest, 200)
+        for index in (0, 7, 14):
+            seen = at(adam.batch_sizes[index]).sqrt() + 1e-8
+            want = 1.25 * float((top.square() * seen / scale).sum())
+            got = adam.metrics_without[index, left_out, 0, 0]
+            assert got == pytest.approx(want, rel=1e-3)  # of the eigenvector
+
+
 @pytest.mark.parametrize("num_batches", [2, 3])
 def test_few_batches_have_no_halves(num_batches):
     model, batch = train(network(), 1), first_digits(60)
     size = 60 // num_batches
     adam = measure(model, batch, size, optimizer="adam", **TOP).adam
     assert adam.metric_errors == (0.0,) * 15
+    assert adam.metrics_without is None
     here = adam.projected_at(size)
     assert float(here.values[0]) == pytest.approx(float(adam.projected.values[0]), rel=0.02)
 

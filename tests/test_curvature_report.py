@@ -16,8 +16,10 @@ from scipy.stats import t as student
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
+from batchlr.adam_curvature import AdamCurvature
 from batchlr.curvature import measure_curvature
-from batchlr.curvature_report import AdamCurvature, CurvatureNoise, CurvatureReport
+from batchlr.curvature_noise import CurvatureNoise
+from batchlr.curvature_report import CurvatureReport
 from batchlr.learning_rates import max_adam_lr, max_sgd_lr
 from batchlr.mean_square import Dynamics
 from batchlr.measured import Measured
@@ -582,10 +584,10 @@ def test_the_default_s_interval_has_the_freedom_of_its_eight_groups(
         population=10_000,
     )
     assert limit.value == pytest.approx(rate.lr, rel=1e-7)
-    width = math.log(limit.high / limit.value)
     accuracy = {1: 0.12, 2: 0.02}.get(freedom, 4e-3)  # of the quantile's expansion
-    assert width == pytest.approx(student.ppf(0.95, freedom) * rate.error, rel=accuracy)
-    assert limit.low * limit.high == pytest.approx(limit.value**2, rel=1e-12)
+    want = student.ppf(0.95, freedom) * rate.error
+    assert math.log(rate.ends[0] / limit.low) == pytest.approx(want, rel=accuracy)
+    assert math.log(limit.high / rate.ends[1]) == pytest.approx(want, rel=accuracy)
 
 
 @pytest.mark.parametrize("batch_size", [100, 200, 5000])
@@ -849,7 +851,7 @@ def test_a_damaged_report_is_refused_by_name(how, tmp_path):
     path = tmp_path / "report.json"
     make_report().save(path)
     how(path)
-    with pytest.raises(ValueError, match=r"report\.json is not a CurvatureReport of format 2: "):
+    with pytest.raises(ValueError, match=r"report\.json is not a CurvatureReport of format 3: "):
         CurvatureReport.load(path)
 
 

@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError
 import numpy as np
 import pytest
 
-from batchlr.curvature_report import CurvatureNoise
+from batchlr.curvature_noise import CurvatureNoise
 from batchlr.edge_laws import EdgeLaw, edge_laws
 from batchlr.measured import Measured
 from reports import projected_curvature

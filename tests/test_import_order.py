@@ -14,7 +14,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src"
 LEVELS = [
     {"random_matrix", "learning_rates", "scaling_rules", "measured", "mean_square", "operators"}
-    | {"cadence", "rate_filter", "spike_guard"},
+    | {"lr_bound", "cadence", "rate_filter", "spike_guard"},
     {"krylov_basis", "rayleigh_ritz"},
     {"lanczos_process"},
     {"lanczos", "dataclass_files", "policies", "projected_curvature"},
@@ -24,10 +24,10 @@ LEVELS = [
         "sampling",
         "curvature_noise",
         "gradient_noise",
-        "curvature_report",
+        "adam_curvature",
         "optimizer_state",
     },
-    {"tracker"},
+    {"tracker", "curvature_report"},
     {"curvature", "edge_laws", "on_the_fly", "layer_spectra"},
     {"schedulers", "batch_size", "averaging", "probes", "optim"},
     {"controller"},

@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchlr.learning_rates import max_adam_lr, max_sgd_lr
-from batchlr.mean_square import CurvatureSpread, Dynamics, loop_gain, mean_square_limit
+from batchlr.mean_square import (
+    CurvatureSpread,
+    Dynamics,
+    loop_gain,
+    mean_square_limit,
+    mean_square_lr,
+)
 
 # The search stops at steps of 1e-7, and a secant's next error is a product of two. Beside a pole
 # rounding is amplified: the response there is good to 1e-16 over the distance.
@@ -464,3 +470,21 @@ def test_numbers_that_are_not_finite_are_refused(entry, leak):
     spread = CurvatureSpread(np.array([1.0]), np.full((2, 1, 1), entry), leak=leak)
     with pytest.raises(ValueError, match="the deviations and the leak must be finite"):
         mean_square_limit(Dynamics(), spread)
+
+
+@pytest.mark.parametrize("near", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("size", [4, 12])
+def test_the_rate_alone_is_that_of_the_limit_to_a_thousandth(size, near):
+    for seed in range(4):
+        spread = random_spread(size, seed, definite=True)
+        for dynamics in (Dynamics(), Dynamics(0.9)):
+            limit = mean_square_limit(dynamics, spread)
+            alone = mean_square_lr(dynamics, spread, near=near * limit.lr)
+            assert alone == pytest.approx(limit.lr, rel=3e-3)
+
+
+def test_the_rate_alone_is_the_noiseless_one_without_noise():
+    spread = CurvatureSpread(np.array([4.0, 1.0]), np.zeros((1, 2, 2)))
+    assert mean_square_lr(Dynamics(0.9), spread, near=0.1) == Dynamics(0.9).noiseless_limit(4.0)
+    with pytest.raises(ValueError, match="curvatures must be positive and finite, got"):
+        mean_square_lr(Dynamics(), CurvatureSpread(np.array([-1.0]), np.zeros((1, 1, 1))), near=1.0)

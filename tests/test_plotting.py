@@ -8,7 +8,7 @@ from matplotlib import pyplot
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from batchlr.curvature_report import LRBound
+from batchlr.lr_bound import LRBound
 from batchlr.plotting import (
     plot_batch_spectra,
     plot_rates,

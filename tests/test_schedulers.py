@@ -23,7 +23,9 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from batchlr.curvature_report import AdamCurvature, CurvatureNoise, CurvatureReport
+from batchlr.adam_curvature import AdamCurvature
+from batchlr.curvature_noise import CurvatureNoise
+from batchlr.curvature_report import CurvatureReport
 from batchlr.measured import Measured
 from batchlr.schedulers import BatchAwareLR
 from reports import projected_curvature

@@ -8,7 +8,6 @@ from batchlr.controller import CurvatureUpdate as CurvatureUpdate
 # What curvature says about any batch size
 from batchlr.curvature import measure_curvature as measure_curvature
 from batchlr.curvature_report import CurvatureReport as CurvatureReport
-from batchlr.curvature_report import LRBound as LRBound
 from batchlr.edge_laws import EdgeLaw as EdgeLaw
 from batchlr.edge_laws import edge_laws as edge_laws
 
@@ -26,6 +25,7 @@ from batchlr.learning_rates import heavy_ball as heavy_ball
 from batchlr.learning_rates import max_adam_lr as max_adam_lr
 from batchlr.learning_rates import max_sgd_lr as max_sgd_lr
 from batchlr.learning_rates import min_damping as min_damping
+from batchlr.lr_bound import LRBound as LRBound
 from batchlr.operators import DenseOperator as DenseOperator
 from batchlr.operators import GGNOperator as GGNOperator
 from batchlr.operators import HessianOperator as HessianOperator

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from batchlr.cadence import Cadence
 from batchlr.curvature import measure_curvature
-from batchlr.curvature_report import CurvatureReport, LRBound, Rule
+from batchlr.curvature_report import CurvatureReport
 from batchlr.dataclass_files import dataclass_from_state, dataclass_state
 from batchlr.lanczos import default_generator
 from batchlr.learning_rates import balanced_momentum
+from batchlr.lr_bound import LRBound, Rule
 from batchlr.on_the_fly import LearnedStepSize, learn_step_size
 from batchlr.operators.batches import count_samples
 from batchlr.operators.curvature_matrix import NormMode

@@ -11,9 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from batchlr.curvature_noise import DirectionalNoise, directional_noise
-from batchlr.curvature_report import AdamCurvature, CurvatureNoise, CurvatureReport
-from batchlr.gradient_noise import gradient_moments
+from batchlr.adam_curvature import AdamCurvature
+from batchlr.curvature_noise import CurvatureNoise, DirectionalNoise, directional_noise
+from batchlr.curvature_report import CurvatureReport
+from batchlr.gradient_noise import GradientMoments, gradient_moments
 from batchlr.lanczos import default_generator, first_vector, top_eigenpairs
 from batchlr.measured import Measured
 from batchlr.operators import GGNOperator, HessianOperator, PreconditionedOperator
@@ -34,7 +35,12 @@ from batchlr.optimizer_state import (
     rate_ratios,
     second_moments,
 )
-from batchlr.projected_curvature import ProjectedCurvature, selection_bias
+from batchlr.projected_curvature import (
+    MIN_GROUPS,
+    ProjectedCurvature,
+    jackknife_groups,
+    selection_bias,
+)
 from batchlr.slq import stochastic_lanczos_quadrature
 
 Matrix = Literal["hessian", "ggn"]
@@ -45,7 +51,6 @@ _GRADIENT_SHARE = 0.3  # assumed: of the gradient's direction in a warm start
 _ASIDE = 3  # assumed: products for the plain matrix where only Adam's limit is tracked
 _TRACE_PROBES = 4  # assumed: it only feeds laws given for comparison
 _ADAM_GRID = 15  # assumed: batch sizes at which Adam's D is tabulated; interpolated between
-_MIN_HALVED = 4  # batches; with fewer the two halves have no variance of their own
 
 
 def measure_curvature(
@@ -328,34 +333,46 @@ def _adam_curvature(
     preconditioned = PreconditionedOperator(operator, scale)
     start = _start(start_vectors, scale * _mean_gradient(operator), tracking=tracking)
     edges = _edges(preconditioned, search, start, tracking=True)
-    halves = [
-        gradient_moments(operator, dataset_size=size, only=range(first, count, 2))
-        for first in (0, 1)
-        if count >= _MIN_HALVED and not tracking
-    ]
+
+    def moments_of(numbers: Sequence[int]) -> GradientMoments:
+        return gradient_moments(operator, dataset_size=size, only=numbers)
+
+    halves: list[GradientMoments] = []
+    rests: list[GradientMoments] = []
+    if not tracking and count >= MIN_GROUPS:
+        halves = [moments_of(range(first, count, 2)) for first in (0, 1)]
+        for group in jackknife_groups(count):
+            rests.append(moments_of(sorted(set(range(count)) - set(group.tolist()))))
     known = 0.0 if state is None else state.age / (state.age + count)  # share of v not in doubt
     sizes = torch.logspace(0, math.log10(size), _ADAM_GRID, dtype=torch.float64).tolist()
-    metrics, errors = [], []
+    metrics, errors, without = [], [], []
+
+    def on_axes(v: Tensor) -> npt.NDArray[np.float64]:
+        stretch = (v.sqrt() + eps) / metric
+        product = (edges.axes.T @ (stretch.unsqueeze(1) * edges.axes)).double()
+        result: npt.NDArray[np.float64] = product.cpu().numpy()
+        return result
+
+    def seen_by(
+        part: GradientMoments, v: Tensor, there: Tensor, b: float
+    ) -> npt.NDArray[np.float64]:
+        """The metric of ``v``, had only ``part`` of the batches been there."""
+        seen = part.second_moment(b, centred=centred)
+        ratio = torch.where(there > 0, seen / there, torch.ones_like(there))
+        return on_axes(v * (known + (1 - known) * ratio))
+
     for other in sizes:
         share = max(1 / other - 1 / size, 0.0)
         b = 1 / share if share > 0 else math.inf
         there = moments.second_moment(b, centred=centred)
         stretched = second_moment * torch.where(here > 0, there / here, torch.ones_like(here))
 
-        def on_axes(v: Tensor) -> npt.NDArray[np.float64]:
-            stretch = (v.sqrt() + eps) / metric
-            product = (edges.axes.T @ (stretch.unsqueeze(1) * edges.axes)).double()
-            result: npt.NDArray[np.float64] = product.cpu().numpy()
-            return result
-
-        parts = [
-            stretched
-            * (known + (1 - known) * torch.where(there > 0, part / there, torch.ones_like(there)))
-            for part in (half.second_moment(b, centred=centred) for half in halves)
-        ]
-        optimism, error = selection_bias(edges.projected.values, [on_axes(v) for v in parts])
+        optimism, error = selection_bias(
+            edges.projected.values, [seen_by(half, stretched, there, b) for half in halves]
+        )
         metrics.append(on_axes(stretched) * optimism)
         errors.append(error)
+        without.append([seen_by(rest, stretched, there, b) * optimism for rest in rests])
     return AdamCurvature(
         largest=edges.largest,
         parallel=edges.noise.parallel,
@@ -370,6 +387,7 @@ def _adam_curvature(
         projected=edges.projected,
         metrics=np.stack(metrics),
         metric_errors=tuple(errors),
+        metrics_without=np.array(without) if rests else None,
     ), edges.axes[:, 0].clone()
 
 

@@ -14,6 +14,20 @@ _GAUSSIAN = math.sqrt(2)  # relative standard deviation of the square of a Gauss
 
 
 @dataclass(frozen=True)
+class CurvatureNoise:
+    """Per-sample variances of the curvature's products; unit: curvature squared."""
+
+    parallel: Measured  # r1: along the top eigenvector v1, of v1' H_i v1
+    orthogonal: Measured  # c1: of the rest of H_i v1
+    random_direction: Measured  # P sigma^2 of the spiked Wigner model; NaN if not measured
+
+    @property
+    def total(self) -> float:
+        """``r1 + c1``, what the mean-square limit of the learning rate needs."""
+        return self.parallel + self.orthogonal
+
+
+@dataclass(frozen=True)
 class DirectionalNoise:
     """Per-sample variances of ``H_i v`` for a unit vector ``v``; unit: curvature squared.
 

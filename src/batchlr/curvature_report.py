@@ -3,111 +3,23 @@
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
+from batchlr.adam_curvature import AdamCurvature
+from batchlr.curvature_noise import CurvatureNoise
 from batchlr.dataclass_files import load_dataclass, save_dataclass
 from batchlr.learning_rates import max_adam_lr, max_sgd_lr, paper_adam_lr, paper_sgd_lr
+from batchlr.lr_bound import LRBound, Rate, Rule
 from batchlr.mean_square import Dynamics
 from batchlr.measured import Measured
 from batchlr.projected_curvature import MAX_GROUPS, ProjectedCurvature, RateEstimate
 
-Rule = Literal["mean-square", "top-direction", "paper"]
-
 _RULES = ("mean-square", "top-direction", "paper")
-_FORMAT = 2
-_WIDEST = 50.0  # assumed: half an interval in the logarithm; nothing is known, nothing overflows
+_FORMAT = 3
 _MIN_BATCHES = 4  # assumed: below it the standard error of a variance says little
-
-
-@dataclass(frozen=True)
-class LRBound:
-    """The largest stable learning rate at one batch size.
-
-    ``float(bound)`` is its value.
-    """
-
-    value: float
-    low: float  # 90 % interval from the sampling errors of curvature and noise
-    high: float
-    exponent: float  # d ln value / d ln B: 1 is linear scaling, 1/2 the square root, 0 saturation
-    regime: Literal["noise", "transition", "curvature"]  # what limits the rate
-    reliable: bool
-    reasons: tuple[str, ...]  # why not reliable; empty if it is
-    batch_size: int
-    optimizer: str
-    momentum: float  # SGD's or RMSprop's, or Adam's beta1
-    rule: Rule
-
-    def __float__(self) -> float:
-        return self.value
-
-
-@dataclass(frozen=True)
-class CurvatureNoise:
-    """Per-sample variances of the curvature's products; unit: curvature squared."""
-
-    parallel: Measured  # r1: along the top eigenvector v1, of v1' H_i v1
-    orthogonal: Measured  # c1: of the rest of H_i v1
-    random_direction: Measured  # P sigma^2 of the spiked Wigner model; NaN if not measured
-
-    @property
-    def total(self) -> float:
-        """``r1 + c1``, what the mean-square limit of the learning rate needs."""
-        return self.parallel + self.orthogonal
-
-
-@dataclass(frozen=True)
-class AdamCurvature:
-    """Extremes of ``D^-1/2 H D^-1/2``, ``D = sqrt(v) + eps``; unit: 1 / learning rate.
-
-    ``D`` is what Adam, or RMSprop, divides by.
-
-    ``D`` depends on the batch size through the gradient noise in ``v``. ``metrics`` are
-    ``D(B)/D(batch_size)`` on the axes of ``projected``, times what the top direction owes to having
-    been chosen where ``D`` came out small (`selection_bias`; 1 when tracking). The curvature at
-    another batch size is that of the same matrices in this metric (Rayleigh-Ritz, from below).
-    """
-
-    largest: Measured
-    parallel: Measured
-    orthogonal: Measured
-    batch_size: int  # at which D was measured
-    beta1: float  # Adam's, or RMSprop's momentum
-    decoupled_decay: float  # AdamW's weight decay
-    converged: bool
-    source: Literal["state", "gradients"]  # of v: the optimizer's state, or batch gradients
-    batch_sizes: tuple[float, ...]  # (G,) ascending
-    projected: ProjectedCurvature
-    metrics: npt.NDArray[np.float64] = field(compare=False)  # (G, m, m)
-    metric_errors: tuple[float, ...]  # (G,) relative error of the curvature through the metric
-    optimizer: Literal["adam", "rmsprop"] = "adam"  # whose v it is
-
-    @property
-    def total(self) -> float:
-        """``r1 + c1`` of the preconditioned matrix."""
-        return self.parallel + self.orthogonal
-
-    def stretch_at(self, batch_size: float) -> float:
-        """``D(B)/D(batch_size)`` along the top eigenvector, its Rayleigh quotient."""
-        return float(self._metric_at(batch_size)[0, 0])
-
-    def projected_at(self, batch_size: float) -> ProjectedCurvature:
-        """The matrices under the preconditioner of another batch size."""
-        return self.projected.in_metric(self._metric_at(batch_size))
-
-    def _metric_at(self, batch_size: float) -> npt.NDArray[np.float64]:
-        """``metrics``, interpolated in ``B^-1/2``: exact for gradients all noise, or all signal."""
-        roots = np.array(self.batch_sizes) ** -0.5
-        position = float(np.interp(-(batch_size**-0.5), -roots, range(len(roots))))
-        below = min(int(position), len(self.batch_sizes) - 2)
-        share = position - below
-        lower, upper = self.metrics[below], self.metrics[below + 1]
-        metric: npt.NDArray[np.float64] = (1 - share) * lower + share * upper
-        return metric
 
 
 @dataclass(frozen=True)
@@ -184,9 +96,6 @@ class CurvatureReport:
             ValueError: an argument is out of range.
         """
         inverse = self.inverse_effective_batch_size(batch_size)
-        if quantile is not None and not 0 < quantile < 1:
-            msg = f"quantile must lie in (0, 1), got {quantile}"
-            raise ValueError(msg)
         if quantile is None:
             shift = self._mean_shift(batch_size)
         else:
@@ -218,9 +127,6 @@ class CurvatureReport:
         ``1/b`` which joins it there, bounds it.
         """
         inverse = self.inverse_effective_batch_size(batch_size)
-        if quantile is not None and not 0 < quantile < 1:
-            msg = f"quantile must lie in (0, 1), got {quantile}"
-            raise ValueError(msg)
         shift = self.projected.edge_at(inverse, "smallest", quantile=quantile)
         edge = self.smallest - shift
         if self.kappa_smallest * inverse < self.smallest < 0:
@@ -282,16 +188,10 @@ class CurvatureReport:
             rate = self._top_direction(batch_size, optimizer, momentum)
         else:
             rate = self._mean_square(batch_size, optimizer, momentum)
-        margin = math.exp(min(_student_95(self._freedom(rule)) * rate.error, _WIDEST))
-        reasons = self._reasons(batch_size, optimizer, rule)
-        return LRBound(
-            value=rate.value,
-            low=rate.value / margin,
-            high=rate.value * margin,
-            exponent=rate.exponent,
-            regime=_regime(rate.noise_share),
-            reliable=not reasons,
-            reasons=reasons,
+        return LRBound.of(
+            rate,
+            freedom=self._freedom(rule),
+            reasons=self._reasons(batch_size, optimizer, rule),
             batch_size=batch_size,
             optimizer=optimizer,
             momentum=momentum,
@@ -307,11 +207,10 @@ class CurvatureReport:
 
     def _freedom(self, rule: Rule) -> int:
         """Degrees of freedom of a rate's error: terms it was estimated from, less one."""
-        return (
-            min(self.num_batches, MAX_GROUPS) if rule == "mean-square" else self.num_batches
-        ) - 1
+        most = MAX_GROUPS if rule == "mean-square" else self.num_batches
+        return min(self.num_batches, most) - 1
 
-    def _paper(self, batch_size: int, optimizer: str) -> "_Rate":
+    def _paper(self, batch_size: int, optimizer: str) -> Rate:
         edge = self.largest_at(batch_size)
         largest = float(edge)
         decay, power = (self.weight_decay, 1.0) if optimizer == "sgd" else (0.0, 0.5)
@@ -326,14 +225,14 @@ class CurvatureReport:
         orthogonal = self.noise.orthogonal  # the shift is proportional to it
         share = _finite(orthogonal.stderr) / orthogonal if orthogonal > 0 else 0.0
         error = math.hypot(edge.stderr, (largest - self.largest) * share)
-        return _Rate(
+        return Rate(
             value=value,
             error=power * error / (largest + decay),
             exponent=power * max(fall, 0.0),
             noise_share=(largest - self.largest) / (largest + decay),
         )
 
-    def _mean_square(self, batch_size: float, optimizer: str, momentum: float) -> "_Rate":
+    def _mean_square(self, batch_size: float, optimizer: str, momentum: float) -> Rate:
         inverse = self.inverse_effective_batch_size(batch_size)
         if optimizer == "sgd":
             max_sgd_lr(self.largest)  # refuses curvature that is not positive
@@ -342,7 +241,7 @@ class CurvatureReport:
                 dynamics, inverse, largest=self.largest, population=self.dataset_size
             )
             exponent = rate.exponent / (batch_size * inverse) if inverse > 0 else 0.0
-            return _Rate(rate.lr, rate.error, exponent, 1 - rate.lr / rate.noiseless)
+            return Rate(rate.lr, rate.error, exponent, 1 - rate.lr / rate.noiseless, rate.ends)
         adam = self._measured_adam()
         max_sgd_lr(adam.largest)  # likewise
         dynamics = Dynamics(
@@ -359,6 +258,7 @@ class CurvatureReport:
                 largest=largest,
                 population=self.dataset_size,
                 with_error=with_error,
+                without=adam.without_groups_at(size, self.dataset_size) if with_error else None,
             )
 
         rate = rate_at(batch_size, with_error=True)
@@ -368,9 +268,9 @@ class CurvatureReport:
         low, high = self._around(batch_size)
         exponent = math.log(rate_at(high).lr / rate_at(low).lr) / math.log(high / low)
         error = math.hypot(rate.error, metric_error)
-        return _Rate(rate.lr, error, exponent, 1 - rate.lr / rate.noiseless)
+        return Rate(rate.lr, error, exponent, 1 - rate.lr / rate.noiseless, rate.ends)
 
-    def _top_direction(self, batch_size: float, optimizer: str, momentum: float) -> "_Rate":
+    def _top_direction(self, batch_size: float, optimizer: str, momentum: float) -> Rate:
         inverse = self.inverse_effective_batch_size(batch_size)
         if optimizer == "sgd":
             noise = self.noise.total * inverse / self.largest if self.largest > 0 else 0.0
@@ -379,7 +279,7 @@ class CurvatureReport:
             error, weight = _noise_weight(
                 self.largest, self.noise, momentum, inverse, weight_decay=decay
             )
-            return _Rate(value, error, exponent=weight / batch_size, noise_share=weight * inverse)
+            return Rate(value, error, exponent=weight / batch_size, noise_share=weight * inverse)
         adam = self._measured_adam()
 
         def value_at(size: float) -> float:
@@ -396,7 +296,7 @@ class CurvatureReport:
         error, weight = _noise_weight(adam.largest, adam, momentum, inverse)
         low, high = self._around(batch_size)
         exponent = math.log(value_at(high) / value_at(low)) / math.log(high / low)
-        return _Rate(value, error, exponent, noise_share=weight * inverse)
+        return Rate(value, error, exponent, noise_share=weight * inverse)
 
     def _measured_adam(self) -> AdamCurvature:
         if self.adam is None:
@@ -475,19 +375,6 @@ class CurvatureReport:
         return load_dataclass(CurvatureReport, path, version=_FORMAT)
 
 
-class _Rate(NamedTuple):
-    value: float
-    error: float  # relative standard error
-    exponent: float  # d ln value / d ln B
-    noise_share: float  # of what limits the rate
-
-
-def _regime(noise_share: float) -> Literal["noise", "transition", "curvature"]:
-    if noise_share > 2 / 3:
-        return "noise"
-    return "curvature" if noise_share < 1 / 3 else "transition"
-
-
 def _noise_weight(
     largest: Measured,
     noise: CurvatureNoise | AdamCurvature,
@@ -505,18 +392,6 @@ def _noise_weight(
         factor * inverse * _finite(noise.orthogonal.stderr),
     )
     return math.hypot(*errors) / denominator, factor * noise.total / denominator
-
-
-def _student_95(freedom: int) -> float:
-    """95 % quantile of Student's t; 12 % low at 1 degree of freedom, 0.3 % at 3.
-
-    Errors estimated from few batches are uncertain themselves. Abramowitz & Stegun 26.7.5.
-    """
-    z, n = 1.6448536, freedom  # the normal quantile
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / n + second / n**2 + third / n**3
 
 
 def _finite(error: float) -> float:

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from batchlr.curvature_report import LRBound
+    from batchlr.lr_bound import LRBound
     from batchlr.slq import SpectralMeasure
 
 _RATE, _LOSS, _EIGENVALUE, _SECOND = "#0b6e99", "#444444", "#b3471d", "#6b4c9a"

@@ -1,7 +1,7 @@
 """The curvature of every batch, seen on the few directions that matter."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple, final
@@ -9,7 +9,13 @@ from typing import Literal, NamedTuple, final
 import numpy as np
 import numpy.typing as npt
 
-from batchlr.mean_square import CurvatureSpread, Dynamics, Limit, mean_square_limit
+from batchlr.mean_square import (
+    CurvatureSpread,
+    Dynamics,
+    Limit,
+    mean_square_limit,
+    mean_square_lr,
+)
 from batchlr.measured import Measured
 
 Array = npt.NDArray[np.float64]
@@ -18,12 +24,21 @@ End = Literal["largest", "smallest"]
 MAX_GROUPS = 8
 """Groups of batches left out in turn for a rate's error (assumed)."""
 
+MIN_GROUPS = 4
+"""Batches from which on the jackknife is used (assumed: with fewer it says too little)."""
+
 _FLOOR = 0.005  # assumed, relative to the top; those below moved limits by some 3 %
 _LEAST = 1e-10  # assumed: 1/b of the largest data set; an edge next to zero asks for less
-_MIN_GROUPS = 4  # assumed: with fewer batches the jackknife says too little
 _MIN_CORRECTED = 16  # measured (docs/log.md): with 8 batches the correction overshoots
-_MOST_BIAS = 0.5  # assumed: a larger correction, in the logarithm, is not to be believed
+_LEAST_TOP = 0.25  # assumed: share of the top eigenvalue left without any group
+_MOST_BIAS = 0.5  # assumed: a larger one, in the logarithm, is not to be believed
+_MOST_OWED = 0.5  # assumed: share of an eigenvalue owed to the sample; beyond, nothing is known
 _DRAWS = 400  # assumed: resampled batches; their mean is then good to a twentieth of their spread
+
+
+def jackknife_groups(count: int) -> list[npt.NDArray[np.int_]]:
+    """Numbers of the batches to leave out together, ``MAX_GROUPS`` groups at most."""
+    return np.array_split(np.arange(count), min(count, MAX_GROUPS))
 
 
 class RateEstimate(NamedTuple):
@@ -33,6 +48,7 @@ class RateEstimate(NamedTuple):
     error: float  # relative standard error
     noiseless: float  # the limit without batch noise
     exponent: float  # d ln(lr) / d ln(b), b the effective batch size
+    ends: tuple[float, float]  # lr before and after the correction for bias: an interval's ends
 
 
 @final
@@ -106,7 +122,13 @@ class ProjectedCurvature:
         Returns:
             The distance, at least 0 for the mean and growing with ``inverse``, and the error of
             resampling and of the leak.
+
+        Raises:
+            ValueError: the quantile is out of range.
         """
+        if quantile is not None and not 0 < quantile < 1:
+            msg = f"quantile must lie in (0, 1), got {quantile}"
+            raise ValueError(msg)
         edge = abs(float(self.values[0 if end == "largest" else -1]))
         if inverse <= 0 or edge == 0:
             return Measured(0.0, 0.0)
@@ -177,6 +199,7 @@ class ProjectedCurvature:
         largest: float,
         population: float,
         with_error: bool = True,
+        without: Sequence["ProjectedCurvature"] | None = None,
     ) -> RateEstimate:
         """The largest rate at which the second moment contracts, with its sampling error.
 
@@ -188,79 +211,119 @@ class ProjectedCurvature:
             inverse: ``1/b = 1/B - 1/N``.
             largest: the top eigenvalue of the mean over the whole data set.
             population: ``N``, the samples that batches are drawn from.
-            with_error: False saves the resampling behind the error and the correction for bias.
+            with_error: False saves the jackknife behind the error and the correction for bias.
+            without: what `leaving_out` gives; the caller's if its metric varies too.
 
         Raises:
             ValueError: there is no positive curvature.
         """
-        values = self.values.copy()
-        values[0] = largest
-        kept = values > _FLOOR * max(largest, 0.0)
-        across = float((self.deviations[:, 0, ~kept] ** 2).sum()) + self.leak_largest
-        leak = across * inverse / largest if largest > 0 else 0.0
-
-        def limit_of(deviations: Array, near: float | None = None) -> Limit:
-            inside = deviations[:, kept][:, :, kept]
-            spread = CurvatureSpread(values[kept], inside, scale=inverse, leak=leak)
-            return mean_square_limit(dynamics, spread, near=near)
-
-        limit = limit_of(self.deviations)
-        count = len(self.samples)
-        # Batches of one sample, and all of them: then the noise is known, not estimated.
-        doubt = max(0.0, 1 - count / population)
-        if not with_error or math.isinf(limit.steepness):
-            error = (
-                math.nan if not with_error else self._mean_error(limit, values, kept, population)
-            )
-            return RateEstimate(limit.lr, error, limit.noiseless, 1 / limit.steepness)
-        if count >= _MIN_GROUPS:
-            bias, noise_error = self._jackknife(limit_of, limit.lr) if doubt > 0 else (0.0, 0.0)
-            if count < _MIN_CORRECTED:
-                bias = 0.0
+        limit = mean_square_limit(dynamics, self._spread(inverse, largest))
+        count, bias, ends = len(self.samples), 0.0, (limit.lr, limit.lr)
+        doubt = _doubt(count, population)
+        if not with_error:
+            return RateEstimate(limit.lr, math.nan, limit.noiseless, 1 / limit.steepness, ends)
+        if math.isinf(limit.steepness) and without is None:  # noise does not limit: the mean does
+            error = self._mean_error(limit, largest, population)
+        elif count >= MIN_GROUPS:
+            bias, error = self._jackknife(dynamics, inverse, largest, limit.lr, population, without)
         else:
             shares = limit.by_deviation
             least = math.sqrt(2 / (count - 1)) * float(shares.sum())
             scatter = float(shares.std(ddof=1)) * math.sqrt(count)
-            bias, noise_error = 0.0, max(scatter, least) / limit.steepness
-        relative = self.leak_largest.stderr / self.leak_largest if self.leak_largest > 0 else 0
-        leaked = leak * dynamics.flat_response(limit.lr) * relative / limit.steepness
-        error = math.hypot(
-            math.sqrt(doubt) * math.hypot(noise_error, leaked),
-            self._mean_error(limit, values, kept, population),
-        )
-        lr = min(limit.lr * math.exp(-doubt * bias), limit.noiseless)
-        return RateEstimate(lr, error, limit.noiseless, 1 / limit.steepness)
+            noise_error = math.sqrt(doubt) * max(scatter, least) / limit.steepness
+            error = math.hypot(noise_error, self._mean_error(limit, largest, population))
+        if self.leak_largest > 0:
+            leaked = self.leak_largest.stderr * inverse / largest * math.sqrt(doubt)
+            response = dynamics.flat_response(limit.lr) / limit.steepness
+            error = math.hypot(error, leaked * response)
+        ends = (limit.lr, min(limit.lr * math.exp(-bias), limit.noiseless))
+        lr = ends[1] if count >= _MIN_CORRECTED else limit.lr
+        return RateEstimate(lr, error, limit.noiseless, 1 / limit.steepness, ends)
+
+    def _kept(self, largest: float) -> tuple[Array, npt.NDArray[np.bool_]]:
+        """Curvatures below ``largest``, and which are followed one by one."""
+        values = self.values.copy()
+        values[0] = largest
+        return values, values > _FLOOR * max(largest, 0.0)
+
+    def _spread(self, inverse: float, largest: float) -> CurvatureSpread:
+        values, kept = self._kept(largest)
+        across = float((self.deviations[:, 0, ~kept] ** 2).sum()) + self.leak_largest
+        leak = across * inverse / largest if largest > 0 else 0.0
+        inside = self.deviations[:, kept][:, :, kept]
+        return CurvatureSpread(values[kept], inside, scale=inverse, leak=leak)
 
     def _jackknife(
-        self, limit_of: Callable[[Array, float], Limit], lr: float
+        self,
+        dynamics: Dynamics,
+        inverse: float,
+        largest: float,
+        lr: float,
+        population: float,
+        without: Sequence["ProjectedCurvature"] | None,
     ) -> tuple[float, float]:
-        """Bias and standard error of ``ln lr`` from how few batches the noise is known.
+        """Bias and standard error of ``ln lr``, groups left out (Efron & Tibshirani 1993, ch. 11).
 
-        Groups of batches are left out in turn (Efron & Tibshirani 1993, chapter 11); the bias is
-        that of a largest eigenvalue, which noise in the map only raises.
+        Of mean and noise together, for they are correlated: samples that curve more also spread
+        more. The gain is a largest eigenvalue, which errors in the map only raise, so that a
+        positive bias of the rate is chance. What the top owes to the sample goes with ``1/n``.
         """
-        count = len(self.samples)
-        groups = np.array_split(np.arange(count), min(count, MAX_GROUPS))
-        counts = np.array(self.samples)
+        doubt = _doubt(len(self.samples), population)
+        if doubt == 0:
+            return 0.0, 0.0
+        owed = 1 - largest / float(self.values[0])
         logs = []
-        for group in groups:
-            rest = np.setdiff1d(np.arange(count), group)
-            deviations = _deviations(self.matrices[rest], counts[rest])
-            logs.append(math.log(limit_of(deviations, lr).lr / lr))
+        for rest in self.leaving_out(population) if without is None else without:
+            more = 1 + (sum(self.samples) / sum(rest.samples) - 1) / doubt
+            top = float(rest.values[0]) * (1 - min(owed * more, _MOST_OWED))
+            top = max(top, _LEAST_TOP * largest)
+            there = mean_square_lr(dynamics, rest._spread(inverse, top), near=lr)
+            logs.append(math.log(there / lr))
         mean, size = sum(logs) / len(logs), len(logs)
         variance = (size - 1) / size * sum((value - mean) ** 2 for value in logs)
-        bias = (size - 1) * mean
-        return max(-_MOST_BIAS, min(bias, _MOST_BIAS)), math.sqrt(variance)
+        bias = max(-_MOST_BIAS, min(doubt * (size - 1) * mean, 0.0))
+        return bias, math.sqrt(doubt * variance)
 
-    def _mean_error(
-        self, limit: Limit, values: Array, kept: npt.NDArray[np.bool_], population: float
-    ) -> float:
+    def leaving_out(
+        self, population: float, metrics: Sequence[Array] | None = None
+    ) -> list["ProjectedCurvature"]:
+        """This without each of `jackknife_groups` in turn, in a metric of its own if given.
+
+        The noise is in doubt by ``1 - K/N`` of its variance (batches of one sample, and all of
+        them, leave none), the mean by ``1 - n/N``; so of the group's pull on the mean only the
+        root of their ratio is taken.
+        """
+        counts = np.array(self.samples)
+        doubts = [_doubt(number, population) for number in (int(counts.sum()), len(counts))]
+        pull = math.sqrt(doubts[0] / doubts[1]) if doubts[1] > 0 else 0.0
+        mean = _mean(self.matrices, counts)
+        result = []
+        for index, group in enumerate(jackknife_groups(len(counts))):
+            rest = np.setdiff1d(np.arange(len(counts)), group)
+            there = _mean(self.matrices[rest], counts[rest])
+            matrices = self.matrices[rest] + (1 - pull) * (mean - there)
+            metric = np.eye(len(mean)) if metrics is None else metrics[index]
+            values, axes = _diagonalise(pull * there + (1 - pull) * mean, metric)
+            result.append(
+                ProjectedCurvature(
+                    values=values,
+                    matrices=axes.T @ matrices @ axes,
+                    samples=tuple(counts[rest].tolist()),
+                    leak_largest=_divided(self.leak_largest, float(metric[0, 0]) ** 2),
+                    leak_smallest=self.leak_smallest,
+                )
+            )
+        return result
+
+    def _mean_error(self, limit: Limit, largest: float, population: float) -> float:
         """Error of ``ln lr`` because the mean is over a sample, direction by direction.
 
         An eigenvalue within its error of zero counts for no more than itself: the first order
         says nothing beyond.
         """
-        sampling = max(1 / sum(self.samples) - 1 / population, 0.0)
+        values, kept = self._kept(largest)
+        total = sum(self.samples)
+        sampling = _doubt(total, population) / total
         diagonals = np.einsum("kii->ki", self.deviations)[:, kept]
         spreads = np.sqrt(sampling * (diagonals**2).sum(0))
         limits = values[kept] / np.maximum(spreads, 1e-300)
@@ -273,31 +336,41 @@ class ProjectedCurvature:
         For another preconditioner ``D'``: ``metric = V' D^-1/2 D' D^-1/2 V``. The leak of the
         top axis is scaled by the metric there, that of the lowest is not.
         """
-        values, axes = _diagonalise(self.values, metric)
-        top = float(metric[0, 0]) ** 2
+        values, axes = _diagonalise(np.diag(self.values), metric)
         return ProjectedCurvature(
             values=values,
             matrices=axes.T @ self.matrices @ axes,
             samples=self.samples,
-            leak_largest=Measured(self.leak_largest / top, self.leak_largest.stderr / top),
+            leak_largest=_divided(self.leak_largest, float(metric[0, 0]) ** 2),
             leak_smallest=self.leak_smallest,
         )
 
 
 def _deviations(matrices: Array, samples: Array) -> Array:
     """See `ProjectedCurvature.deviations`."""
-    counts = samples.astype(np.float64)
-    mean = np.einsum("k,kij->ij", counts / counts.sum(), matrices)
-    roots = np.sqrt(counts / (len(counts) - 1))
-    result: Array = roots[:, None, None] * (matrices - mean)
+    roots = np.sqrt(samples / (len(samples) - 1))
+    result: Array = roots[:, None, None] * (matrices - _mean(matrices, samples))
     return result
 
 
-def _diagonalise(values: Array, metric: Array) -> tuple[Array, Array]:
-    """Descending eigenvalues of ``diag(values)`` in ``metric``, and axes ``A' metric A = 1``."""
+def _mean(matrices: Array, samples: Array) -> Array:
+    return np.asarray(np.einsum("k,kij->ij", samples / samples.sum(), matrices))
+
+
+def _doubt(count: float, population: float) -> float:
+    """What ``count`` of ``population``, drawn without replacement, leave of a variance."""
+    return max(0.0, 1 - count / population)
+
+
+def _divided(value: Measured, by: float) -> Measured:
+    return Measured(value / by, value.stderr / by)
+
+
+def _diagonalise(matrix: Array, metric: Array) -> tuple[Array, Array]:
+    """Descending eigenvalues of ``matrix`` in ``metric``, and axes ``A' metric A = 1``."""
     factors, rotation = np.linalg.eigh(metric)
     whitened = rotation / np.sqrt(factors)
-    found, turned = np.linalg.eigh(whitened.T @ np.diag(values) @ whitened)
+    found, turned = np.linalg.eigh(whitened.T @ matrix @ whitened)
     return found[::-1].copy(), whitened @ turned[:, ::-1]
 
 
@@ -321,7 +394,7 @@ def selection_bias(values: Array, metrics: Sequence[Array]) -> tuple[float, floa
     for here, there in (metrics, metrics[::-1]):
         if np.linalg.eigvalsh(here)[0] <= 0:
             return 1.0, 0.0
-        found, axes = _diagonalise(values, here)
+        found, axes = _diagonalise(np.diag(values), here)
         axis = axes[:, 0]
         judged = float(axis @ (values * axis)) / float(axis @ there @ axis)
         logs.append(math.log(found[0] / judged))

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from batchlr.curvature import measure_curvature
-from batchlr.curvature_report import CurvatureReport, LRBound
+from batchlr.curvature_report import CurvatureReport
 from batchlr.lanczos import top_eigenpairs
+from batchlr.lr_bound import LRBound
 from batchlr.operators import DifferenceOperator, GGNOperator, HessianOperator, LinearOperator
 from batchlr.operators.curvature_matrix import CurvatureMatrix, normalises_over_batches
 from batchlr.plotting import plot_rates, plot_spectrum, save_figure

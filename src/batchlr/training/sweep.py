@@ -16,7 +16,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from batchlr.curvature import measure_curvature
-from batchlr.curvature_report import CurvatureReport, LRBound
+from batchlr.curvature_report import CurvatureReport
+from batchlr.lr_bound import LRBound
 from batchlr.operators.curvature_matrix import normalises_over_batches
 from batchlr.operators.supervised import LossFunction
 from batchlr.plotting import plot_sweep, save_figure

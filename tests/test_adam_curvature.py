@@ -1,0 +1,63 @@
+"""Adam's curvature at other batch sizes, and without each group of batches."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from batchlr.adam_curvature import AdamCurvature
+from batchlr.measured import Measured
+from batchlr.projected_curvature import ProjectedCurvature
+
+SIZES = (1.0, 4.0, 100.0)
+STRETCHES = np.array([2.0, 1.0, 0.5])
+AXES = np.diag([50.0, 20.0])
+NOISE = np.random.default_rng(0).normal(size=(4, 2, 2))
+MATRICES = AXES + NOISE + NOISE.transpose(0, 2, 1)
+VALUES, VECTORS = np.linalg.eigh(MATRICES.mean(0))
+
+ADAM = AdamCurvature(
+    largest=Measured(50.0, 1.0),
+    parallel=Measured(3.0, 1.0),
+    orthogonal=Measured(4.0, 1.0),
+    batch_size=4,
+    beta1=0.9,
+    decoupled_decay=0.0,
+    converged=True,
+    source="gradients",
+    batch_sizes=SIZES,
+    projected=ProjectedCurvature(
+        values=VALUES[::-1].copy(),
+        matrices=VECTORS[:, ::-1].T @ MATRICES @ VECTORS[:, ::-1],
+        samples=(4,) * 4,
+        leak_largest=Measured(0.0, 0.0),
+        leak_smallest=Measured(0.0, 0.0),
+    ),
+    metrics=STRETCHES[:, None, None] * np.eye(2),
+    metric_errors=(0.0,) * 3,
+)
+
+
+def test_the_noise_is_that_along_and_across():
+    assert ADAM.total == 7.0
+
+
+@pytest.mark.parametrize(("size", "stretch"), [(1, 2.0), (4, 1.0), (16, 0.6875), (100, 0.5)])
+def test_the_metric_is_interpolated_in_the_root_of_the_batch_size(size, stretch):
+    """At 16 the root is 1/4, three eighths of the way from 1/10 to 1/2."""
+    assert ADAM.stretch_at(size) == pytest.approx(stretch)
+    seen = ADAM.projected_at(size)
+    assert seen.values == pytest.approx(ADAM.projected.values / stretch)
+
+
+def test_without_a_group_the_metric_is_that_group_s_or_the_whole_s():
+    population = 1e9
+    own = np.array([1.0, 1.1, 1.2, 1.3])
+    table = STRETCHES[:, None, None, None] * own[:, None, None] * np.eye(2)
+    plain = ADAM.without_groups_at(100, population)
+    varied = replace(ADAM, metrics_without=table).without_groups_at(100, population)
+    for here, there, factor in zip(plain, varied, own, strict=True):
+        assert there.values == pytest.approx(here.values / factor)
+    bare = ADAM.projected.leaving_out(population)
+    for here, there in zip(bare, plain, strict=True):
+        assert there.values == pytest.approx(here.values / 0.5)

@@ -1,0 +1,56 @@
+"""A rate becomes a bound: Student's interval in the logarithm, wider where it is biased."""
+
+import math
+
+import pytest
+from scipy.stats import t as student
+
+from batchlr.lr_bound import LRBound, Rate
+
+
+def bound(rate, freedom=7, reasons=()):
+    return LRBound.of(
+        rate,
+        freedom=freedom,
+        reasons=reasons,
+        batch_size=64,
+        optimizer="sgd",
+        momentum=0.9,
+        rule="mean-square",
+    )
+
+
+@pytest.mark.parametrize("freedom", [3, 7, 30])
+def test_the_interval_is_student_s_in_the_logarithm(freedom):
+    found = bound(Rate(2.0, 0.1, 0.5, 0.5), freedom)
+    reach = 0.1 * student.ppf(0.95, freedom)
+    assert math.log(found.high / 2.0) == pytest.approx(reach, rel=4e-3)  # of the expansion
+    assert found.low * found.high == pytest.approx(4.0)
+    assert float(found) == 2.0
+
+
+def test_the_interval_reaches_from_the_rate_before_and_after_the_correction_for_bias():
+    plain = bound(Rate(2.0, 0.1, 0.5, 0.5))
+    biased = bound(Rate(2.5, 0.1, 0.5, 0.5, ends=(2.0, 3.0)))
+    assert biased.value == 2.5
+    assert biased.low == plain.low
+    assert biased.high == pytest.approx(1.5 * plain.high)
+
+
+@pytest.mark.parametrize(
+    ("share", "regime"), [(0.0, "curvature"), (0.5, "transition"), (0.9, "noise")]
+)
+def test_the_regime_is_what_limits_the_rate(share, regime):
+    assert bound(Rate(1.0, 0.0, 0.0, share)).regime == regime
+
+
+def test_any_reason_makes_it_unreliable():
+    assert bound(Rate(1.0, 0.0, 0.0, 0.0)).reliable
+    doubted = bound(Rate(1.0, 0.0, 0.0, 0.0), reasons=("few batches",))
+    assert (doubted.reliable, doubted.reasons) == (False, ("few batches",))
+
+
+def test_an_overwhelming_error_leaves_numbers():
+    found = bound(Rate(1.0, 1e9, 0.0, 0.0))
+    assert 0 < found.low < 1e-15
+    assert 1e15 < found.high < math.inf
