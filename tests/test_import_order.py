@@ -29,7 +29,7 @@ LEVELS = [
     },
     {"tracker", "curvature_report"},
     {"curvature", "edge_laws", "on_the_fly", "layer_spectra"},
-    {"schedulers", "batch_size", "averaging", "probes", "optim"},
+    {"schedulers", "batch_size", "averaging", "probes", "optim", "curvature_update"},
     {"controller"},
     {"__init__"},  # the public names: `import batchlr` as a user writes it
     {"plotting", "integrations"},

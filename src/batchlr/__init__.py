@@ -3,11 +3,11 @@
 # Curvature matrices, known through their products
 # When to measure while training, and what to apply
 from batchlr.controller import CurvatureController as CurvatureController
-from batchlr.controller import CurvatureUpdate as CurvatureUpdate
 
 # What curvature says about any batch size
 from batchlr.curvature import measure_curvature as measure_curvature
 from batchlr.curvature_report import CurvatureReport as CurvatureReport
+from batchlr.curvature_update import CurvatureUpdate as CurvatureUpdate
 from batchlr.edge_laws import EdgeLaw as EdgeLaw
 from batchlr.edge_laws import edge_laws as edge_laws
 

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, final
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from batchlr.cadence import Cadence
 from batchlr.curvature import measure_curvature
 from batchlr.curvature_report import CurvatureReport
+from batchlr.curvature_update import CurvatureUpdate
 from batchlr.dataclass_files import dataclass_from_state, dataclass_state
 from batchlr.lanczos import default_generator
 from batchlr.learning_rates import balanced_momentum
@@ -20,7 +21,7 @@ from batchlr.on_the_fly import LearnedStepSize, learn_step_size
 from batchlr.operators.batches import count_samples
 from batchlr.operators.curvature_matrix import NormMode
 from batchlr.operators.supervised import LossFunction
-from batchlr.optimizer_state import Kind
+from batchlr.optimizer_state import Kind, get_momentum, set_momentum
 from batchlr.policies import POLICIES, PolicyName
 from batchlr.rate_filter import RateFilter
 from batchlr.schedulers import BatchAwareLR
@@ -37,50 +38,6 @@ _EDGE = 2  # measured against 1, 4 and 16: docs/log.md
 # Gradients of the measured samples, measured (benchmarks/curvature_products.py): recording their
 # graphs with everything around it, a product, and a product through train-mode batch norm.
 _RECORDING, _PRODUCT, _COUPLED_PRODUCT = 3.0, 2.2, 3.5
-
-
-@dataclass(frozen=True)
-class CurvatureUpdate:
-    """One measurement during training and what was made of it."""
-
-    step: int  # optimizer steps made before it
-    peak: float  # of the scheduler, after it
-    momentum: float  # of the optimizer, after it
-    failure: str | None  # why the last good rate was kept; None if the measurement succeeded
-    bound: LRBound | None  # None after a failure, and with a policy of the paper
-    report: CurvatureReport | None  # likewise
-    learned: LearnedStepSize | None = None  # with a policy of the paper; None after a failure
-    overhead: float = (
-        0.0  # cost of all measurements so far over that of the steps made, in gradients
-    )
-
-    @property
-    def largest_eigenvalue(self) -> float:
-        """Of the matrix that limits the optimizer (Adam's is preconditioned); NaN on failure."""
-        if self.learned is not None:
-            return self.learned.largest
-        if self.report is None:
-            return math.nan
-        return float(self.report.largest if self.report.adam is None else self.report.adam.largest)
-
-    @property
-    def smallest_eigenvalue(self) -> float:
-        """The lower end of the Hessian, as far as Lanczos came; NaN on failure."""
-        if self.learned is not None:
-            return self.learned.smallest
-        return math.nan if self.report is None else float(self.report.smallest)
-
-    @property
-    def num_products(self) -> int:
-        """Matrix-vector products spent; 0 on failure."""
-        measured = self.learned or self.report
-        return 0 if measured is None else measured.num_products
-
-    @property
-    def seconds(self) -> float:
-        """Time spent measuring; 0 on failure."""
-        measured = self.learned or self.report
-        return 0.0 if measured is None else measured.seconds
 
 
 @final
@@ -110,8 +67,7 @@ class CurvatureController:
             alike (`balanced_momentum`).
         apply: False measures and reports only.
         norm_mode: of the measurements.
-        tol: relative residual at which Lanczos stops (assumed; the eigenvalue's own
-            error is of second order in it).
+        tol: relative error, estimated from residual and gap, at which Lanczos stops (assumed).
         max_products: of one Lanczos run.
         clip_norm: at which training clips the gradient's norm; the rates then say if it is active.
         rule: of `CurvatureReport.max_lr`. The closed form of one direction is what the demos were
@@ -455,21 +411,6 @@ class CurvatureController:
         parameter = self.scheduler.optimizer.param_groups[0]["params"][0]
         self._vectors = tuple(vector.to(parameter) for vector in state_dict["vectors"])
         self._generator.set_state(state_dict["generator"].cpu())
-
-
-def get_momentum(optimizer: torch.optim.Optimizer) -> float:
-    """SGD's momentum or Adam's beta1, of the first group; 0 if it has neither."""
-    group = optimizer.param_groups[0]
-    return float(group["betas"][0] if "betas" in group else group.get("momentum", 0.0))
-
-
-def set_momentum(optimizer: torch.optim.Optimizer, momentum: float) -> None:
-    """Set SGD's momentum or Adam's beta1 in every group."""
-    for group in optimizer.param_groups:
-        if "betas" in group:
-            group["betas"] = (momentum, group["betas"][1])
-        else:
-            group["momentum"] = momentum
 
 
 def _check_policy(

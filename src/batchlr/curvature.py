@@ -41,7 +41,7 @@ from batchlr.projected_curvature import (
     jackknife_groups,
     selection_bias,
 )
-from batchlr.slq import stochastic_lanczos_quadrature
+from batchlr.trace import estimate_trace
 
 Matrix = Literal["hessian", "ggn"]
 
@@ -76,7 +76,7 @@ def measure_curvature(
 
     Weights, ``.grad``, buffers, flags and global random state are bit-identical afterwards. Costs
     one Lanczos run (10-40 products from a random start, 2-5 from an earlier report's vectors) and
-    eight products for noise, trace and Gauss-Newton share (one when tracking); Adam or RMSprop
+    ten products for noise, trace and Gauss-Newton share (one when tracking); Adam or RMSprop
     take another run and one more.
 
     Args:
@@ -141,7 +141,10 @@ def measure_curvature(
         probe = first_vector(operator, None, generator)
         noise = directional_noise(metric, probe)
         random_direction = Measured(noise.total, noise.orthogonal.stderr)
-        trace = _trace(metric, generator)
+        ends = edges.axes[:, [0, -1]].contiguous() if metric.shape[0] > 1 else edges.axes
+        trace = estimate_trace(
+            metric, num_probes=_TRACE_PROBES, vectors=ends, generator=generator
+        ).trace
         ggn = _ggn_along(edges.axes[:, 0], model, loss_fn, batches, norm_mode, ratios)
         small_batch = _small_batch(
             matrix,
@@ -227,6 +230,7 @@ def _edges(
         k,
         which="both" if size > 1 else "largest",
         settle="largest" if tracking else None,
+        criterion="error" if tracking else "residual",
         tol=search.tol,
         max_steps=min(size, max(search.max_products, 2 * k)),
         start=start,
@@ -389,15 +393,6 @@ def _adam_curvature(
         metric_errors=tuple(errors),
         metrics_without=np.array(without) if rests else None,
     ), edges.axes[:, 0].clone()
-
-
-def _trace(operator: BatchedOperator, generator: torch.Generator) -> Measured:
-    """``tr A`` from random directions."""
-    size = operator.shape[0]
-    measure = stochastic_lanczos_quadrature(
-        operator, num_steps=1, num_probes=_TRACE_PROBES, generator=generator
-    )
-    return Measured(size * measure.mean, size * measure.mean_stderr)
 
 
 def _ggn_along(

@@ -15,7 +15,7 @@ from batchlr.operators.base import BatchedOperator
 _BLOCK = 8
 """Products of batches held at a time (assumed: P numbers each)."""
 
-_EXACT = 1 << 20
+_EXACT = 1 << 16
 """Numbers widened to float64 at a time in an inner product (assumed: 16 MB)."""
 
 

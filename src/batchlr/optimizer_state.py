@@ -131,3 +131,18 @@ def rate_ratios(model: nn.Module, optimizer: Optimizer) -> Tensor | None:
             for p in parameters
         ]
     )
+
+
+def get_momentum(optimizer: torch.optim.Optimizer) -> float:
+    """SGD's momentum or Adam's beta1, of the first group; 0 if it has neither."""
+    group = optimizer.param_groups[0]
+    return float(group["betas"][0] if "betas" in group else group.get("momentum", 0.0))
+
+
+def set_momentum(optimizer: torch.optim.Optimizer, momentum: float) -> None:
+    """Set SGD's momentum or Adam's beta1 in every group."""
+    for group in optimizer.param_groups:
+        if "betas" in group:
+            group["betas"] = (momentum, group["betas"][1])
+        else:
+            group["momentum"] = momentum

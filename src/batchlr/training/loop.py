@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from batchlr.controller import CurvatureUpdate, get_momentum
+from batchlr.curvature_update import CurvatureUpdate
+from batchlr.optimizer_state import get_momentum
 from batchlr.training.checkpoint import latest_checkpoint, save_checkpoint
 from batchlr.training.config import TrainConfig
 from batchlr.training.console import RunConsole

@@ -1,0 +1,52 @@
+"""What a measurement during training found, and what was made of it."""
+
+import math
+from dataclasses import dataclass
+
+from batchlr.curvature_report import CurvatureReport
+from batchlr.lr_bound import LRBound
+from batchlr.on_the_fly import LearnedStepSize
+
+
+@dataclass(frozen=True)
+class CurvatureUpdate:
+    """One measurement during training and what was made of it."""
+
+    step: int  # optimizer steps made before it
+    peak: float  # of the scheduler, after it
+    momentum: float  # of the optimizer, after it
+    failure: str | None  # why the last good rate was kept; None if the measurement succeeded
+    bound: LRBound | None  # None after a failure, and with a policy of the paper
+    report: CurvatureReport | None  # likewise
+    learned: LearnedStepSize | None = None  # with a policy of the paper; None after a failure
+    overhead: float = (
+        0.0  # cost of all measurements so far over that of the steps made, in gradients
+    )
+
+    @property
+    def largest_eigenvalue(self) -> float:
+        """Of the matrix that limits the optimizer (Adam's is preconditioned); NaN on failure."""
+        if self.learned is not None:
+            return self.learned.largest
+        if self.report is None:
+            return math.nan
+        return float(self.report.largest if self.report.adam is None else self.report.adam.largest)
+
+    @property
+    def smallest_eigenvalue(self) -> float:
+        """The lower end of the Hessian, as far as Lanczos came; NaN on failure."""
+        if self.learned is not None:
+            return self.learned.smallest
+        return math.nan if self.report is None else float(self.report.smallest)
+
+    @property
+    def num_products(self) -> int:
+        """Matrix-vector products spent; 0 on failure."""
+        measured = self.learned or self.report
+        return 0 if measured is None else measured.num_products
+
+    @property
+    def seconds(self) -> float:
+        """Time spent measuring; 0 on failure."""
+        measured = self.learned or self.report
+        return 0.0 if measured is None else measured.seconds
