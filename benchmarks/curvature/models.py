@@ -95,17 +95,17 @@ def vgg(*, batch_norm: bool) -> nn.Module:
 
 
 RECIPES = {
-    "MLP": Recipe(mlp, 512, 512, side=28, channels=1),
-    "VGG-11": Recipe(lambda: vgg(batch_norm=False), 64, 16),
-    "VGG-11-BN, eval": Recipe(lambda: vgg(batch_norm=True), 64, 16, norm_mode="eval"),
-    "VGG-11-BN, train": Recipe(lambda: vgg(batch_norm=True), 64, 16, norm_mode="train"),
+    "MLP": Recipe(mlp, 512, 256, side=28, channels=1),
+    "VGG-11": Recipe(lambda: vgg(batch_norm=False), 64, 8),
+    "VGG-11-BN, eval": Recipe(lambda: vgg(batch_norm=True), 64, 8, norm_mode="eval"),
+    "VGG-11-BN, train": Recipe(lambda: vgg(batch_norm=True), 64, 8, norm_mode="train"),
     "WRN-16-4, eval": Recipe(
         lambda: image_network("wide_resnet", depth=16, widen_factor=4), 16, 4, norm_mode="eval"
     ),
     "PreResNet-20, eval": Recipe(
         lambda: image_network("preresnet", depth=20, block="basic"), 64, 16, norm_mode="eval"
     ),
-    "transformer": Recipe(Transformer, 16, 16, side=0, attention=True),
+    "transformer": Recipe(Transformer, 16, 8, side=0, attention=True),
 }
 
 

@@ -1,16 +1,16 @@
 """Cost of one curvature product in gradients of the same batch, beside the other libraries.
 
-    python benchmarks/curvature/product_cost.py --models MLP VGG-11
+python benchmarks/curvature/product_cost.py --models MLP VGG-11
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 
+import part
 import results
 import rivals
 import timing
 import torch
-from models import RECIPES, Case, make_case
+from models import Case
 from rivals import Product
 
 PART = "product_cost"
@@ -93,19 +93,5 @@ def render(rows: Sequence[results.Row]) -> str:
     return f"{note}\n\n{results.table(header, lines)}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=list(RECIPES), default=list(RECIPES))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--samples", type=int, help="batch size, where not the network's own")
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args()
-    for name in options.models:
-        case = make_case(name, samples=options.samples, device=options.device)
-        rows = measure(case, options.rounds, options.device)
-        rows = results.store(PART, rows, ["model"], options.device)
-        results.publish(PART, rows, TITLE, render, options.device)
-
-
 if __name__ == "__main__":
-    main()
+    part.run(PART, TITLE, __doc__, measure, render)

@@ -37,21 +37,25 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def read(part: str) -> list[Row]:
-    path = FOLDER / f"{part}.jsonl"
+def read(part: str, device: str) -> list[Row]:
+    path = place(part, device, "jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def place(part: str, device: str, ending: str) -> Path:
+    kind = device.split(":")[0]
+    return FOLDER / (f"{part}.{ending}" if kind == "cpu" else f"{part}.{kind}.{ending}")
 
 
 def store(part: str, rows: Sequence[Row], key: Sequence[str], device: str) -> list[Row]:
     """Put ``rows`` in the place of those with the same ``key``; returns all."""
-    part = part if device == "cpu" else f"{part}.{device.split(':')[0]}"
     rows = [{**row, "environment": environment(device)} for row in rows]
     new = {tuple(row[k] for k in key) for row in rows}
-    kept = [row for row in read(part) if tuple(row[k] for k in key) not in new]
+    kept = [row for row in read(part, device) if tuple(row[k] for k in key) not in new]
     FOLDER.mkdir(parents=True, exist_ok=True)
     everything = [*kept, *rows]
     text = "".join(json.dumps(row) + "\n" for row in everything)
-    (FOLDER / f"{part}.jsonl").write_text(text)
+    place(part, device, "jsonl").write_text(text)
     return everything
 
 
@@ -64,8 +68,7 @@ def publish(
     part: str, rows: Sequence[Row], title: str, render: Callable[[Sequence[Row]], str], device: str
 ) -> None:
     """Write and print the table of all rows, with the environments they were taken in."""
-    part = part if device == "cpu" else f"{part}.{device.split(':')[0]}"
     places = sorted({row["environment"] for row in rows})
     text = f"# {title}\n\n{render(rows)}\n\n" + "\n".join(f"Taken on: {p}." for p in places) + "\n"
-    (FOLDER / f"{part}.md").write_text(text)
-    print(text)
+    place(part, device, "md").write_text(text)
+    print(text, flush=True)

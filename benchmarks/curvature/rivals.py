@@ -65,6 +65,18 @@ def gradient(case: Case) -> Callable[[], Any]:
     return lambda: torch.autograd.grad(case.criterion(model(x), y), parameters)
 
 
+def all_gradients(case: Case) -> Callable[[], Any]:
+    """One gradient of every batch: the unit where there is a loader."""
+    model = case.copy()
+    parameters = list(model.parameters())
+
+    def gradients() -> None:
+        for x, y in case.batches:
+            torch.autograd.grad(case.criterion(model(x), y), parameters)
+
+    return gradients
+
+
 def plain_hessian(case: Case) -> Product:
     """Double backward, the graph kept, with nothing around it: the floor of the exact routes."""
     model, (x, y) = case.copy(), case.batches[0]
