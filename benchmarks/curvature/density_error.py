@@ -31,13 +31,13 @@ Measure = tuple[np.ndarray, np.ndarray]  # points, weights
 
 
 def small_cases() -> list[Case]:
-    """A fully connected and a convolutional network, of 3,000 weights or so."""
+    """A fully connected and a convolutional network, of some 3,000 weights."""
     networks = {
         "tanh MLP": build_model(
             "mlp", num_classes=CLASSES, in_channels=1, image_size=8, hidden=[32, 16]
         ),
         "ReLU VGG-11": build_model(
-            "vgg", num_classes=CLASSES, in_channels=1, image_size=32, depth=11, width=1 / 40
+            "vgg", num_classes=CLASSES, in_channels=1, image_size=32, depth=11, width=1 / 50
         ),
     }
     cases = []

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import reference
 import part
 import results
 import rivals
 import timing
 import torch
+import truth
 from models import TRAINING_STEPS, Case
 from scipy.sparse.linalg import LinearOperator, eigsh
 
@@ -112,7 +112,7 @@ def calls(case: Case) -> dict[str, Call]:
 def measure(case: Case, rounds: int, device: str) -> list[results.Row]:
     operator = rivals.our_operator(batchlr.HessianOperator, case)
     vector = batchlr.top_eigenpairs(operator, tol=1e-3).vectors[:, 0]
-    truth = reference.largest_eigenvalue(case, vector)
+    exact = truth.largest_eigenvalue(case, vector)
     del operator
     rows: dict[str, results.Row] = {}
     turns: dict[str, Callable[[], Answer]] = {"gradient": rivals.gradient(case)}
@@ -123,7 +123,7 @@ def measure(case: Case, rounds: int, device: str) -> list[results.Row]:
             "model": case.name,
             "contestant": name,
             "samples": len(case.batches[0][1]),
-            "truth": truth,
+            "truth": exact,
         }
         seeds = itertools.count(1)
         turn = lambda c=call, s=seeds: c(case, next(s))  # noqa: E731
@@ -143,7 +143,7 @@ def measure(case: Case, rounds: int, device: str) -> list[results.Row]:
             row["seconds"] = [t.seconds for t in taken]
             row["gradients"] = [t.seconds / unit for t in taken]
             row["products"] = [t.result.products for t in taken]
-            row["errors"] = [abs(t.result.value / truth - 1) for t in taken]
+            row["errors"] = [abs(t.result.value / exact - 1) for t in taken]
             row["bounds"] = [t.result.bound for t in taken]
     return list(rows.values())
 
