@@ -40,3 +40,7 @@ from batchlr.scaling_rules import rescale_lr as rescale_lr
 from batchlr.schedulers import BatchAwareLR as BatchAwareLR
 from batchlr.slq import SpectralMeasure as SpectralMeasure
 from batchlr.slq import stochastic_lanczos_quadrature as stochastic_lanczos_quadrature
+
+# Following the edge of the spectrum along training
+from batchlr.tracker import CurvatureTracker as CurvatureTracker
+from batchlr.tracker import TrackedCurvature as TrackedCurvature

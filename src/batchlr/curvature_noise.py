@@ -1,6 +1,7 @@
 """How a batch's curvature fluctuates around the mean, along one direction."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +62,22 @@ def directional_noise(
         msg = f"vector must have unit norm, got {float(vector.norm()):.6g}"
         raise ValueError(msg)
     products = torch.stack(list(operator.batch_products(vector)))  # (K, P)
-    samples = torch.tensor(operator.samples, dtype=torch.float64, device=products.device)
+    return noise_of_products(products, operator.samples, vector, others=others)
+
+
+def noise_of_products(
+    products: Tensor, counts: Sequence[int], vector: Tensor, *, others: Tensor | None = None
+) -> DirectionalNoise:
+    """`directional_noise` from the products ``H_k v`` ``(K, P)`` of batches of ``counts`` samples.
+
+    Args:
+        products: of at least two batches.
+        counts: samples of each batch.
+        vector: ``v`` ``(P,)`` of unit norm.
+        others: ``(P, k)`` orthonormal, orthogonal to ``vector``.
+    """
+    count = len(counts)
+    samples = torch.tensor(counts, dtype=torch.float64, device=products.device)
     weights = (samples / samples.sum()).to(products.dtype)
     deviations = products - weights @ products
     parallel = (deviations @ vector).double() ** 2

@@ -1,0 +1,382 @@
+"""Following the edges of the spectrum along training, at one to three products an update."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor
+
+from batchlr.curvature_noise import DirectionalNoise, directional_noise, noise_of_products
+from batchlr.lanczos import Subspace, default_generator, gaussian
+from batchlr.measured import Measured
+from batchlr.operators import LinearOperator
+from batchlr.operators.base import BatchedOperator
+from batchlr.operators.curvature_matrix import CurvatureMatrix
+from batchlr.rayleigh_ritz import RitzSpace
+
+Ends = Literal["largest", "both"]
+
+_CAPACITY = 12  # assumed: vectors of a longer run before it restarts from half of them
+_EXPLORE_EVERY = 8  # measured (docs/log.md): updates between looks for an overtaking eigenvalue
+_EXPLORE_NEAR = 2  # assumed: the same while the second eigenvalue is within `_NEAR` of the first
+_NEAR = 0.75  # assumed
+_GRADIENT_SHARE = 0.2  # assumed: of the gradient's direction in such a look
+_DOUBT = (4.0, 1.4)  # measured (docs/log.md): of a gap remembered, of one seen
+_FORGET = 0.9  # assumed: of the second eigenvalue, an update
+
+
+@dataclass(frozen=True)
+class TrackedEdge:
+    """One end of the spectrum at one update."""
+
+    value: float  # Rayleigh quotient of `vector`: never beyond the true edge
+    residual: float  # |A v - value v|: certified, some eigenvalue lies within it of the value
+    error: float  # an estimate of the order of residual^2 / gap, at most the residual
+    vector: Tensor  # (P,) of unit norm
+
+    @property
+    def measured(self) -> Measured:
+        """The value with its estimated error."""
+        return Measured(self.value, self.error)
+
+
+@dataclass(frozen=True)
+class TrackedCurvature:
+    """What one update of a `CurvatureTracker` found; curvature in units of the operator."""
+
+    largest: TrackedEdge
+    smallest: TrackedEdge | None  # None unless both ends are tracked
+    num_products: int
+    converged: bool  # every tracked end's error is within the tolerance
+    fell_back: bool  # it took more products than a warm update may, as the first always does
+    subspace: Subspace | None = None  # with noise: each batch's own matrix on the space searched
+    noise: DirectionalNoise | None = None  # with noise: along the top vector
+
+
+@dataclass
+class _Trail:
+    """What is remembered of one end between updates."""
+
+    vector: Tensor | None = None  # (P,) the edge's eigenvector
+    explorer: Tensor | None = None  # (P,) where the next eigenvalue is sought
+    ratio: float | None = None  # of the second value to the edge
+    far: float = 0.0  # the other end of the spectrum, or zero if that is beyond
+
+
+@final
+class CurvatureTracker:
+    """Largest (and smallest) eigenvalue of a matrix that changes slowly, as in training.
+
+    Every update is a Rayleigh-Ritz search on the operator of the day, from the last eigenvector:
+    products go to that vector, then to residuals, until the error estimate is within ``tol``. Most
+    updates take one to three products. One that is not done after ``max_products`` goes on (the
+    longer run, `TrackedCurvature.fell_back`) up to ``max_run``, in bounded memory and without
+    losing a product. An eigenvalue that overtakes the tracked one is found through a second vector
+    that is kept, mixed with the gradient, and looked at with one product every eighth update, or
+    every other while the two are close.
+
+    The residual is certified, the error is an estimate: its gap is to the second eigenvalue as far
+    as it has been seen, and it knows nothing of an eigenvalue that has just overtaken.
+
+    Memory: ``2 min(m, 12) P`` numbers within an update of ``m`` products, two vectors an end
+    between updates; with noise ``2 K max_products P`` more for ``K`` batches.
+
+    Args:
+        ends: ``"largest"``, or ``"both"`` (products and limits then count for two).
+        tol: error at which an update stops, relative to the largest magnitude seen. Mean true
+            errors came out at a third to a half of it (`benchmarks/tracking.py`).
+        max_products: of a usual update, per end (assumed).
+        max_run: of the first update and of longer runs, per end (assumed).
+        with_noise: also return how batches differ (`TrackedCurvature.subspace`, ``noise``). It
+            needs operators of two or more batches and takes no product, or one after a longer run.
+        generator: for the first start where there is no gradient; without one the seed is 0.
+
+    Raises:
+        ValueError: an argument is illegal.
+    """
+
+    def __init__(
+        self,
+        *,
+        ends: Ends = "largest",
+        tol: float = 0.03,
+        max_products: int = 3,
+        max_run: int = 30,
+        with_noise: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if ends not in ("largest", "both"):
+            msg = f"ends must be 'largest' or 'both', got {ends!r}"
+            raise ValueError(msg)
+        if not 0 < tol < 1:
+            msg = f"tol must lie in (0, 1), got {tol}"
+            raise ValueError(msg)
+        if not 1 <= max_products <= max_run:
+            msg = (
+                f"max_products must lie between 1 and max_run, got {max_products} and a "
+                f"max_run of {max_run}"
+            )
+            raise ValueError(msg)
+        self.ends: Ends = ends
+        self.tol = tol
+        self.max_products = max_products
+        self.max_run = max_run
+        self.with_noise = with_noise
+        self.num_products = 0
+        self.num_updates = 0
+        self._generator = default_generator(generator)
+        self._trails = {"largest": _Trail()}
+        if ends == "both":
+            self._trails["smallest"] = _Trail()
+
+    @property
+    def vectors(self) -> tuple[Tensor, ...]:
+        """Eigenvectors ``(P,)`` of the tracked ends; empty before the first update."""
+        return tuple(t.vector for t in self._trails.values() if t.vector is not None)
+
+    def update(
+        self, operator: LinearOperator, *, gradient: Tensor | None = None
+    ) -> TrackedCurvature:
+        """Find the edges of ``operator``, starting from those of the last update.
+
+        Args:
+            operator: the matrix as it is now: new weights, new batches, a new preconditioner. Of
+                the size of the last one.
+            gradient: ``(P,)`` in the operator's coordinates (``scale * g`` for a preconditioned
+                matrix); it leans towards the top of the spectrum. By default that of the operator's
+                own batches, where it has them (`CurvatureMatrix`: free).
+
+        Raises:
+            ValueError: the operator's size has changed, or ``gradient`` does not fit.
+            TypeError: noise is wanted from an operator without batches.
+            ArithmeticError: a product is not finite; the tracker is left as it was.
+        """
+        self._check(operator)
+        slope = self._slope(operator, gradient)
+        space = RitzSpace(
+            operator,
+            min(_CAPACITY, self.max_run * len(self._trails)),
+            by_batch=self.with_noise,
+            keep_products=2 * self.max_products * len(self._trails) if self.with_noise else 0,
+        )
+        explored = self._search(space, operator, slope)
+        values, coefficients = space.ritz()
+        edges = {end: self._edge(space, end, values, coefficients) for end in self._trails}
+        warm = self.max_products * len(self._trails)
+        fell_back = space.num_products > warm
+        products = space.num_products
+        subspace = noise = None
+        if self.with_noise:
+            subspace = _subspace(space, values, coefficients)
+            noise, spent = _noise(space, operator, subspace)
+            products += spent
+        for end, edge in edges.items():
+            self._remember(space, end, edge, explored, values, coefficients)
+        self.num_updates += 1
+        self.num_products += products
+        scale = float(values.abs().max())
+        return TrackedCurvature(
+            largest=edges["largest"],
+            smallest=edges.get("smallest"),
+            num_products=products,
+            converged=all(edge.error <= self.tol * scale for edge in edges.values()),
+            fell_back=fell_back,
+            subspace=subspace,
+            noise=noise,
+        )
+
+    def _search(self, space: RitzSpace, operator: LinearOperator, slope: Tensor | None) -> set[str]:
+        """Let vectors join the space until the ends are settled; the ends that were explored."""
+        limit = self.max_run * len(self._trails)
+        for trail in self._trails.values():
+            if trail.vector is not None and space.num_products < limit:
+                space.extend(trail.vector, end=self.ends)
+        if space.size == 0 and (slope is None or not space.extend(slope)):
+            space.extend(gaussian(operator, self._generator))
+        pending = [end for end in self._trails if self._due(end)]
+        explored = set()
+        while space.num_products < limit and space.size < operator.shape[0]:
+            values, coefficients = space.ritz()
+            if pending:
+                end = pending.pop()
+                direction = self._exploration(end, operator, slope)
+                if space.extend(direction, end=self.ends):
+                    explored.add(end)
+                continue
+            scale = float(values.abs().max())
+            edges = [self._edge(space, end, values, coefficients) for end in self._trails]
+            errors = [edge.error / scale if scale > 0 else 0.0 for edge in edges]
+            worst = errors.index(max(errors))
+            if errors[worst] <= self.tol:
+                break
+            end = list(self._trails)[worst]
+            column = coefficients[:, _index(end)]
+            if not space.extend(space.residual(edges[worst].value, column), end=self.ends):
+                break
+        return explored
+
+    def _due(self, end: str) -> bool:
+        """Whether this update looks for an overtaking eigenvalue."""
+        trail = self._trails[end]
+        if trail.vector is None:
+            return False
+        near = trail.ratio is not None and trail.ratio > _NEAR
+        return self.num_updates % (_EXPLORE_NEAR if near else _EXPLORE_EVERY) == 0
+
+    def _exploration(self, end: str, operator: LinearOperator, slope: Tensor | None) -> Tensor:
+        """Where an overtaking eigenvalue is looked for."""
+        explorer = self._trails[end].explorer
+        if slope is None:
+            return gaussian(operator, self._generator) if explorer is None else explorer
+        unit: Tensor = slope / slope.norm()
+        return unit if explorer is None else explorer + _GRADIENT_SHARE * unit
+
+    def _edge(
+        self, space: RitzSpace, end: str, values: Tensor, coefficients: Tensor
+    ) -> TrackedEdge:
+        """The end as the space knows it, with its residual and error."""
+        index = _index(end)
+        value, column = float(values[index]), coefficients[:, index]
+        floor = torch.finfo(space.operator.dtype).eps * float(values.abs().max())
+        vector = space.vector(column)
+        residual = max(float(space.residual(value, column).norm()), floor)
+        trail = self._trails[end]
+        if trail.vector is None:  # a gap seen from a random start means nothing
+            return TrackedEdge(value, residual, residual, vector / vector.norm())
+        # Networks have their bulk at zero, so zero is a neighbour, whatever the space has seen.
+        neighbours = [0.0] if trail.ratio is None else [0.0, trail.ratio * value]
+        if len(values) > 1:
+            neighbours.append(float(values[1 if end == "largest" else -2]))
+        gap = min(abs(value - neighbour) for neighbour in neighbours)
+        doubt = _DOUBT[0] if len(values) == 1 else _DOUBT[1]
+        error = residual if gap <= doubt * residual else doubt * residual**2 / gap
+        return TrackedEdge(value, residual, error, vector / vector.norm())
+
+    def _remember(
+        self,
+        space: RitzSpace,
+        end: str,
+        edge: TrackedEdge,
+        explored: set[str],
+        values: Tensor,
+        coefficients: Tensor,
+    ) -> None:
+        trail = self._trails[end]
+        trail.vector = edge.vector
+        far = float(values[-1 if end == "largest" else 0])
+        trail.far = (
+            min(far, _FORGET * trail.far) if end == "largest" else max(far, _FORGET * trail.far)
+        )
+        if len(values) < 2:
+            return
+        second = 1 if end == "largest" else -2
+        column = coefficients[:, second]
+        # One step of power iteration, shifted so that the far end of the spectrum dies out.
+        step = space.image(column).sub_(space.vector(column), alpha=trail.far)
+        norm = step.norm()
+        trail.explorer = step / norm if bool(norm > 0) else space.vector(column)
+        if edge.value == 0:
+            return
+        found = float(values[second]) / edge.value
+        if trail.ratio is None or end in explored:
+            trail.ratio = found
+        else:
+            trail.ratio = max(found, _FORGET * trail.ratio)
+
+    def _slope(self, operator: LinearOperator, gradient: Tensor | None) -> Tensor | None:
+        """The gradient, or None if there is none or it has no direction."""
+        if gradient is None and isinstance(operator, CurvatureMatrix):
+            gradient = mean_gradient(operator)
+        if gradient is None:
+            return None
+        operator.check(gradient)
+        norm = float(gradient.norm())
+        return gradient if math.isfinite(norm) and norm > 0 else None
+
+    def _check(self, operator: LinearOperator) -> None:
+        for vector in self.vectors:
+            if vector.shape != operator.shape[:1]:
+                msg = (
+                    f"the tracker follows a ({vector.numel()}, {vector.numel()}) matrix, got one "
+                    f"of shape {operator.shape}; use a new tracker"
+                )
+                raise ValueError(msg)
+        if self.with_noise and not (
+            isinstance(operator, BatchedOperator) and len(operator.samples) > 1
+        ):
+            msg = (
+                f"with_noise needs an operator of two or more batches, got "
+                f"{type(operator).__name__}; give it more, or leave with_noise out"
+            )
+            raise TypeError(msg)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers and tensors; with it a resumed tracker goes on bit-identically."""
+        return {
+            "num_products": self.num_products,
+            "num_updates": self.num_updates,
+            "trails": {
+                end: {
+                    "vector": None if trail.vector is None else trail.vector.clone(),
+                    "explorer": None if trail.explorer is None else trail.explorer.clone(),
+                    "ratio": trail.ratio,
+                    "far": trail.far,
+                }
+                for end, trail in self._trails.items()
+            },
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` saved.
+
+        Raises:
+            ValueError: it is of a tracker of other ends.
+        """
+        trails = state_dict["trails"]
+        if set(trails) != set(self._trails):
+            msg = f"the state is of ends {sorted(trails)}, the tracker's are {sorted(self._trails)}"
+            raise ValueError(msg)
+        self.num_products = state_dict["num_products"]
+        self.num_updates = state_dict["num_updates"]
+        self._trails = {end: _Trail(**trails[end]) for end in self._trails}
+        self._generator.set_state(state_dict["generator"].cpu())
+
+
+def mean_gradient(operator: CurvatureMatrix) -> Tensor:
+    """Gradient ``(P,)`` of the mean loss over the operator's batches."""
+    total = sum(operator.samples)
+    mean = None
+    for count, gradient in zip(operator.samples, operator.batch_gradients(), strict=True):
+        part = gradient * (count / total)
+        mean = part if mean is None else mean.add_(part)
+    assert mean is not None
+    return mean
+
+
+def _index(end: str) -> int:
+    return 0 if end == "largest" else -1
+
+
+def _subspace(space: RitzSpace, values: Tensor, coefficients: Tensor) -> Subspace:
+    return Subspace(
+        values=values,
+        weights=space.overlaps(coefficients),
+        matrices=space.matrices(coefficients),
+        axes=space.vector(coefficients),
+    )
+
+
+def _noise(
+    space: RitzSpace, operator: LinearOperator, subspace: Subspace
+) -> tuple[DirectionalNoise, int]:
+    """Noise along the top vector and the products it took: none, or one after a longer run."""
+    assert isinstance(operator, BatchedOperator)
+    vector, others = subspace.axes[:, 0].contiguous(), subspace.axes[:, 1:]
+    vector = vector / vector.norm()
+    _, coefficients = space.ritz()
+    products = space.batch_products(coefficients[:, 0])
+    if products is None:
+        return directional_noise(operator, vector, others=others), 1
+    return noise_of_products(products, operator.samples, vector, others=others), 0
