@@ -270,8 +270,8 @@ def _start(vectors: Sequence[Tensor], gradient: Tensor) -> Tensor | None:
 
 def _mean_gradient(operator: CurvatureMatrix) -> Tensor:
     """Gradient ``(P,)`` of the mean loss over the operator's batches."""
-    total = sum(operator.samples)
-    pairs = zip(operator.samples, operator.batch_gradients(), strict=True)
+    total = sum(operator.weights)
+    pairs = zip(operator.weights, operator.batch_gradients(), strict=True)
     return torch.stack([gradient * (count / total) for count, gradient in pairs]).sum(0)
 
 

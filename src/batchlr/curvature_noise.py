@@ -62,11 +62,11 @@ def directional_noise(
         msg = f"vector must have unit norm, got {float(vector.norm()):.6g}"
         raise ValueError(msg)
     products = torch.stack(list(operator.batch_products(vector)))  # (K, P)
-    return noise_of_products(products, operator.samples, vector, others=others)
+    return noise_of_products(products, operator.weights, vector, others=others)
 
 
 def noise_of_products(
-    products: Tensor, counts: Sequence[int], vector: Tensor, *, others: Tensor | None = None
+    products: Tensor, counts: Sequence[float], vector: Tensor, *, others: Tensor | None = None
 ) -> DirectionalNoise:
     """`directional_noise` from the products ``H_k v`` ``(K, P)`` of batches of ``counts`` samples.
 

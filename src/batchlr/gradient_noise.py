@@ -46,7 +46,7 @@ def gradient_moments(
         ValueError: there is only one batch.
     """
     chosen = range(len(operator.samples)) if only is None else only
-    samples = [operator.samples[number] for number in chosen]
+    samples = [operator.weights[number] for number in chosen]
     if len(samples) < 2:
         msg = "the noise of the gradient needs at least two disjoint batches, got 1"
         raise ValueError(msg)

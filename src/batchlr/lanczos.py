@@ -261,13 +261,13 @@ class _Process:
         if self.projections is None or not isinstance(self.operator, BatchedOperator):
             return self.operator @ self.next
         j = self.count
-        samples = self.operator.samples
+        shares = self.operator.weights
         total = torch.zeros_like(self.next)
         products = self.operator.batch_products(self.next)
-        for first in range(0, len(samples), _BLOCK):
+        for first in range(0, len(shares), _BLOCK):
             block = torch.stack(list(islice(products, _BLOCK)))  # (block, P)
             last = first + len(block)
-            weights = block.new_tensor(samples[first:last]) / sum(samples)
+            weights = block.new_tensor(shares[first:last]) / sum(shares)
             total += weights @ block
             self.projections[first:last, : j + 1, j] = (block @ self.basis[: j + 1].T).double()
         return total

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from batchlr.operators.curvature_matrix import trainable_parameters
+from batchlr.operators.parameters import trainable_parameters
 
 Kind = Literal["sgd", "adam", "rmsprop"]
 Optimizer = torch.optim.Optimizer | Kind | None

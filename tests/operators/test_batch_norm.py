@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from batchlr.operators import batch_norm as module
-from batchlr.operators.batch_norm import DifferentiableBatchNorm
+from batchlr.operators import second_order as module
+from batchlr.operators.second_order import CheapSecondDerivatives
 from cases import seeded
 
 SHAPES = {
@@ -40,7 +40,7 @@ def test_equals_the_fused_kernel_to_second_order(shape, affine, eps):
     weight = weight if affine != "none" else None
     bias = bias if affine == "both" else None
     expected = derivatives(x, weight, bias, eps=eps)
-    with DifferentiableBatchNorm():
+    with CheapSecondDerivatives():
         actual = derivatives(x, weight, bias, eps=eps)
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
@@ -54,13 +54,13 @@ def test_reaches_the_layers_of_a_model(training, monkeypatch):
         seen.append(input.shape)
         return original(input, *args, **kwargs)
 
-    original = module._batch_norm
-    monkeypatch.setattr(module, "_batch_norm", spy)
+    original = module.batch_norm
+    monkeypatch.setattr(module, "batch_norm", spy)
     x, *_ = inputs(SHAPES["images"])
     layer = nn.BatchNorm2d(3).double().train(training)
     outside = layer(x)
     assert not seen
-    with DifferentiableBatchNorm():
+    with CheapSecondDerivatives():
         inside = layer(x)
     assert seen == [x.shape]
     torch.testing.assert_close(inside, outside)
@@ -70,14 +70,14 @@ def test_eval_mode_uses_the_running_statistics():
     x, weight, bias = inputs(SHAPES["images"])
     mean, var = torch.arange(1.0, 4.0).double(), torch.arange(2.0, 5.0).double()
     expected = F.batch_norm(x, mean, var, weight, bias)
-    with DifferentiableBatchNorm():
+    with CheapSecondDerivatives():
         assert torch.equal(F.batch_norm(x, mean, var, weight, bias), expected)
 
 
 def test_running_statistics_are_not_updated():
     x, *_ = inputs(SHAPES["images"])
     mean, var = torch.zeros(3).double(), torch.ones(3).double()
-    with DifferentiableBatchNorm():
+    with CheapSecondDerivatives():
         F.batch_norm(x, mean, var, training=True)
     assert torch.equal(mean, torch.zeros(3).double())
     assert torch.equal(var, torch.ones(3).double())
@@ -85,7 +85,7 @@ def test_running_statistics_are_not_updated():
 
 def test_other_functions_pass_through():
     x, *_ = inputs(SHAPES["vectors"])
-    with DifferentiableBatchNorm():
+    with CheapSecondDerivatives():
         assert torch.equal(F.layer_norm(x, (3,)), F.layer_norm(x, (3,)))
         assert torch.equal(x.mean(dim=0, keepdim=True), x.mean(0, True))
 
@@ -96,7 +96,7 @@ def test_refuses_one_value_per_channel_as_torch_does(shape):
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         layer(torch.ones(shape))
     with (
-        DifferentiableBatchNorm(),
+        CheapSecondDerivatives(),
         pytest.raises(ValueError, match=r"more than one value per channel.*norm_mode='eval'"),
     ):
         layer(torch.ones(shape))

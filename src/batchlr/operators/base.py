@@ -90,12 +90,20 @@ class LinearOperator(ABC):
 
 
 class BatchedOperator(LinearOperator):
-    """A matrix that is the sample-weighted mean of one matrix per batch."""
+    """A matrix that is the weighted mean of one matrix per batch."""
 
     @property
     @abstractmethod
     def samples(self) -> tuple[int, ...]:
         """Number of samples of each batch."""
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Each batch's weight in the mean, in units of samples: their sum is that of `samples`.
+
+        They differ from `samples` where the loss is a mean over something else, as over tokens.
+        """
+        return tuple(float(count) for count in self.samples)
 
     @abstractmethod
     def batch_products(self, vector: Tensor) -> Iterator[Tensor]:

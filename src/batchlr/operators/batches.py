@@ -94,6 +94,20 @@ def recut(batches: Sequence[Any], batch_size: int) -> list[Any]:
     return [take(whole, slice(a, b)) for a, b in zip(starts, ends, strict=True)]
 
 
+def cut(batch: Any, size: int) -> list[Any]:
+    """A batch in as few batches of at most ``size`` samples as will do, of nearly equal sizes.
+
+    Raises:
+        TypeError: the batch cannot be cut.
+    """
+    total = count_samples(batch)
+    count = -(-total // size)
+    if count == 1:
+        return [batch]
+    ends = [total * (k + 1) // count for k in range(count)]
+    return [take(batch, slice(a, b)) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+
+
 def _like(batch: Any, parts: list[Any]) -> Any:
     """``parts`` in the sequence type of ``batch``, which may be a named tuple."""
     return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)

@@ -1,49 +1,65 @@
 """What the Hessian and the Gauss-Newton matrix of a model have in common."""
 
-import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, TypedDict, final
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from batchlr.operators.base import BatchedOperator
-from batchlr.operators.batch_norm import DifferentiableBatchNorm
-from batchlr.operators.batches import check_batches, count_samples
+from batchlr.operators.batch_weight import batch_weight
+from batchlr.operators.batches import check_batches, count_samples, cut
+from batchlr.operators.graphs import GraphStore, KeepGraph, Recording, offloaded
+from batchlr.operators.isolation import NORM_LAYERS, Isolation
+from batchlr.operators.isolation import NormMode as NormMode
+from batchlr.operators.parameters import Adder, common_dtype, named_trainable_parameters, split_like
 from batchlr.operators.supervised import LossFunction
+from batchlr.operators.repetition import RepetitionCheck
 
-NormMode = Literal["train", "eval"]
 
-_NORM_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+class CurvatureOptions(TypedDict, total=False):
+    """Keyword arguments of every `CurvatureMatrix`, which says what they mean."""
+
+    norm_mode: NormMode | None
+    generator: torch.Generator | None
+    keep_graph: KeepGraph
+    memory_budget: int | None
+    expected_products: int | None
+    micro_batch: int | None
+    offload: bool
+    self_check: bool
 
 
 @dataclass(frozen=True)
-class Recording:
-    """One batch, recorded for differentiation at the weights it was recorded at."""
+class _Part:
+    """Samples that are run together."""
 
-    # The product must not refer to the operator: a cycle would keep the graph until collected.
-    loss: Tensor  # () mean loss of the batch
-    gradient: Tensor  # (P,) of that loss
-    product: Callable[[Tensor], Tensor]  # (P,) -> (P,), the batch's curvature matrix times v
+    batch: Any
+    owner: int  # number of the batch it is cut from
+    weight: float
 
 
 class CurvatureMatrix(BatchedOperator):
     """A curvature matrix of the mean loss over a fixed list of batches.
 
-    ``A = sum_k n_k A_k / sum_k n_k`` with ``A_k`` the matrix of batch ``k``'s mean loss and ``n_k``
-    its number of samples. Parameters are the model's trainable ones, shared ones once, flattened
-    and concatenated in the order of ``model.named_parameters()``.
+    ``A = sum_k w_k A_k / sum_k w_k`` with ``A_k`` the matrix of batch ``k``'s mean loss and ``w_k``
+    what that mean is over: its samples, or what the loss says (`batch_weight`: tokens that are not
+    padding, the sum of class weights). So it is the matrix of the mean over all data, however they
+    are cut. A batch of weight zero is not run.
+
+    Parameters are the model's trainable ones, shared ones once, flattened and concatenated in the
+    order of ``model.named_parameters()``. Vectors have the widest of their dtypes, at least
+    float32.
 
     Nothing of the model changes: weights, ``.grad``, buffers, train/eval flags and the global
     random state are bit-identical after any product. Dropout draws one mask per batch and keeps
     it. Products always refer to the model as it is: after an optimizer step, or a change of buffers
     or train/eval flags, the batches are recorded anew. Only changes in place through ``.data`` go
-    unnoticed.
+    unnoticed. Attention runs through torch's ``MATH`` kernels, a model wrapped for data parallelism
+    without its wrapper.
 
     Args:
         model: its own flags decide everything but the normalisation layers (dropout is on if the
@@ -54,12 +70,22 @@ class CurvatureMatrix(BatchedOperator):
             ``"eval"`` by the running statistics, which makes the loss a sum over samples. Required
             if the model has batch or instance norms, for the two differ about tenfold.
         generator: seeds the dropout masks; without one they are the same for every operator.
-        keep_graph: keep every batch's graph between products (2-3 times the memory of a backward
-            pass for each batch, and about 1.6 times faster), or record it for each product.
+        keep_graph: keep graphs between products (2-3 times the memory of a backward pass for each
+            batch, and 1.6 times faster than to record them for each product). ``"auto"`` keeps
+            those of as many batches as ``memory_budget`` allows, by their measured size.
+        memory_budget: in bytes; by default half of what is free at the first product.
+        expected_products: how many will be asked for at the same weights, by default many. For one
+            nothing is kept; few choose the cheaper way to a Gauss-Newton product.
+        micro_batch: run at most that many samples at a time, for memory. For losses that are means
+            over samples (or that say their weight), and not for norms in train mode.
+        offload: hold graphs in main memory, where each product reads them back.
+        self_check: compare ``u'Av`` and ``v'Au`` of the first two vectors, and a batch's loss with
+            that of the last time it was recorded. It takes no product.
 
     Raises:
-        ValueError: no batches, no trainable parameters, a loss that is not a scalar, or
-            ``norm_mode`` missing.
+        ValueError: no batches or all of weight zero, no trainable parameters, a loss that is not a
+            scalar, ``norm_mode`` missing, or another option illegal.
+        ArithmeticError: in a product, if ``self_check`` finds it inconsistent.
     """
 
     def __init__(
@@ -70,30 +96,47 @@ class CurvatureMatrix(BatchedOperator):
         *,
         norm_mode: NormMode | None = None,
         generator: torch.Generator | None = None,
-        keep_graph: bool = True,
+        keep_graph: KeepGraph = "auto",
+        memory_budget: int | None = None,
+        expected_products: int | None = None,
+        micro_batch: int | None = None,
+        offload: bool = False,
+        self_check: bool = True,
     ) -> None:
         model = getattr(model, "module", model) if _is_wrapper(model) else model
-        self._parameters = trainable_parameters(model)
-        self._batches = check_batches(batches)
+        named = named_trainable_parameters(model)
+        self.parameter_names = tuple(named)
+        self._parameters = list(named.values())
+        listed = check_batches(batches)
         self.norm_mode = check_norm_mode(model, norm_mode)
         self._model = model
         self._loss_fn = loss_fn
-        self._loss_module = _LossModule(model, loss_fn)
-        self._samples = [count_samples(batch) for batch in self._batches]
+        self._samples = tuple(count_samples(batch) for batch in listed)
+        if micro_batch is not None:
+            check_micro_batch(model, norm_mode, micro_batch)
+        self._parts = _cut(listed, micro_batch, loss_fn)
+        self._weights = _in_samples(self._parts, self._samples)
         self._seed = _draw_seed(generator)
-        self._keep_graph = keep_graph
-        self._recordings: dict[int, Recording] = {}
-        self._recorded_at: object = None
+        self._isolation = Isolation(model, norm_mode)
         self._modules = list(model.modules())
         self._state = [*model.parameters(), *model.buffers()]
-        first = self._parameters[0]
-        size = sum(p.numel() for p in self._parameters)
-        super().__init__(size, dtype=first.dtype, device=first.device)
+        self._recorded_at: object = None
+        self._offload = offload
+        keep = True if offload and keep_graph == "auto" else keep_graph
+        self._graphs = GraphStore(keep, memory_budget, expected_products, self._state)
+        narrowest = min((p.dtype for p in self._parameters), key=lambda d: torch.finfo(d).bits)
+        self._check = RepetitionCheck(narrowest) if self_check else None
+        self._narrowest = narrowest
+        super().__init__(
+            sum(p.numel() for p in self._parameters),
+            dtype=common_dtype(self._parameters),
+            device=self._parameters[0].device,
+        )
 
     @final
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}(P={self.shape[0]}, batches={len(self._batches)}, "
+            f"{type(self).__name__}(P={self.shape[0]}, batches={len(self._samples)}, "
             f"samples={sum(self._samples)}, norm_mode={self.norm_mode!r})"
         )
 
@@ -101,39 +144,88 @@ class CurvatureMatrix(BatchedOperator):
     @final
     def samples(self) -> tuple[int, ...]:
         """Number of samples of each batch."""
-        return tuple(self._samples)
+        return self._samples
+
+    @property
+    @final
+    def weights(self) -> tuple[float, ...]:
+        """See `BatchedOperator.weights`."""
+        return self._weights
+
+    @property
+    @final
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """What the matrix is about, in its order."""
+        return tuple(self._parameters)
 
     @final
     def batch_products(self, vector: Tensor) -> Iterator[Tensor]:
         """See `BatchedOperator.batch_products`."""
         self.check(vector)
         self.num_products += 1
-        for index in range(len(self._batches)):
-            with self._full_precision():
-                product = self._record(index).product(vector.detach())
+        vector = vector.detach()
+        for number, product in enumerate(self.chosen_batch_products(vector, self._everything)):
+            if number == 0 and self._check is not None:
+                self._check.see("first batch", vector, product)
             yield product
 
     @final
+    def chosen_batch_products(self, vector: Tensor, chosen: Sequence[int]) -> Iterator[Tensor]:
+        """`batch_products` of the sub-matrix of the parameters numbered ``chosen``, not counted."""
+        for owner in range(len(self._samples)):
+            yield self._sum_of_products(vector.unsqueeze(0), chosen, owner)[0]
+
+    @final
+    def chosen_products(self, rows: Tensor, chosen: Sequence[int]) -> Tensor:
+        """Products ``(k, n)`` of that sub-matrix with contiguous rows ``(k, n)``, not counted."""
+        return self._sum_of_products(rows, chosen, None)
+
+    @final
     def batch_gradients(self) -> Iterator[Tensor]:
-        """Gradient ``(P,)`` of each batch's mean loss in turn."""
-        for index in range(len(self._batches)):
-            yield self._record(index).gradient
+        """Gradient ``(P,)`` of each batch's mean loss in turn; zero for one of weight zero."""
+        for owner in range(len(self._samples)):
+            self._refresh()
+            with torch.inference_mode(False):
+                total = torch.empty(self.shape[0], dtype=self.dtype, device=self.device)
+                adder = Adder(total, self._parameters)
+                for number, share in self._shares(owner):
+                    with self._isolation(self._seed + number):
+                        adder.add(self._record(number, 1).gradient(), share)
+                adder.finish()
+            yield total
 
     @final
     def loss(self) -> Tensor:
-        """Sample-weighted mean loss over the batches, a scalar."""
-        losses = [self._record(k).loss * n for k, n in enumerate(self._samples)]
-        return torch.stack(losses).sum() / sum(self._samples)
+        """Weighted mean loss over the batches, a scalar."""
+        self._refresh()
+        terms = []
+        for number, share in self._shares(None):
+            with self._isolation(self._seed + number):
+                terms.append(share * self._record(number, 1).loss)
+        return torch.stack(terms).sum()
+
+    @final
+    def verify(self, generator: torch.Generator | None = None) -> None:
+        """Check symmetry and determinism by two products: a random one, and one along its result.
+
+        Raises:
+            ArithmeticError: ``u'Av`` and ``v'Au`` differ by more than rounding.
+        """
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        size, device = self.shape[0], generator.device
+        u = torch.randn(size, generator=generator, dtype=self.dtype, device=device).to(self.device)
+        a_u = self @ u
+        v = torch.nn.functional.normalize(a_u, dim=0)
+        RepetitionCheck(self._narrowest).compare(u, a_u, v, self @ v)
 
     @abstractmethod
-    def _differentiate(self, batch: Any) -> Recording:
-        """Record ``batch`` under the settings of `_quiet`."""
+    def _differentiate(self, batch: Any, uses: int, seed: int) -> Recording:
+        """Record ``batch`` for ``uses`` products, in an isolation of this ``seed``."""
 
     @final
     def _evaluate(self, function: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:
-        """``function(model, batch)`` on copies of the model's buffers."""
-        buffers = {f"model.{name}": b.clone() for name, b in self._model.named_buffers()}
-        result = functional_call(self._loss_module, buffers, (function, batch))
+        """``function(model, batch)``, checked to be a tensor."""
+        result = function(self._model, batch)
         if not isinstance(result, Tensor):
             msg = f"the loss function must return a tensor, got {type(result).__name__}"
             raise TypeError(msg)
@@ -141,104 +233,75 @@ class CurvatureMatrix(BatchedOperator):
 
     @final
     def _multiply(self, columns: Tensor) -> Tensor:
-        product = torch.zeros_like(columns)
-        total = sum(self._samples)
-        with self._full_precision():
-            for index, samples in enumerate(self._samples):
-                recording = self._record(index)  # one recording serves all columns
-                for j in range(columns.shape[1]):
-                    product[:, j].add_(recording.product(columns[:, j]), alpha=samples / total)
-        return product
+        rows = columns.T.contiguous()
+        products = self.chosen_products(rows, self._everything)
+        if self._check is not None:
+            for row, product in zip(rows[:2], products[:2], strict=True):
+                self._check.see("mean", row, product)
+        return products.T
 
-    @final
-    def _record(self, index: int) -> Recording:
-        state = ([_version(t) for t in self._state], [m.training for m in self._modules])
+    @property
+    def _everything(self) -> range:
+        return range(len(self._parameters))
+
+    def _sum_of_products(self, rows: Tensor, chosen: Sequence[int], owner: int | None) -> Tensor:
+        """Products with ``rows``, summed over the parts of one batch or of all."""
+        self._refresh()
+        tensors = [self._parameters[j] for j in chosen]
+        with torch.inference_mode(False):
+            tangents = [
+                [piece.to(t.dtype) for piece, t in zip(split_like(row, tensors), tensors, strict=True)]
+                for row in rows
+            ]
+            totals = torch.empty(rows.shape, dtype=self.dtype, device=self.device)
+            adders = [Adder(total, tensors) for total in totals]
+            for number, share in self._shares(owner):
+                with self._isolation(self._seed + number):
+                    recording = self._record(number, len(rows))  # one serves all columns
+                    for adder, tangent in zip(adders, tangents, strict=True):
+                        adder.add(recording.product(tangent, chosen), share)
+            for adder in adders:
+                adder.finish()
+        return totals
+
+    def _shares(self, owner: int | None) -> list[tuple[int, float]]:
+        """Number and share of each part in the mean over batch ``owner``, or over all."""
+        parts = [(j, p.weight) for j, p in enumerate(self._parts) if owner in (None, p.owner)]
+        total = sum(weight for _, weight in parts)
+        return [(number, weight / total) for number, weight in parts if weight > 0]
+
+    def _refresh(self) -> None:
+        """Forget what was recorded if the model is another one now."""
+        state = (self._versions(), [m.training for m in self._modules])
         if state != self._recorded_at:
-            self._recordings.clear()
+            self._graphs.clear()
             self._recorded_at = state
-        if index in self._recordings:
-            return self._recordings[index]
-        with self._quiet(self._seed + index):
-            recording = self._differentiate(self._batches[index])
-        if self._keep_graph:
-            self._recordings[index] = recording
+            if self._check is not None:
+                self._check.restart()
+
+    def _versions(self) -> list[tuple[int, int]]:
+        return [_version(tensor) for tensor in self._state]
+
+    def _record(self, number: int, columns: int) -> Recording:
+        """The recording of a part, in isolation."""
+        recording = self._graphs.get(number)
+        if recording is not None:
+            return recording
+        before = self._versions()
+        with offloaded(self._state) if self._offload else nullcontext():
+            recording = self._differentiate(
+                self._parts[number].batch, self._graphs.uses(columns), self._seed + number
+            )
+        if self._versions() != before:
+            msg = (
+                "running the model changes its weights in place (an embedding with max_norm?), so "
+                "they are no longer those it was given with; switch that off to measure curvature"
+            )
+            raise ValueError(msg)
+        if self._check is not None:
+            self._check.see_loss(number, recording.loss)
+        self._graphs.offer(number, recording)
         return recording
-
-    @contextmanager
-    def _quiet(self, seed: int) -> Iterator[None]:
-        """Gradients on, autocast off, norms in ``norm_mode``, random state put back."""
-        norms = [m for m in self._modules if isinstance(m, _NORM_LAYERS)]
-        modes = [m.training for m in norms]
-        device = self._parameters[0].device
-        with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(self._full_precision())
-            stack.enter_context(_forked_random_state(device, seed))
-            # Flash and memory-efficient attention have no second derivative.
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(DifferentiableBatchNorm())
-            if "torch._dynamo" in sys.modules:  # nor has anything under torch.compile
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            try:
-                for module in norms:
-                    module.training = self.norm_mode == "train"
-                yield
-            finally:
-                for module, mode in zip(norms, modes, strict=True):
-                    module.training = mode
-
-    @final
-    def _full_precision(self) -> torch.autocast:
-        """Autocast off: it would reach into backward passes as well."""
-        return torch.autocast(self._parameters[0].device.type, enabled=False)
-
-
-@final
-class _LossModule(nn.Module):
-    """Makes ``function(model, batch)`` a forward pass, so that buffers can be swapped for it."""
-
-    def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, function: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:
-        return function(self.model, batch)
-
-
-def flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """Concatenate tensors into one vector ``(P,)``, detached."""
-    return torch.cat([t.detach().reshape(-1) for t in tensors])
-
-
-def split_like(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The inverse of `flatten`: pieces of ``vector`` ``(P,)`` in the shapes of ``tensors``."""
-    pieces = torch.split(vector, [t.numel() for t in tensors])
-    return [piece.view_as(t) for piece, t in zip(pieces, tensors, strict=True)]
-
-
-def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters a curvature matrix is about, in its order; shared ones once.
-
-    Raises:
-        ValueError: there is none, or they differ in dtype or device.
-    """
-    parameters = [p for _, p in model.named_parameters() if p.requires_grad]
-    if not parameters:
-        frozen = sum(1 for _ in model.parameters())
-        msg = (
-            f"the model has no trainable parameters ({frozen} frozen); "
-            "set requires_grad=True on the ones to measure"
-        )
-        raise ValueError(msg)
-    kinds = {(p.dtype, p.device) for p in parameters}
-    if len(kinds) > 1:
-        msg = (
-            f"trainable parameters must share one dtype and device, got {sorted(map(str, kinds))}; "
-            "convert the model or freeze the odd ones"
-        )
-        raise ValueError(msg)
-    return parameters
 
 
 def check_norm_mode(model: nn.Module, norm_mode: NormMode | None) -> NormMode | None:
@@ -250,7 +313,7 @@ def check_norm_mode(model: nn.Module, norm_mode: NormMode | None) -> NormMode | 
     if norm_mode not in ("train", "eval", None):
         msg = f"norm_mode must be 'train' or 'eval', got {norm_mode!r}"
         raise ValueError(msg)
-    names = [name for name, m in model.named_modules() if isinstance(m, _NORM_LAYERS)]
+    names = [name for name, m in model.named_modules() if isinstance(m, NORM_LAYERS)]
     if names and norm_mode is None:
         msg = (
             f"the model normalises over batches ({len(names)} layers, first {names[0]!r}) and its "
@@ -261,9 +324,43 @@ def check_norm_mode(model: nn.Module, norm_mode: NormMode | None) -> NormMode | 
     return norm_mode
 
 
+def check_micro_batch(model: nn.Module, norm_mode: NormMode | None, micro_batch: int) -> None:
+    """Raise ValueError unless batches of ``model`` may be cut to ``micro_batch`` samples."""
+    if micro_batch < 1:
+        msg = f"micro_batch must be at least 1 sample, got {micro_batch}"
+        raise ValueError(msg)
+    if norm_mode == "train" and normalises_over_batches(model):
+        msg = (
+            "micro_batch would change the matrix: in train mode norms make the samples of a batch "
+            "depend on one another; use norm_mode='eval', or smaller batches as what is measured"
+        )
+        raise ValueError(msg)
+
+
 def normalises_over_batches(model: nn.Module) -> bool:
     """Whether some layer's output depends on the rest of the batch in train mode."""
-    return any(isinstance(m, _NORM_LAYERS) for m in model.modules())
+    return any(isinstance(m, NORM_LAYERS) for m in model.modules())
+
+
+def _cut(batches: Sequence[Any], size: int | None, loss_fn: LossFunction) -> list[_Part]:
+    parts = []
+    for owner, batch in enumerate(batches):
+        pieces = [batch] if size is None else cut(batch, size)
+        parts += [_Part(piece, owner, batch_weight(loss_fn, piece)) for piece in pieces]
+    if not any(part.weight > 0 for part in parts):
+        msg = "all batches have weight zero: are all their targets ignored?"
+        raise ValueError(msg)
+    return parts
+
+
+def _in_samples(parts: Sequence[_Part], samples: Sequence[int]) -> tuple[float, ...]:
+    """Weights of the batches, scaled so that their sum is the number of samples."""
+    weights = [0.0] * len(samples)
+    for part in parts:
+        weights[part.owner] += part.weight
+    if weights == list(samples):  # without rounding
+        return tuple(weights)
+    return tuple(weight * sum(samples) / sum(weights) for weight in weights)
 
 
 def _is_wrapper(model: nn.Module) -> bool:
@@ -279,17 +376,3 @@ def _draw_seed(generator: torch.Generator | None) -> int:
     if generator is None:
         return 0
     return int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
-
-
-@contextmanager
-def _forked_random_state(device: torch.device, seed: int) -> Iterator[None]:
-    devices = [] if device.type == "cpu" else [device]
-    kind = "cuda" if device.type == "cpu" else device.type
-    with torch.random.fork_rng(devices=devices, device_type=kind):
-        # Not torch.manual_seed: it seeds every accelerator, and only this one is put back.
-        torch.default_generator.manual_seed(seed)
-        for accelerator in devices:
-            module = torch.get_device_module(accelerator)
-            with module.device(accelerator):
-                module.manual_seed(seed)
-        yield

@@ -39,6 +39,11 @@ class PreconditionedOperator(BatchedOperator):
         """Number of samples of each batch."""
         return self.operator.samples
 
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Each batch's weight in the mean, in samples."""
+        return self.operator.weights
+
     def batch_products(self, vector: Tensor) -> Iterator[Tensor]:
         """See `BatchedOperator.batch_products`."""
         self.check(vector)

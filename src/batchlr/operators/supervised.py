@@ -6,6 +6,9 @@ from typing import Any, final
 from torch import Tensor, nn
 from torch.nn import functional
 
+from batchlr.operators.batch_weight import criterion_weight, reduction
+from batchlr.operators.softmax_curvature import softmax_curvature
+
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
 # What the two entries of a dict batch are called in the data sets and collators people use.
@@ -37,19 +40,31 @@ class SupervisedLoss:
     network's outputs, and ``loss(outputs, batch)``, the criterion on top of them.
     """
 
-    def __init__(self, criterion: Callable[[Tensor, Tensor], Tensor]) -> None:
-        reduction = getattr(criterion, "reduction", "mean")
-        if reduction != "mean":
+    def __init__(
+        self,
+        criterion: Callable[[Tensor, Tensor], Tensor],
+        *,
+        weight: Callable[[Any], float | Tensor] | None = None,
+    ) -> None:
+        self._reduction = reduction(criterion)
+        if self._reduction not in ("mean", "sum"):
             msg = (
-                f"the criterion has reduction={reduction!r}; curvature and learning rates are "
-                "those of the mean loss: use reduction='mean'"
+                f"the criterion has reduction={self._reduction!r}; a loss must be one number: "
+                "use reduction='mean' or reduction='sum'"
             )
             raise ValueError(msg)
         self.criterion = criterion
+        self._weight = weight
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         """The mean loss of ``batch``, a scalar."""
         return self.loss(self.outputs(model, batch), batch)
+
+    def batch_weight(self, batch: Any) -> float:
+        """What the mean over ``batch`` is over; see `criterion_weight`."""
+        if self._weight is not None:
+            return float(self._weight(batch))
+        return criterion_weight(self.criterion, split_batch(batch)[1])
 
     def outputs(self, model: nn.Module, batch: Any) -> Tensor:
         """``model(x)``, with ``x`` brought to the model's device."""
@@ -65,18 +80,40 @@ class SupervisedLoss:
         return outputs
 
     def loss(self, outputs: Tensor, batch: Any) -> Tensor:
-        """``criterion(outputs, y)``, with ``y`` brought to the outputs' device."""
+        """``criterion(outputs, y)``, with ``y`` brought to the outputs' device; a mean."""
         _, targets = split_batch(batch)
-        return self.criterion(outputs, targets.to(outputs.device))
+        value = self.criterion(outputs, targets.to(outputs.device))
+        return value if self._reduction == "mean" else value / self.batch_weight(batch)
+
+    def curvature(self, outputs: Tensor, batch: Any) -> Callable[[Tensor], Tensor] | None:
+        """``u -> S u``, `loss`'s Hessian in the outputs, where it is known in closed form."""
+        _, targets = split_batch(batch)
+        by_mean = self._reduction == "mean"
+        weight = criterion_weight(self.criterion, targets) if by_mean else self.batch_weight(batch)
+        return softmax_curvature(self.criterion, outputs, targets.to(outputs.device), weight)
 
 
-def supervised(criterion: Callable[[Tensor, Tensor], Tensor]) -> SupervisedLoss:
+def supervised(
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    *,
+    weight: Callable[[Any], float | Tensor] | None = None,
+) -> SupervisedLoss:
     """A loss function of ``(model, batch)`` for batches ``(x, y)`` or dicts holding the two.
 
+    It is the *mean* loss also where the criterion has ``reduction="sum"``: the sum is divided by
+    what the mean would divide by. Curvature and rates are those of the mean; a loop that descends
+    the sum itself divides its rate by that weight.
+
+    Args:
+        criterion: a module or function of outputs and targets that returns a mean or a sum.
+        weight: of a batch, what the criterion's mean over it is over (tokens that count, say).
+            Torch's criteria need none: class weights and ignored targets are taken from them. Any
+            other is taken to be a mean over samples.
+
     Raises:
-        ValueError: the criterion has a ``reduction`` other than ``"mean"``.
+        ValueError: the criterion has ``reduction="none"``.
     """
-    return SupervisedLoss(criterion)
+    return SupervisedLoss(criterion, weight=weight)
 
 
 def piecewise_linear(loss_fn: LossFunction) -> str | None:

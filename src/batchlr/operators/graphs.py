@@ -1,0 +1,194 @@
+"""Recorded graphs: how large they are, and how many are kept between products."""
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("batchlr")
+
+KeepGraph = bool | Literal["auto"]
+
+SHARE_OF_MEMORY = 0.5
+"""Of the memory free when the first batch is recorded, what kept graphs may take (assumed)."""
+
+MANY = 1 << 30
+"""Products expected where nobody says how many."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One batch, recorded for differentiation at the weights it was recorded at."""
+
+    # The functions must not refer to the operator: a cycle would keep the graph until collected.
+    loss: Tensor  # () mean loss of the batch
+    gradient: Callable[[], Sequence[Tensor | None]]  # of that loss, by parameter; None is zero
+    product: Callable[[Sequence[Tensor], Sequence[int]], Sequence[Tensor | None]]
+    """Tangents of the parameters numbered, to the curvature matrix's image in the same ones."""
+    roots: tuple[Tensor, ...]  # all of its graph hangs on these
+
+
+@final
+class GraphStore:
+    """Keeps recordings, by number, while a budget lasts.
+
+    Raises:
+        ValueError: ``keep``, ``budget`` or ``expected`` is illegal.
+    """
+
+    def __init__(
+        self,
+        keep: KeepGraph,
+        budget: int | None,
+        expected: int | None,
+        owned: Iterable[Tensor],
+    ) -> None:
+        if keep not in (True, False, "auto"):
+            msg = f"keep_graph must be True, False or 'auto', got {keep!r}"
+            raise ValueError(msg)
+        if budget is not None and budget < 0:
+            msg = f"memory_budget must be a number of bytes, at least 0, got {budget}"
+            raise ValueError(msg)
+        if budget is not None and keep != "auto":
+            msg = f"memory_budget decides for keep_graph='auto' only, got keep_graph={keep}"
+            raise ValueError(msg)
+        if expected is not None and expected < 1:
+            msg = f"expected_products must be at least 1, got {expected}"
+            raise ValueError(msg)
+        self._keep = keep
+        self._budget = budget
+        self._owned = list(owned)
+        self._used = 0
+        self._full = keep is False or (keep == "auto" and expected == 1)
+        self._expected = MANY if expected is None else expected
+        self._kept: dict[int, Recording] = {}
+
+    def get(self, number: int) -> Recording | None:
+        """The recording kept under ``number``."""
+        return self._kept.get(number)
+
+    def uses(self, columns: int) -> int:
+        """How many products the next recording will serve, of which ``columns`` are due now."""
+        return columns if self._full else max(columns, self._expected)
+
+    def offer(self, number: int, recording: Recording) -> None:
+        """Keep ``recording`` if there is room."""
+        if self._full:
+            return
+        if self._keep == "auto":
+            if self._budget is None:
+                self._budget = default_budget(recording.loss.device)
+            size = graph_bytes(recording.roots, self._owned)
+            self._used += size
+            logger.debug(
+                "graph of batch %d: %.3g MB; kept so far %.3g of %.3g MB",
+                number, size / 1e6, self._used / 1e6, self._budget / 1e6,
+            )  # fmt: skip
+            if self._used > self._budget:
+                self._full = True
+                logger.info(
+                    "the graphs of %d batches fill the memory budget of %.3g MB; those of the "
+                    "others are recorded anew for each product",
+                    len(self._kept), self._budget / 1e6,
+                )  # fmt: skip
+                return
+        self._kept[number] = recording
+
+    def clear(self) -> None:
+        """Forget all recordings; what turned out not to fit is not tried again."""
+        self._kept.clear()
+        self._used = 0
+
+
+@contextmanager
+def offloaded(resident: Sequence[Tensor]) -> Iterator[None]:
+    """What is recorded inside holds its tensors in main memory, but for ``resident`` ones."""
+    owned = {t.untyped_storage().data_ptr() for t in resident}
+
+    def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
+        stays = tensor.untyped_storage().data_ptr() in owned
+        # Detached: an output that holds itself would never be freed.
+        return tensor.device, tensor.detach() if stays else tensor.detach().cpu()
+
+    def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
+        device, tensor = packed
+        return tensor.to(device, non_blocking=True)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def default_budget(device: torch.device) -> int:
+    """`SHARE_OF_MEMORY` of what is free on ``device``, in bytes."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(SHARE_OF_MEMORY * (free + reserved))
+    return int(SHARE_OF_MEMORY * _free_main_memory())
+
+
+def _free_main_memory() -> int:
+    """Free bytes of the machine or of the container, whichever are fewer."""
+    limits = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                limits.append(1024 * int(line.split()[1]))
+        limit, used = (
+            Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current")
+        )
+        if limit != "max":
+            limits.append(int(limit) - int(used))
+    except OSError:
+        pass  # not Linux, or no control groups
+    if not limits:
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+    return max(0, min(limits))
+
+
+def graph_bytes(roots: Sequence[Tensor], owned: Iterable[Tensor] = ()) -> int:
+    """Bytes of the tensors that the graph behind ``roots`` holds, each storage once.
+
+    Storages of ``owned`` (weights, which are there anyway) do not count. Layers written in Python
+    count for what they saved.
+    """
+    sizes = {t.untyped_storage().data_ptr(): 0 for t in owned}
+    queue = [t.grad_fn for t in roots if t.grad_fn is not None]
+    seen = set(queue)
+    for tensor in roots:
+        _count(tensor, sizes)
+    while queue:
+        node = queue.pop()
+        for tensor in _saved(node):
+            _count(tensor, sizes)
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                queue.append(parent)
+    return sum(sizes.values())
+
+
+def _count(tensor: Tensor, sizes: dict[int, int]) -> None:
+    storage = tensor.untyped_storage()
+    sizes.setdefault(storage.data_ptr(), storage.nbytes())
+
+
+def _saved(node: Any) -> Iterable[Tensor]:
+    names = _saved_names(type(node))
+    for entry in (getattr(node, name) for name in names):
+        if isinstance(entry, Tensor):
+            yield entry
+        elif isinstance(entry, (tuple, list)):
+            yield from (t for t in entry if isinstance(t, Tensor))
+
+
+@cache
+def _saved_names(kind: type) -> tuple[str, ...]:
+    return tuple(n for n in dir(kind) if n.startswith("_saved_") or n == "saved_tensors")

@@ -1,0 +1,124 @@
+"""Running a model without a trace: nothing of it, or of the program around it, changes."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Literal, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from batchlr.operators.second_order import CheapSecondDerivatives
+
+NormMode = Literal["train", "eval"]
+
+NORM_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+
+
+@final
+class Isolation:
+    """Contexts in which a model is run and differentiated; it must not be run elsewhere meanwhile.
+
+    Inside, gradients are on, autocast, compilation and fused attention off, norms in ``norm_mode``,
+    buffers copies, and random numbers those of a seed. Backward passes belong inside as well:
+    checkpointed layers run forward once more there.
+    """
+
+    def __init__(self, model: nn.Module, norm_mode: NormMode | None) -> None:
+        modules = list(model.modules())
+        self._modules = [m for m in modules if m._buffers]
+        self._norms = [m for m in modules if isinstance(m, NORM_LAYERS)]
+        self._in_train = norm_mode == "train"
+        self._device = next(model.parameters()).device
+
+    @contextmanager
+    def __call__(self, seed: int) -> Iterator[None]:
+        """Enter, with random numbers from ``seed``."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(self.full_precision())
+            stack.enter_context(forked_random_state(self._device, seed))
+            # Flash and memory-efficient attention have no second derivative.
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(_no_fast_path())
+            stack.enter_context(_copied_buffers(self._modules))
+            stack.enter_context(self._norm_modes())
+            stack.enter_context(CheapSecondDerivatives())
+            if "torch._dynamo" in sys.modules:  # nor has anything under torch.compile
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            yield
+
+    def full_precision(self) -> torch.autocast:
+        """Autocast off: it would reach into backward passes as well."""
+        return torch.autocast(self._device.type, enabled=False)
+
+    @contextmanager
+    def _norm_modes(self) -> Iterator[None]:
+        modes = [m.training for m in self._norms]
+        try:
+            for module in self._norms:
+                module.training = self._in_train
+            yield
+        finally:
+            for module, mode in zip(self._norms, modes, strict=True):
+                module.training = mode
+
+
+@contextmanager
+def _copied_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Whatever is done to buffers inside is done to copies."""
+    places = [(m, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
+    copies = {id(buffer): buffer.detach().clone() for _, _, buffer in places}
+    try:
+        for module, name, buffer in places:
+            module._buffers[name] = copies[id(buffer)]
+        yield
+    finally:
+        for module, name, buffer in places:
+            module._buffers[name] = buffer
+
+
+@contextmanager
+def swapped_parameters(model: nn.Module, tensors: dict[int, Tensor]) -> Iterator[None]:
+    """Inside, the model computes with ``tensors``, keyed by the ``id`` of the parameter replaced."""
+    places = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and id(parameter) in tensors
+    ]
+    try:
+        for module, name, parameter in places:
+            module._parameters[name] = tensors[id(parameter)]  # type: ignore[assignment]
+        yield
+    finally:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
+
+
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Transformer layers in eval mode otherwise call one kernel without any derivative."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def forked_random_state(device: torch.device, seed: int) -> Iterator[None]:
+    """Random numbers from ``seed`` inside, untouched outside."""
+    devices = [] if device.type == "cpu" else [device]
+    kind = "cuda" if device.type == "cpu" else device.type
+    with torch.random.fork_rng(devices=devices, device_type=kind):
+        # Not torch.manual_seed: it seeds every accelerator, and only this one is put back.
+        torch.default_generator.manual_seed(seed)
+        for accelerator in devices:
+            module = torch.get_device_module(accelerator)
+            with module.device(accelerator):
+                module.manual_seed(seed)
+        yield

@@ -1,0 +1,78 @@
+"""A model's parameters as one vector."""
+
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters a curvature matrix is about, in its order; shared ones once.
+
+    Raises:
+        ValueError: there is none, or they differ in device.
+    """
+    return list(named_trainable_parameters(model).values())
+
+
+def named_trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """`trainable_parameters` by name."""
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        frozen = sum(1 for _ in model.parameters())
+        msg = (
+            f"the model has no trainable parameters ({frozen} frozen); "
+            "set requires_grad=True on the ones to measure"
+        )
+        raise ValueError(msg)
+    devices = {p.device for p in parameters.values()}
+    if len(devices) > 1:
+        msg = (
+            f"trainable parameters must share one device, got {sorted(map(str, devices))}; "
+            "move the model or freeze the odd ones"
+        )
+        raise ValueError(msg)
+    return parameters
+
+
+def common_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
+    """The widest of the parameters' dtypes, and float32 at least: that of vectors."""
+    dtype = torch.float32
+    for parameter in parameters:
+        dtype = torch.promote_types(dtype, parameter.dtype)
+    return dtype
+
+
+def split_like(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Pieces of ``vector`` ``(P,)`` in the shapes of ``tensors``: views."""
+    pieces = torch.split(vector, [t.numel() for t in tensors])
+    return [piece.view(t.shape) for piece, t in zip(pieces, tensors, strict=True)]
+
+
+@final
+class Adder:
+    """Adds up vectors that come in pieces, in place: ``total`` needs no initial value."""
+
+    def __init__(self, total: Tensor, tensors: Sequence[Tensor]) -> None:
+        self._pieces = split_like(total, tensors)
+        self._written = [False] * len(tensors)
+
+    def add(self, pieces: Sequence[Tensor | None], factor: float) -> None:
+        """Add ``factor`` times the vector; None is a piece of zeros."""
+        for j, (total, piece) in enumerate(zip(self._pieces, pieces, strict=True)):
+            if piece is None:
+                continue
+            if self._written[j]:
+                total.add_(piece.detach(), alpha=factor)
+            elif factor == 1:
+                total.copy_(piece.detach())
+            else:
+                torch.mul(piece.detach(), factor, out=total)
+            self._written[j] = True
+
+    def finish(self) -> None:
+        """Write zeros where nothing came."""
+        for total, written in zip(self._pieces, self._written, strict=True):
+            if not written:
+                total.zero_()
