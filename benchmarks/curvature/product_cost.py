@@ -25,8 +25,6 @@ def contestants(case: Case) -> dict[str, Callable[[Case], Product]]:
         "GGN: batchlr": rivals.our_ggn,
         "GGN: plain torch, linearised": rivals.plain_ggn,
     }
-    if case.norm_mode == "train":
-        found["Hessian: plain torch, batch norm written out"] = rivals.composed_norm_hessian
     found |= {f"Hessian: {name}": build for name, build in rivals.hessians(case).items()}
     return found | {f"GGN: {name}": build for name, build in rivals.ggns(case).items()}
 

@@ -3,7 +3,7 @@
 import contextlib
 import importlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import batchlr
-from batchlr.operators.curvature_matrix import DifferentiableBatchNorm, flatten, split_like
+from batchlr.operators.parameters import split_like
 
 Product = Callable[[Tensor], Any]
 
@@ -77,6 +77,10 @@ def all_gradients(case: Case) -> Callable[[], Any]:
     return gradients
 
 
+def flatten(pieces: Sequence[Tensor]) -> Tensor:
+    return torch.cat([piece.reshape(-1) for piece in pieces])
+
+
 def plain_hessian(case: Case) -> Product:
     """Double backward, the graph kept, with nothing around it: the floor of the exact routes."""
     model, (x, y) = case.copy(), case.batches[0]
@@ -90,12 +94,6 @@ def plain_hessian(case: Case) -> Product:
         return flatten(torch.autograd.grad(gradients, parameters, pieces, retain_graph=True))
 
     return product
-
-
-def composed_norm_hessian(case: Case) -> Product:
-    """The same with batch norms written out."""
-    with DifferentiableBatchNorm():
-        return plain_hessian(case)
 
 
 def plain_ggn(case: Case) -> Product:
