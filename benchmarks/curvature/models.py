@@ -103,7 +103,7 @@ RECIPES = {
         lambda: image_network("wide_resnet", depth=16, widen_factor=4), 16, 4, norm_mode="eval"
     ),
     "PreResNet-20, eval": Recipe(
-        lambda: image_network("preresnet", depth=20, block="basic"), 64, 16, norm_mode="eval"
+        lambda: image_network("preresnet", depth=20, block="basic"), 64, 8, norm_mode="eval"
     ),
     "transformer": Recipe(Transformer, 16, 8, side=0, attention=True),
 }

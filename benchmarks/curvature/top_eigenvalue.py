@@ -94,13 +94,9 @@ def calls(case: Case) -> dict[str, Call]:
         found["PyHessian, tol 1e-4"] = pyhessian(tol=1e-4)
     if rivals.curvlinops:
         found["curvlinops and eigsh, tol 1e-2"] = curvlinops(1e-2)
-        found["curvlinops and eigsh, tol 1e-3"] = curvlinops(1e-3)
     if rivals.eigenthings:
         found["hessian-eigenthings, lanczos k=1"] = eigenthings("lanczos", k=1)
         found["hessian-eigenthings, lanczos default"] = eigenthings("lanczos")
-        found["hessian-eigenthings, power iteration k=1"] = eigenthings(
-            "deflated_power_iteration", k=1
-        )
     if case.attention:
         found |= {
             f"{name}, math attention by hand": rivals.in_context(call, rivals.math_attention)
@@ -132,13 +128,14 @@ def measure(case: Case, rounds: int, device: str) -> list[results.Row]:
         except Exception as error:  # a rival's failure is a result
             rows[name]["failure"] = rivals.reason(error)
             continue
+        print(f"{case.name}, {name}: {first[name]}", flush=True)
         turns[name] = turn
     limit = FAR * first["batchlr, tol 1e-3"].seconds
     close = {n: t for n, t in turns.items() if n not in first or first[n].seconds <= limit}
-    times = timing.take_turns(close, rounds, device)
+    times = timing.take_turns(close, rounds - 1, device)
     unit = timing.quartiles([t.seconds for t in times["gradient"]])[1]
     for name, row in rows.items():
-        taken = times.get(name, [first[name]] if name in first else [])
+        taken = ([first[name]] if name in first else []) + times.get(name, [])
         if taken:
             row["seconds"] = [t.seconds for t in taken]
             row["gradients"] = [t.seconds / unit for t in taken]
