@@ -14,7 +14,9 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src"
 LEVELS = [
     {"random_matrix", "learning_rates", "scaling_rules", "measured", "mean_square", "operators"},
-    {"lanczos", "rayleigh_ritz", "dataclass_files", "policies", "projected_curvature"},
+    {"krylov_basis", "rayleigh_ritz"},
+    {"lanczos_process"},
+    {"lanczos", "dataclass_files", "policies", "projected_curvature"},
     {"slq", "trace", "curvature_noise", "gradient_noise", "curvature_report", "optimizer_state"},
     {"tracker"},
     {"curvature", "edge_laws", "on_the_fly"},

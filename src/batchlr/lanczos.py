@@ -1,17 +1,18 @@
 """Lanczos: an operator and a start vector become a small tridiagonal matrix."""
 
-import math
 from dataclasses import dataclass, replace
-from itertools import islice
-from typing import Literal, final
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from batchlr.krylov_basis import BasisForm, choose_form
+from batchlr.lanczos_process import LanczosProcess, Subspace
 from batchlr.operators import LinearOperator
 from batchlr.operators.base import BatchedOperator
 
 Which = Literal["largest", "smallest", "both"]
+Criterion = Literal["residual", "error"]
 _ENDS = ("largest", "smallest")
 
 MAX_STEPS = 200
@@ -20,8 +21,8 @@ MAX_STEPS = 200
 _RESTART_STEPS = 5
 """Steps in a fresh Krylov space before its eigenvalues are believed (assumed)."""
 
-_BLOCK = 8
-"""Products of batches held at a time (assumed: P numbers each)."""
+_LEAST_BASIS = 8
+"""Vectors a restarting search needs beside twice the wanted ones (assumed)."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Tridiagonal:
 
     diagonal: Tensor  # (m,) float64, on the operator's device
     off_diagonal: Tensor  # (m - 1,) float64, positive
-    basis: Tensor  # (m, P) orthonormal rows, the first is the normalised start
+    basis: Tensor  # (m, P) orthonormal rows, the first the normalised start; (0, P) if not kept
     residual: Tensor  # () float64, the off-diagonal entry that would follow; 0 after a breakdown
 
     def eigh(self) -> tuple[Tensor, Tensor]:
@@ -44,15 +45,6 @@ class Tridiagonal:
         values, vectors = torch.linalg.eigh(matrix)
         return values, vectors
 
-    def until_breakdown(self) -> "Tridiagonal":
-        """The part up to the first vanishing off-diagonal entry, if there is one."""
-        off_diagonal = torch.cat([self.off_diagonal, self.residual.reshape(1)])
-        zeros = (off_diagonal == 0).nonzero()
-        m = int(zeros[0]) + 1 if zeros.numel() else off_diagonal.numel()
-        return Tridiagonal(
-            self.diagonal[:m], self.off_diagonal[: m - 1], self.basis[:m], off_diagonal[m - 1]
-        )
-
 
 @dataclass(frozen=True)
 class Eigenpairs:
@@ -60,24 +52,11 @@ class Eigenpairs:
 
     values: Tensor  # (k,) float64; (2k,) for which="both"
     vectors: Tensor  # (P, k) orthonormal columns
-    residuals: Tensor  # (k,) norm of A v - value v: an eigenvalue lies within it of the value
+    residuals: Tensor  # (k,) norm of A v - value v: certified, an eigenvalue lies within it
     num_products: int
     converged: bool
-    subspace: "Subspace | None" = None  # the whole Krylov space, if asked for
-
-
-@dataclass(frozen=True)
-class Subspace:
-    """The matrices of all batches, seen on one Krylov space of their mean.
-
-    Its axes are the Ritz vectors, so that the weighted mean of the matrices is ``diag(values)`` up
-    to rounding.
-    """
-
-    values: Tensor  # (m,) float64, descending Ritz values
-    weights: Tensor  # (m,) float64, squared overlaps of the Ritz vectors with the start; sum to 1
-    matrices: Tensor  # (K, m, m) float64, one a batch
-    axes: Tensor  # (P, m) Ritz vectors
+    subspace: Subspace | None = None  # the whole Krylov space, if asked for
+    errors: Tensor | None = None  # (k,) residual^2 / gap, at most the residual: an estimate
 
 
 def lanczos(
@@ -85,22 +64,32 @@ def lanczos(
     num_steps: int,
     *,
     start: Tensor | None = None,
+    basis: BasisForm = "auto",
+    basis_budget: int | None = None,
+    keep_basis: bool = True,
     generator: torch.Generator | None = None,
 ) -> Tridiagonal:
     """Tridiagonal form of ``operator`` on the Krylov space of ``start``, by ``num_steps`` products.
 
     Every new vector is orthogonalised twice against all previous ones (classical Gram-Schmidt;
-    twice is enough, Giraud et al. 2005), in ``2 m P`` memory-bound flops a step. The recurrence's
-    scalars are float64 and stay on the device: nothing is synchronised until the end.
+    twice is enough, Giraud et al. 2005), in ``4 m P`` memory-bound operations a step and in place.
+    The recurrence's scalars are float64 and stay on the device: nothing is synchronised until the
+    end. The basis is freed on return unless it is kept, and on any error.
 
     Args:
         operator: a symmetric matrix.
         num_steps: between 1 and P; the basis takes ``num_steps * P`` numbers.
         start: ``(P,)``; by default Gaussian, drawn with ``generator``.
+        basis: where the Krylov vectors are: on the ``"device"``, there in ``"half"`` the bits, or
+            in the memory of the ``"cpu"``. ``"auto"`` is the first that fits. Half precision
+            costs 3e-5 of the largest eigenvalue at most (measured, docs/log.md).
+        basis_budget: bytes they may take; by default what is free.
+        keep_basis: return them, on the device and in full precision.
         generator: for the default start; without one the seed is 0.
 
     Raises:
-        ValueError: ``num_steps`` or ``start`` is illegal.
+        ValueError: ``num_steps``, ``start``, ``basis`` or ``basis_budget`` is illegal.
+        BasisMemoryError: a MemoryError, before any product: the basis does not fit.
         ArithmeticError: a product is not finite.
     """
     size = operator.shape[0]
@@ -108,10 +97,18 @@ def lanczos(
         msg = f"num_steps must lie in [1, {size}], got {num_steps}"
         raise ValueError(msg)
     start = first_vector(operator, start, default_generator(generator))
-    process = _Process(operator, num_steps, start)
+    form, _ = choose_form(
+        basis, size, num_steps, dtype=operator.dtype, device=operator.device, budget=basis_budget
+    )
+    process = LanczosProcess(operator, num_steps, start, form=form, at_once=True)
     for _ in range(num_steps):
         process.advance()
-    return process.tridiagonal().until_breakdown()
+    process.settle()
+    matrix = process.matrix
+    kept = process.basis.tensor() if keep_basis else start.new_empty(0, size)
+    return Tridiagonal(
+        matrix.diagonal().clone(), matrix.diagonal(1).clone(), kept, process.residual.clone()
+    )
 
 
 def top_eigenpairs(
@@ -120,36 +117,184 @@ def top_eigenpairs(
     *,
     which: Which = "largest",
     tol: float = 1e-3,
+    criterion: Criterion = "residual",
     settle: Which | None = None,
     max_steps: int | None = None,
+    max_basis: int | None = None,
+    basis: BasisForm = "auto",
+    basis_budget: int | None = None,
     start: Tensor | None = None,
     with_subspace: bool = False,
     generator: torch.Generator | None = None,
 ) -> Eigenpairs:
     """The ``k`` largest or smallest eigenvalues (or ``k`` at both ends), with error bounds.
 
-    Lanczos runs until every wanted pair's residual is at most ``tol`` times the largest magnitude
-    in the spectrum seen. The residuals are Lanczos' own bounds, exact up to rounding; an
-    eigenvalue's error is of the order of its residual squared over the gap to its neighbours.
-    A Krylov space holds one vector of each eigenspace: further copies of a multiple eigenvalue
-    are found only if the space is exhausted and Lanczos starts again in its complement.
+    Lanczos runs until every wanted pair is within ``tol`` times the largest magnitude in the
+    spectrum seen. Residuals are Lanczos' own bounds, exact up to rounding and certified: some
+    eigenvalue lies within each. Errors are ``residual^2 / gap`` (Kato-Temple), the gap being to
+    the neighbouring Ritz value and its residual; they hold if no eigenvalue in between has gone
+    unseen, and are estimates for that reason. A Krylov space holds one vector of each eigenspace:
+    further copies of a multiple eigenvalue are found only if the space is exhausted and Lanczos
+    starts again in its complement.
+
+    When memory for ``max_steps`` vectors is short (``max_basis``, ``basis_budget``, or what is
+    free), a full basis restarts from its best Ritz vectors (thick restart, Wu & Simon 2000).
 
     Args:
         operator: a symmetric matrix.
         k: pairs wanted at each end.
         which: the end: algebraically largest, smallest, or both.
-        tol: relative residual at which to stop.
+        tol: relative accuracy at which to stop.
+        criterion: what ``tol`` judges: the certified ``"residual"``, or the ``"error"``, which
+            takes about half the products. Judging errors, at least three steps are made.
         settle: stop once the pairs of this end are that good; by default all wanted ones.
         max_steps: products at most; by default ``min(P, 200)``.
-        start: ``(P,)``, a guess: the last top eigenvector saves most of the products.
+        max_basis: vectors held at most, at least ``2 k + 8`` (twice ``2 k`` for both ends).
+        basis: where they are, see `lanczos`.
+        basis_budget: bytes they may take; by default what is free.
+        start: ``(P,)``, a guess: the gradient saves some products, the last top eigenvector most.
         with_subspace: also return each batch's own matrix on the Krylov space. It takes no product,
             ``m P`` flops a batch and step, and an operator of batches.
         generator: for the start, where none is given.
 
     Raises:
         ValueError: an argument is illegal.
+        BasisMemoryError: a MemoryError, before any product: not even a restarting basis fits.
         ArithmeticError: a product is not finite.
     """
+    size = operator.shape[0]
+    wanted = 2 * k if which == "both" else k
+    steps = min(size, MAX_STEPS if max_steps is None else max_steps)
+    _check(operator, k, which, tol, criterion, settle, max_steps, steps, with_subspace)
+    least = min(steps, 2 * wanted + _LEAST_BASIS)
+    if max_basis is not None and max_basis < least:
+        msg = f"max_basis must be at least {least} for {wanted} pairs, got {max_basis}"
+        raise ValueError(msg)
+    form, capacity = choose_form(
+        basis,
+        size,
+        steps if max_basis is None else min(steps, max_basis),
+        dtype=operator.dtype,
+        device=operator.device,
+        budget=basis_budget,
+        least=least,
+    )
+    generator = default_generator(generator)
+    process = LanczosProcess(
+        operator,
+        capacity,
+        first_vector(operator, start, generator),
+        form=form,
+        by_batch=with_subspace,
+    )
+    ritz = None
+    trusted_from = 3 if criterion == "error" else 0  # the step from which the space is old enough
+    while process.num_products < steps:
+        if process.count == capacity:
+            process.restart(_kept(capacity, wanted, which))
+        process.advance()
+        last = process.num_products == steps
+        if not (last or _due(process.num_products, operator.device) or process.count == capacity):
+            continue
+        broke_down = process.settle()
+        if process.count >= wanted:
+            ritz = _judge(process, k, which, settle or which, tol, criterion)
+            if ritz.converged and process.num_products >= trusted_from and not broke_down:
+                break
+        if broke_down and process.count < size and not last:
+            if process.count == capacity:
+                process.restart(_kept(capacity, wanted, which))
+            process.start_again(gaussian(operator, generator))
+            trusted_from = process.num_products + _RESTART_STEPS
+    assert ritz is not None
+    pairs = ritz.pairs(process)
+    return replace(pairs, subspace=process.subspace()) if with_subspace else pairs
+
+
+def _due(count: int, device: torch.device) -> bool:
+    """Whether to look at convergence: on an accelerator each look waits for the device."""
+    if device.type == "cpu":
+        return count <= 64 or count % 4 == 0
+    return count <= 4 or count % (2 if count <= 32 else 4) == 0
+
+
+def _kept(capacity: int, wanted: int, which: Which) -> dict[str, int]:
+    """Ritz vectors a restart keeps at each end: the wanted ones and some to speed them up."""
+    count = min(capacity - 2, wanted + max(2, (capacity - wanted) // 2))
+    if which == "both":
+        return {"largest": count - count // 2, "smallest": count // 2}
+    return {which: count}
+
+
+@dataclass(frozen=True)
+class _Ritz:
+    """Where the wanted pairs stand, before any vector is made."""
+
+    values: Tensor
+    coefficients: Tensor  # (m, k)
+    residuals: Tensor
+    errors: Tensor
+    converged: bool
+
+    def pairs(self, process: LanczosProcess) -> Eigenpairs:
+        return Eigenpairs(
+            values=self.values,
+            vectors=process.basis.combine(self.coefficients),
+            residuals=self.residuals,
+            num_products=process.num_products,
+            converged=self.converged,
+            errors=self.errors,
+        )
+
+
+def _judge(
+    process: LanczosProcess, k: int, which: Which, settle: Which, tol: float, criterion: Criterion
+) -> _Ritz:
+    values, vectors = process.eigh()
+    scale = values.abs().max()
+    # Residuals below rounding are rounding: claim no more than the arithmetic can give.
+    rounding = torch.finfo(process.operator.dtype).eps * scale
+    residuals = (process.residual * vectors[-1].abs()).clamp(min=rounding)
+    errors = _errors(values, residuals)
+    m = values.numel()
+    top = list(range(m - 1, m - 1 - k, -1))
+    bottom = list(range(k - 1, -1, -1))
+    chosen = {"largest": top, "smallest": bottom, "both": top + bottom}[which]
+    judged = (residuals if criterion == "residual" else errors)[chosen]
+    if which == "both" and settle != "both":
+        judged = judged[:k] if settle == "largest" else judged[k:]
+    exhausted = process.count == process.size
+    return _Ritz(
+        values=values[chosen],
+        coefficients=vectors[:, chosen],
+        residuals=residuals[chosen],
+        errors=errors[chosen],
+        converged=bool((judged <= tol * scale).all()) or exhausted,
+    )
+
+
+def _errors(values: Tensor, residuals: Tensor) -> Tensor:
+    """``residual^2 / gap`` to the nearest neighbour as far as it may reach, or the residual."""
+    if values.numel() == 1:
+        return residuals
+    below = values[1:] - values[:-1] - residuals[:-1]  # of each but the first, downwards
+    above = values[1:] - values[:-1] - residuals[1:]  # of each but the last, upwards
+    far = values.new_full((1,), torch.inf)
+    gaps = torch.minimum(torch.cat([far, below]), torch.cat([above, far]))
+    return torch.where(gaps > residuals, residuals.square() / gaps, residuals)
+
+
+def _check(
+    operator: LinearOperator,
+    k: int,
+    which: Which,
+    tol: float,
+    criterion: Criterion,
+    settle: Which | None,
+    max_steps: int | None,
+    steps: int,
+    with_subspace: bool,
+) -> None:
     size = operator.shape[0]
     wanted = 2 * k if which == "both" else k
     if which not in (*_ENDS, "both"):
@@ -158,167 +303,21 @@ def top_eigenpairs(
     if settle is not None and settle != which and (which != "both" or settle not in _ENDS):
         msg = f"settle must be an end that is wanted ({which}), got {settle!r}"
         raise ValueError(msg)
+    if criterion not in ("residual", "error"):
+        msg = f"criterion must be 'residual' or 'error', got {criterion!r}"
+        raise ValueError(msg)
     if k < 1 or wanted > size:
         msg = f"k = {k} pairs ({which}) are not to be had from a ({size}, {size}) matrix"
         raise ValueError(msg)
     if not 0 < tol < 1:
         msg = f"tol must lie in (0, 1), got {tol}"
         raise ValueError(msg)
-    steps = min(size, MAX_STEPS if max_steps is None else max_steps)
     if steps < wanted:
         msg = f"max_steps must be at least the {wanted} pairs asked for, got {max_steps}"
         raise ValueError(msg)
     if with_subspace and not isinstance(operator, BatchedOperator):
         msg = f"with_subspace needs an operator of batches, got {type(operator).__name__}"
         raise TypeError(msg)
-    generator = default_generator(generator)
-    process = _Process(
-        operator, steps, first_vector(operator, start, generator), by_batch=with_subspace
-    )
-    pairs = None
-    trusted_from = 0  # the step from which the current Krylov space is old enough
-    while process.count < steps:
-        process.advance()
-        broke_down = process.broke_down()
-        # Later steps gain less, so their convergence is tested more rarely.
-        due = process.count <= 32 or process.count % 4 == 0 or process.count == steps
-        if process.count >= wanted and (due or broke_down):
-            pairs = _ritz_pairs(process, k, which, settle or which, tol)
-            if pairs.converged and process.count >= trusted_from and not broke_down:
-                break
-        if broke_down and process.count < steps:
-            process.start_again(gaussian(operator, generator))
-            trusted_from = process.count + _RESTART_STEPS
-    assert pairs is not None
-    return replace(pairs, subspace=process.subspace()) if with_subspace else pairs
-
-
-def _ritz_pairs(process: "_Process", k: int, which: Which, settle: Which, tol: float) -> Eigenpairs:
-    tridiagonal = process.tridiagonal()
-    values, vectors = tridiagonal.eigh()
-    scale = values.abs().max()
-    residuals = tridiagonal.residual * vectors[-1].abs()
-    m = values.numel()
-    top = list(range(m - 1, m - 1 - k, -1))
-    bottom = list(range(k - 1, -1, -1))
-    chosen = {"largest": top, "smallest": bottom, "both": top + bottom}[which]
-    ritz = tridiagonal.basis.T @ vectors[:, chosen].to(tridiagonal.basis.dtype)
-    # Residuals below rounding are rounding: claim no more than the arithmetic can give.
-    rounding = torch.finfo(process.basis.dtype).eps * scale
-    residuals = residuals[chosen].clamp(min=rounding)
-    judged = residuals
-    if which == "both" and settle != "both":
-        judged = residuals[:k] if settle == "largest" else residuals[k:]
-    return Eigenpairs(
-        values=values[chosen],
-        vectors=ritz,
-        residuals=residuals,
-        num_products=process.count,
-        converged=bool((judged <= tol * scale).all()) or process.count == process.size,
-    )
-
-
-@final
-class _Process:
-    """The Lanczos recurrence, one product a step."""
-
-    def __init__(
-        self, operator: LinearOperator, num_steps: int, start: Tensor, *, by_batch: bool = False
-    ) -> None:
-        self.operator = operator
-        self.size = operator.shape[0]
-        self.count = 0
-        self.basis = torch.empty(num_steps, self.size, dtype=operator.dtype, device=operator.device)
-        self.diagonal = torch.zeros(num_steps, dtype=torch.float64, device=operator.device)
-        self.off_diagonal = torch.zeros_like(self.diagonal)
-        self.scale = torch.zeros((), dtype=torch.float64, device=operator.device)
-        self.next = start
-        self.projections: Tensor | None = None  # (K, m, m), upper triangles
-        if by_batch and isinstance(operator, BatchedOperator):
-            count = len(operator.samples)
-            self.projections = self.diagonal.new_zeros(count, num_steps, num_steps)
-
-    def advance(self) -> None:
-        """One product. After a breakdown the next vector is zero, and so is all that follows."""
-        j = self.count
-        self.basis[j] = self.next
-        w = self._product()
-        self.diagonal[j] = torch.dot(w.double(), self.next.double())
-        norm_before = w.double().norm()
-        w = self._orthogonalise(w, j + 1)
-        length = w.double().norm()
-        # The size of A, as seen so far: what counts as zero must not depend on the units of A.
-        self.scale = torch.maximum(self.scale, norm_before)
-        # The cap is for float32: the bulk of a large network can be that thin beside its outliers.
-        rounding = min(10 * torch.finfo(w.dtype).eps * math.sqrt(self.size), 1e-6)
-        length = torch.where(length > rounding * self.scale, length, torch.zeros_like(length))
-        self.off_diagonal[j] = length
-        self.next = torch.where(length > 0, w / length.to(w.dtype), torch.zeros_like(w))
-        self.count += 1
-
-    def _product(self) -> Tensor:
-        """``A next``; on the way each batch's part of it is projected on the basis so far."""
-        if self.projections is None or not isinstance(self.operator, BatchedOperator):
-            return self.operator @ self.next
-        j = self.count
-        shares = self.operator.weights
-        total = torch.zeros_like(self.next)
-        products = self.operator.batch_products(self.next)
-        for first in range(0, len(shares), _BLOCK):
-            block = torch.stack(list(islice(products, _BLOCK)))  # (block, P)
-            last = first + len(block)
-            weights = block.new_tensor(shares[first:last]) / sum(shares)
-            total += weights @ block
-            self.projections[first:last, : j + 1, j] = (block @ self.basis[: j + 1].T).double()
-        return total
-
-    def subspace(self) -> Subspace:
-        """What the batches' products said on the way; needs ``by_batch``."""
-        assert self.projections is not None
-        tridiagonal = self.tridiagonal()
-        values, vectors = tridiagonal.eigh()
-        values, vectors = values.flip(0), vectors.flip(1)
-        m = len(values)
-        upper = self.projections[:, :m, :m]
-        matrices = upper + upper.triu(1).transpose(1, 2)
-        return Subspace(
-            values=values,
-            weights=vectors[0].square(),
-            matrices=vectors.T @ matrices @ vectors,
-            axes=tridiagonal.basis.T @ vectors.to(self.basis.dtype),
-        )
-
-    def _orthogonalise(self, vector: Tensor, count: int) -> Tensor:
-        basis = self.basis[:count]
-        for _ in range(2):
-            vector = vector - basis.T @ (basis @ vector)
-        return vector
-
-    def start_again(self, vector: Tensor) -> None:
-        """Go on in the complement of the invariant subspace found (the entry between stays 0)."""
-        for _ in range(2):
-            vector = self._orthogonalise(vector / vector.norm(), self.count)
-        self.next = vector / vector.norm()
-
-    def broke_down(self) -> bool:
-        """Whether the last step closed an invariant subspace."""
-        return bool(self.off_diagonal[self.count - 1] == 0)
-
-    def tridiagonal(self) -> Tridiagonal:
-        """The steps made so far; raises ArithmeticError if a product was not finite."""
-        m = self.count
-        if not bool(self.diagonal[:m].isfinite().all() & self.off_diagonal[:m].isfinite().all()):
-            msg = (
-                "the operator's products are not finite: the model or its loss has overflowed at "
-                "these weights; check the loss on the same batches"
-            )
-            raise ArithmeticError(msg)
-        return Tridiagonal(
-            self.diagonal[:m],
-            self.off_diagonal[: m - 1],
-            self.basis[:m],
-            self.off_diagonal[m - 1],
-        )
 
 
 def default_generator(generator: torch.Generator | None) -> torch.Generator:

@@ -143,7 +143,7 @@ class RitzSpace:
         if not self._by_batch:
             return self.operator @ vector
         assert isinstance(self.operator, BatchedOperator)
-        m, samples = self.size, self.operator.samples
+        m, samples = self.size, self.operator.weights
         self._whole = self._whole and self.num_products < self._keep_products
         total = torch.zeros_like(vector)
         held = []

@@ -346,9 +346,9 @@ class CurvatureTracker:
 
 def mean_gradient(operator: CurvatureMatrix) -> Tensor:
     """Gradient ``(P,)`` of the mean loss over the operator's batches."""
-    total = sum(operator.samples)
+    total = sum(operator.weights)
     mean = None
-    for count, gradient in zip(operator.samples, operator.batch_gradients(), strict=True):
+    for count, gradient in zip(operator.weights, operator.batch_gradients(), strict=True):
         part = gradient * (count / total)
         mean = part if mean is None else mean.add_(part)
     assert mean is not None
@@ -379,4 +379,4 @@ def _noise(
     products = space.batch_products(coefficients[:, 0])
     if products is None:
         return directional_noise(operator, vector, others=others), 1
-    return noise_of_products(products, operator.samples, vector, others=others), 0
+    return noise_of_products(products, operator.weights, vector, others=others), 0

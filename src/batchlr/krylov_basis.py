@@ -1,0 +1,233 @@
+"""Orthonormal vectors in bounded memory: on the device, at half precision, or on the CPU."""
+
+import math
+from pathlib import Path
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+BasisForm = Literal["auto", "device", "half", "cpu"]
+FORMS = ("auto", "device", "half", "cpu")
+
+_ROWS = 16  # assumed: rows allocated at a time where the number of vectors is not known
+_CHUNK = 1 << 16  # measured (docs/log.md): columns widened at a time; 8 MB at 32 rows
+_HALVES = {torch.float64: torch.float32, torch.float32: torch.float16}
+
+
+class BasisMemoryError(MemoryError):
+    """The vectors asked for do not fit: says what they take, what there is, and the ways out."""
+
+
+@final
+class KrylovBasis:
+    """Up to ``capacity`` orthonormal vectors ``(P,)``, allocated as they come.
+
+    ``"half"`` stores half the bits, each vector scaled by ``sqrt(P)`` so that its entries are of
+    the size of one (float16 then holds them to 5e-4, for any P below 4e9); products with it widen
+    ``2^16`` columns at a time. ``"cpu"`` keeps the vectors in the CPU's memory and does their
+    arithmetic there, one vector going over and back for each.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        capacity: int,
+        *,
+        form: Literal["device", "half", "cpu"],
+        dtype: torch.dtype,
+        device: torch.device,
+        at_once: bool = False,
+    ) -> None:
+        self.form = form
+        self.dtype = dtype
+        self.device = device
+        self.count = 0
+        self._size = size
+        self._capacity = capacity
+        self._stored_on = torch.device("cpu") if form == "cpu" else device
+        self._stored_as = _HALVES[dtype] if form == "half" else dtype
+        self._scale = math.sqrt(size) if form == "half" else 1.0
+        self._rows = capacity if at_once else min(_ROWS, capacity)
+        self._blocks: list[Tensor] = []
+
+    def append(self, vector: Tensor) -> None:
+        """Add ``vector``, orthonormal to the rest."""
+        index = self.count % self._rows
+        if index == 0 and self.count // self._rows == len(self._blocks):
+            rows = min(self._rows, self._capacity - self.count)
+            block = torch.empty(rows, self._size, dtype=self._stored_as, device=self._stored_on)
+            self._blocks.append(block)
+        row = self._blocks[self.count // self._rows][index]
+        row.copy_(vector if self._scale == 1.0 else vector * self._scale)
+        self.count += 1
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """Inner products ``(m,)`` with a vector ``(P,)``, or ``(m, b)`` with a block ``(P, b)``."""
+        vectors = vectors.to(self._stored_on)
+        if not self._used():
+            return vectors.new_zeros(0, *vectors.shape[1:]).to(self.device)
+        if self._stored_as == self.dtype:
+            return torch.cat([rows @ vectors for rows in self._used()]).to(self.device)
+        total = vectors.new_zeros(self.count, *vectors.shape[1:])
+        for first in range(0, self._size, _CHUNK):
+            chunk = slice(first, first + _CHUNK)
+            parts = [rows[:, chunk].to(self.dtype) @ vectors[chunk] for rows in self._used()]
+            total += torch.cat(parts)
+        return total / self._scale
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """``Q' c``: ``(P,)`` for coefficients ``(m,)``, ``(P, k)`` for ``(m, k)``."""
+        result = torch.zeros(
+            self._size, *coefficients.shape[1:], dtype=self.dtype, device=self._stored_on
+        )
+        self._subtract(result, -coefficients.to(self._stored_on, self.dtype))
+        return result.to(self.device)
+
+    def orthogonalise_(self, vector: Tensor) -> Tensor:
+        """Classical Gram-Schmidt, twice (enough: Giraud et al. 2005), in place."""
+        if self.count == 0:
+            return vector
+        here = vector.to(self._stored_on)
+        for _ in range(2):
+            if self._stored_as == self.dtype:
+                overlaps = torch.cat([rows @ here for rows in self._used()])
+            else:
+                overlaps = self.project(here)
+            self._subtract(here, overlaps)
+        return vector if here is vector else vector.copy_(here)
+
+    def keep(self, coefficients: Tensor) -> None:
+        """Replace the vectors by ``k`` orthonormal combinations of them, ``(m, k)``, in place."""
+        coefficients = coefficients.to(self._stored_on, self.dtype)
+        used = self._used()
+        kept = coefficients.shape[1]
+        for first in range(0, self._size, _CHUNK):
+            chunk = slice(first, first + _CHUNK)
+            part = torch.cat([rows[:, chunk].to(self.dtype) for rows in used])
+            turned = coefficients.T @ part
+            for index in range(kept):
+                self._blocks[index // self._rows][index % self._rows, chunk] = turned[index]
+        self.count = kept
+
+    def truncate(self, count: int) -> None:
+        """Forget all but the first ``count`` vectors."""
+        self.count = min(self.count, count)
+
+    def tensor(self) -> Tensor:
+        """All vectors ``(m, P)``, on the device and in full precision; no copy if it is one."""
+        if len(self._blocks) == 1 and self._stored_as == self.dtype:
+            return self._blocks[0][: self.count].to(self.device)
+        rows = [rows.to(self.device, self.dtype) / self._scale for rows in self._used()]
+        return torch.cat(rows)
+
+    def _used(self) -> list[Tensor]:
+        """The blocks, cut to what is filled."""
+        full, rest = divmod(self.count, self._rows)
+        return self._blocks[:full] + ([self._blocks[full][:rest]] if rest else [])
+
+    def _subtract(self, target: Tensor, coefficients: Tensor) -> None:
+        """``target -= Q' c`` in place; both on the side of the vectors."""
+        narrow = self._stored_as != self.dtype
+        width = _CHUNK if narrow else self._size
+        for first in range(0, self._size, width):
+            chunk = slice(first, first + width)
+            done = 0
+            for rows in self._used():
+                shares = coefficients[done : done + len(rows)]
+                wide = rows[:, chunk].to(self.dtype)
+                if target.ndim == 1:
+                    target[chunk].addmv_(wide.T, shares, alpha=-1 / self._scale)
+                else:
+                    target[chunk].addmm_(wide.T, shares, alpha=-1 / self._scale)
+                done += len(rows)
+
+
+def basis_bytes(size: int, count: int, dtype: torch.dtype, form: str) -> int:
+    """Memory of ``count`` vectors of ``size`` numbers in ``form``."""
+    stored = _HALVES[dtype] if form == "half" else dtype
+    return size * count * stored.itemsize
+
+
+def choose_form(
+    form: BasisForm,
+    size: int,
+    count: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    budget: int | None = None,
+    least: int | None = None,
+) -> tuple[Literal["device", "half", "cpu"], int]:
+    """The form to keep ``count`` vectors in, and how many may be held at a time.
+
+    ``"auto"`` takes the first that fits of: the device, half precision on it, the CPU. Fewer
+    vectors (``least`` of them, for those who can restart) come before a coarser form.
+
+    Args:
+        form: as asked for.
+        size: ``P``.
+        count: vectors wanted.
+        dtype: of the vectors.
+        device: of the vectors.
+        budget: bytes they may take; by default what is free where they go.
+        least: vectors that must fit; by default all.
+
+    Raises:
+        ValueError: ``form`` or ``budget`` is illegal, or the dtype has no half.
+        BasisMemoryError: they fit in none of the forms allowed.
+    """
+    if form not in FORMS:
+        msg = f"basis must be one of {', '.join(FORMS)}, got {form!r}"
+        raise ValueError(msg)
+    if budget is not None and budget < 1:
+        msg = f"basis_budget must be a positive number of bytes, got {budget}"
+        raise ValueError(msg)
+    if form == "half" and dtype not in _HALVES:
+        msg = f"basis='half' halves float64 and float32, got {dtype}; use 'device' or 'cpu'"
+        raise ValueError(msg)
+    forms: list[Literal["device", "half", "cpu"]] = ["device", "half", "cpu"]
+    if form == "auto":
+        forms = [f for f in forms if f != "half" or dtype in _HALVES]
+        forms = [f for f in forms if f != "cpu" or device.type != "cpu"]
+    else:
+        forms = [form]
+    least = count if least is None else min(least, count)
+    reports = []
+    for candidate in forms:
+        place = torch.device("cpu") if candidate == "cpu" else device
+        free = available_bytes(place) if budget is None else budget
+        each = basis_bytes(size, 1, dtype, candidate)
+        if free is None or count * each <= free:
+            return candidate, count
+        if least * each <= free:
+            return candidate, free // each
+        reports.append(f"{candidate}: {_readable(least * each)} of {_readable(free)}")
+    msg = (
+        f"the Krylov basis of {least} vectors of {size} numbers does not fit "
+        f"({'; '.join(reports)}). Ways out: fewer steps, basis='half' or basis='cpu', "
+        "a larger basis_budget, or max_basis where Lanczos may restart"
+    )
+    raise BasisMemoryError(msg)
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory free on ``device``, or None where it cannot be told."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu":
+        return None
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    kilobytes = fields.get("MemAvailable", "").split()
+    return int(kilobytes[0]) * 1024 if kilobytes else None
+
+
+def _readable(count: int) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count} B"
