@@ -19,7 +19,7 @@ LEVELS = [
     {"lanczos", "dataclass_files", "policies", "projected_curvature"},
     {"slq", "trace", "curvature_noise", "gradient_noise", "curvature_report", "optimizer_state"},
     {"tracker"},
-    {"curvature", "edge_laws", "on_the_fly"},
+    {"curvature", "edge_laws", "on_the_fly", "layer_spectra"},
     {"schedulers", "batch_size", "averaging", "probes", "optim"},
     {"controller"},
     {"__init__"},  # the public names: `import batchlr` as a user writes it

@@ -17,6 +17,8 @@ from batchlr.lanczos import Eigenpairs as Eigenpairs
 from batchlr.lanczos import Tridiagonal as Tridiagonal
 from batchlr.lanczos import lanczos as lanczos
 from batchlr.lanczos import top_eigenpairs as top_eigenpairs
+from batchlr.layer_spectra import layer_eigenpairs as layer_eigenpairs
+from batchlr.layer_spectra import layer_measures as layer_measures
 
 # Formulas on plain floats
 from batchlr.learning_rates import StepSize as StepSize
@@ -29,6 +31,8 @@ from batchlr.operators import GGNOperator as GGNOperator
 from batchlr.operators import HessianOperator as HessianOperator
 from batchlr.operators import LinearOperator as LinearOperator
 from batchlr.operators import PreconditionedOperator as PreconditionedOperator
+from batchlr.operators import RestrictedOperator as RestrictedOperator
+from batchlr.operators import layer_blocks as layer_blocks
 from batchlr.operators import supervised as supervised
 from batchlr.probes import BatchSharpness as BatchSharpness
 from batchlr.probes import batch_sharpness as batch_sharpness

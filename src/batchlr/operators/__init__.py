@@ -6,4 +6,6 @@ from batchlr.operators.difference import DifferenceOperator as DifferenceOperato
 from batchlr.operators.ggn import GGNOperator as GGNOperator
 from batchlr.operators.hessian import HessianOperator as HessianOperator
 from batchlr.operators.preconditioned import PreconditionedOperator as PreconditionedOperator
+from batchlr.operators.restricted import RestrictedOperator as RestrictedOperator
+from batchlr.operators.restricted import layer_blocks as layer_blocks
 from batchlr.operators.supervised import supervised as supervised

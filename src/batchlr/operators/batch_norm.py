@@ -68,9 +68,7 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor | None) -> Any:
         if cotangent is None:
             return (None,) * 6
-        pulled = _BatchNormBackward.apply(
-            cotangent, *ctx.saved_tensors, ctx.by_batch, ctx.eps
-        )
+        pulled = _BatchNormBackward.apply(cotangent, *ctx.saved_tensors, ctx.by_batch, ctx.eps)
         return *pulled, None, None, None
 
 
@@ -118,7 +116,7 @@ class _BatchNormBackward(torch.autograd.Function):
         if to_scale is not None or to_shift is not None:
             shift = _per_channel(b - s * t * mean, x)
             image = shift.expand_as(x) if image is None else image.add_(shift)
-        if to_scale is not None:
+        if image is not None and to_scale is not None:
             image = torch.addcmul(image, x, _per_channel(s * t, x))
         if only_cotangents():
             return image, *[None] * 6
@@ -189,5 +187,9 @@ def _by_autograd(
     pulled = torch.autograd.grad(output, (x, w, shift), a, create_graph=True)
     pairs = [(g, t) for g, t in zip(pulled, tangents, strict=True) if t is not None]
     return torch.autograd.grad(
-        [g for g, _ in pairs], (a, x, w), [t for _, t in pairs], create_graph=True, allow_unused=True
+        [g for g, _ in pairs],
+        (a, x, w),
+        [t for _, t in pairs],
+        create_graph=True,
+        allow_unused=True,
     )

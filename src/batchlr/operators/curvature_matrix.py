@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypedDict, final
 
@@ -16,8 +16,8 @@ from batchlr.operators.graphs import GraphStore, KeepGraph, Recording, offloaded
 from batchlr.operators.isolation import NORM_LAYERS, Isolation
 from batchlr.operators.isolation import NormMode as NormMode
 from batchlr.operators.parameters import Adder, common_dtype, named_trainable_parameters, split_like
-from batchlr.operators.supervised import LossFunction
 from batchlr.operators.repetition import RepetitionCheck
+from batchlr.operators.supervised import LossFunction
 
 
 class CurvatureOptions(TypedDict, total=False):
@@ -189,7 +189,7 @@ class CurvatureMatrix(BatchedOperator):
                 total = torch.empty(self.shape[0], dtype=self.dtype, device=self.device)
                 adder = Adder(total, self._parameters)
                 for number, share in self._shares(owner):
-                    with self._isolation(self._seed + number):
+                    with self._surroundings(number):
                         adder.add(self._record(number, 1).gradient(), share)
                 adder.finish()
             yield total
@@ -200,7 +200,7 @@ class CurvatureMatrix(BatchedOperator):
         self._refresh()
         terms = []
         for number, share in self._shares(None):
-            with self._isolation(self._seed + number):
+            with self._surroundings(number):
                 terms.append(share * self._record(number, 1).loss)
         return torch.stack(terms).sum()
 
@@ -250,13 +250,16 @@ class CurvatureMatrix(BatchedOperator):
         tensors = [self._parameters[j] for j in chosen]
         with torch.inference_mode(False):
             tangents = [
-                [piece.to(t.dtype) for piece, t in zip(split_like(row, tensors), tensors, strict=True)]
+                [
+                    piece.to(t.dtype)
+                    for piece, t in zip(split_like(row, tensors), tensors, strict=True)
+                ]
                 for row in rows
             ]
             totals = torch.empty(rows.shape, dtype=self.dtype, device=self.device)
             adders = [Adder(total, tensors) for total in totals]
             for number, share in self._shares(owner):
-                with self._isolation(self._seed + number):
+                with self._surroundings(number):
                     recording = self._record(number, len(rows))  # one serves all columns
                     for adder, tangent in zip(adders, tangents, strict=True):
                         adder.add(recording.product(tangent, chosen), share)
@@ -269,6 +272,13 @@ class CurvatureMatrix(BatchedOperator):
         parts = [(j, p.weight) for j, p in enumerate(self._parts) if owner in (None, p.owner)]
         total = sum(weight for _, weight in parts)
         return [(number, weight / total) for number, weight in parts if weight > 0]
+
+    def _surroundings(self, number: int) -> AbstractContextManager[object]:
+        """Where to differentiate a part: isolated, unless the model is not going to be run."""
+        recording = self._graphs.get(number)
+        if recording is None or recording.runs_model:
+            return self._isolation(self._seed + number)
+        return self._isolation.full_precision()
 
     def _refresh(self) -> None:
         """Forget what was recorded if the model is another one now."""

@@ -17,8 +17,9 @@ from batchlr.operators.linear_pass import linear_pass
 from batchlr.operators.second_order import torchs_own_layers
 from batchlr.operators.supervised import SupervisedLoss
 
-FEW = 2
-"""Products up to which running the model forward again is cheaper than linearising it (measured)."""
+FEW = 1
+"""Products up to which the model is run forward again rather than linearised: for one that is about
+as fast (measured, docs/log.md), at the memory of an ordinary gradient."""
 
 _Push = Callable[[Sequence[Tensor], Sequence[int]], Tensor | None]
 
@@ -32,7 +33,8 @@ class GGNOperator(CurvatureMatrix):
     it has a ``curvature(outputs, batch)``, that is ``u -> S u``; else it comes from autograd.
 
     A product costs 1.1-1.5 gradients of the same batches on kept graphs, which take one gradient to
-    record. Where a recording serves one or two products only, they take 1.7-2 and a forward pass.
+    record. A recording that serves one product only is not linearised: 2.1-2.9
+    gradients in all, at the memory of an ordinary gradient.
 
     Raises:
         TypeError: ``loss_fn`` has no ``outputs`` and ``loss``.
@@ -82,7 +84,9 @@ class GGNOperator(CurvatureMatrix):
             curved = None if pushed is None else curve(pushed)
             return [None] * len(chosen) if curved is None else pull_back(curved, chosen)
 
-        return Recording(loss, lambda: pull_back(slope, everything), product, (outputs, *roots))
+        return Recording(
+            loss, lambda: pull_back(slope, everything), product, (outputs, *roots), uses <= FEW
+        )
 
 
 def _of_outputs(
@@ -104,9 +108,7 @@ def _of_outputs(
     return loss.detach(), slope.detach(), curve
 
 
-def _linearised(
-    outputs: Tensor, parameters: Sequence[Tensor]
-) -> tuple[_Push, tuple[Tensor, ...]]:
+def _linearised(outputs: Tensor, parameters: Sequence[Tensor]) -> tuple[_Push, tuple[Tensor, ...]]:
     """``J v`` from a recorded backward pass, and what its graph hangs on.
 
     ``J'u`` is linear in ``u``, so its derivative with respect to ``u`` turns ``J'`` into ``J``.
@@ -149,12 +151,15 @@ def _run_again(
         _load_forward_mode()
         with torch.no_grad(), fwad.dual_level(), torchs_own_layers():
             duals = {
-                id(parameters[j]): fwad.make_dual(parameters[j].detach(), tangent)
+                id(parameters[j]): fwad.make_dual(  # type: ignore[no-untyped-call]
+                    parameters[j].detach(), tangent
+                )
                 for j, tangent in zip(chosen, tangents, strict=True)
             }
             with swapped_parameters(model, duals), forked_random_state(device, seed):
-                pushed = fwad.unpack_dual(halves.outputs(model, batch)).tangent
-            return None if pushed is None else pushed.clone()
+                outputs = halves.outputs(model, batch)
+                pushed = fwad.unpack_dual(outputs).tangent  # type: ignore[no-untyped-call]
+                return None if pushed is None else pushed.clone()
 
     return push
 
@@ -164,4 +169,4 @@ def _load_forward_mode() -> None:
     """Let torch load its forward-mode rules, which warns of what torch itself has deprecated."""
     with warnings.catch_warnings(), fwad.dual_level():
         warnings.simplefilter("ignore", FutureWarning)
-        fwad.make_dual(torch.zeros(1), torch.zeros(1))
+        fwad.make_dual(torch.zeros(1), torch.zeros(1))  # type: ignore[no-untyped-call]

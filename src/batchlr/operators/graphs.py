@@ -2,9 +2,9 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, final
@@ -33,6 +33,7 @@ class Recording:
     product: Callable[[Sequence[Tensor], Sequence[int]], Sequence[Tensor | None]]
     """Tangents of the parameters numbered, to the curvature matrix's image in the same ones."""
     roots: tuple[Tensor, ...]  # all of its graph hangs on these
+    runs_model: bool = False  # whether a product runs the model: it must be isolated then
 
 
 @final
@@ -82,10 +83,11 @@ class GraphStore:
         """Keep ``recording`` if there is room."""
         if self._full:
             return
+        graph = survey(recording.roots, self._owned)
         if self._keep == "auto":
+            size = graph.num_bytes
             if self._budget is None:
                 self._budget = default_budget(recording.loss.device)
-            size = graph_bytes(recording.roots, self._owned)
             self._used += size
             logger.debug(
                 "graph of batch %d: %.3g MB; kept so far %.3g of %.3g MB",
@@ -99,7 +101,7 @@ class GraphStore:
                     len(self._kept), self._budget / 1e6,
                 )  # fmt: skip
                 return
-        self._kept[number] = recording
+        self._kept[number] = replace(recording, runs_model=recording.runs_model or graph.hooked)
 
     def clear(self) -> None:
         """Forget all recordings; what turned out not to fit is not tried again."""
@@ -153,26 +155,37 @@ def _free_main_memory() -> int:
     return max(0, min(limits))
 
 
-def graph_bytes(roots: Sequence[Tensor], owned: Iterable[Tensor] = ()) -> int:
-    """Bytes of the tensors that the graph behind ``roots`` holds, each storage once.
+_UNKNOWN = object()  # torch before 2.7 does not tell hooks: anything may be one, and sizes are 0
 
-    Storages of ``owned`` (weights, which are there anyway) do not count. Layers written in Python
-    count for what they saved.
-    """
+
+@dataclass(frozen=True)
+class Graph:
+    """What a recorded graph holds."""
+
+    num_bytes: int  # of its tensors, each storage once; those of weights do not count
+    hooked: bool  # some are not held but computed or fetched when needed, as by checkpointing
+
+
+def survey(roots: Sequence[Tensor], owned: Iterable[Tensor] = ()) -> Graph:
+    """The graph behind ``roots``; storages of ``owned`` are there anyway and do not count."""
     sizes = {t.untyped_storage().data_ptr(): 0 for t in owned}
     queue = [t.grad_fn for t in roots if t.grad_fn is not None]
     seen = set(queue)
+    hooked = False
     for tensor in roots:
         _count(tensor, sizes)
     while queue:
         node = queue.pop()
-        for tensor in _saved(node):
-            _count(tensor, sizes)
+        for saved in _saved(node):
+            if getattr(saved, "unpack_hook", _UNKNOWN) is not None:
+                hooked = True
+            elif saved.data is not None:
+                _count(saved.data, sizes)
         for parent, _ in node.next_functions:
             if parent is not None and parent not in seen:
                 seen.add(parent)
                 queue.append(parent)
-    return sum(sizes.values())
+    return Graph(sum(sizes.values()), hooked)
 
 
 def _count(tensor: Tensor, sizes: dict[int, int]) -> None:
@@ -180,15 +193,16 @@ def _count(tensor: Tensor, sizes: dict[int, int]) -> None:
     sizes.setdefault(storage.data_ptr(), storage.nbytes())
 
 
-def _saved(node: Any) -> Iterable[Tensor]:
-    names = _saved_names(type(node))
-    for entry in (getattr(node, name) for name in names):
-        if isinstance(entry, Tensor):
+def _saved(node: Any) -> Iterable[Any]:
+    """Torch's holders of what ``node`` has saved."""
+    for name in _saved_names(node.__class__):
+        entry = getattr(node, name)
+        if isinstance(entry, (tuple, list)):
+            yield from entry
+        elif entry is not None:
             yield entry
-        elif isinstance(entry, (tuple, list)):
-            yield from (t for t in entry if isinstance(t, Tensor))
 
 
 @cache
-def _saved_names(kind: type) -> tuple[str, ...]:
-    return tuple(n for n in dir(kind) if n.startswith("_saved_") or n == "saved_tensors")
+def _saved_names(kind: Hashable) -> tuple[str, ...]:
+    return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))

@@ -82,7 +82,7 @@ def _copied_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def swapped_parameters(model: nn.Module, tensors: dict[int, Tensor]) -> Iterator[None]:
-    """Inside, the model computes with ``tensors``, keyed by the ``id`` of the parameter replaced."""
+    """Inside, the model computes with ``tensors``, by the ``id`` of the parameter replaced."""
     places = [
         (module, name, parameter)
         for module in model.modules()

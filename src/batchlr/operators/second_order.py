@@ -10,7 +10,6 @@ from torch.overrides import TorchFunctionMode
 from batchlr.operators.batch_norm import batch_norm
 from batchlr.operators.convolution import convolve, is_convolution
 
-
 _suspended = [False]
 
 

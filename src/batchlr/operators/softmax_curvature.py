@@ -35,7 +35,8 @@ def softmax_curvature(
     def multiply(pushed: Tensor) -> Tensor:
         weighted = probabilities * pushed
         inner = weighted.sum(dim, keepdim=True)
-        return weighted.addcmul_(probabilities, inner, value=-1).mul_(totals)
+        image: Tensor = (weighted - probabilities * inner) * totals
+        return image
 
     return multiply
 
@@ -52,7 +53,7 @@ def _coefficients(
     uniform = weights.mean()
     if targets.is_floating_point():
         mixed = (1 - smoothing) * targets.double() + smoothing / num_classes
-        return torch.tensordot(mixed.movedim(dim, -1), weights, 1)
+        return mixed.movedim(dim, -1) @ weights
     kept = targets != criterion.ignore_index
     of_target = weights[targets.where(kept, torch.zeros_like(targets))]
     return ((1 - smoothing) * of_target + smoothing * uniform) * kept

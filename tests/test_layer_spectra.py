@@ -1,0 +1,66 @@
+"""Every layer's spectrum is that of its dense block."""
+
+import pytest
+import torch
+
+from batchlr import layer_eigenpairs, layer_measures
+from cases import CASES
+from reference import dense
+
+
+def blocks(case: str, kind: str) -> dict[str, torch.Tensor]:
+    """Dense diagonal blocks of the layers."""
+    problem, matrix = CASES[case](), dense(case, kind)
+    sizes: dict[str, int] = {}
+    for name, parameter in problem.model.named_parameters():
+        layer = name.rpartition(".")[0]
+        sizes[layer] = sizes.get(layer, 0) + parameter.numel()
+    found, start = {}, 0
+    for layer, size in sizes.items():
+        found[layer] = matrix[start : start + size, start : start + size]
+        start += size
+    return found
+
+
+@pytest.mark.parametrize("kind", ["hessian", "ggn"])
+@pytest.mark.parametrize("case", ["mlp-tanh", "preresnet-eval"])
+def test_both_ends_of_every_layer(case, kind):
+    operator = CASES[case]().operator(kind)
+    found = layer_eigenpairs(operator, which="both", tol=1e-4)
+    expected = blocks(case, kind)
+    assert list(found) == list(expected)
+    for layer, pairs in found.items():
+        values = torch.linalg.eigvalsh(expected[layer])
+        ends = torch.stack([values[-1], values[0]])
+        assert pairs.converged
+        assert ((pairs.values - ends).abs() <= pairs.residuals + 1e-12).all()
+    assert operator.num_products == 0
+
+
+def test_layers_smaller_than_asked_give_what_they_have():
+    operator = CASES["mlp-tanh"]().operator("hessian")
+    found = layer_eigenpairs(operator, k=10, tol=1e-6)
+    assert [len(pairs.values) for pairs in found.values()] == [10, 10, 10]
+    both = layer_eigenpairs(CASES["softmax"]().operator("hessian"), k=10, which="both")
+    assert [len(pairs.values) for pairs in both.values()] == [14]
+
+
+def test_measures_have_the_moments_of_the_blocks():
+    operator = CASES["mlp-tanh"]().operator("hessian")
+    found = layer_measures(operator, num_steps=6, num_probes=30)
+    for layer, matrix in blocks("mlp-tanh", "hessian").items():
+        measure = found[layer]
+        error = 5 * measure.mean_stderr
+        assert abs(measure.mean - float(matrix.trace() / len(matrix))) < error
+        square = float((matrix @ matrix).trace() / len(matrix))
+        assert abs(measure.second_moment - square) < 5 * measure.second_moment_stderr
+
+
+def test_more_steps_than_a_layer_has_parameters():
+    found = layer_measures(CASES["softmax"]().operator("hessian"), num_steps=100, num_probes=1)
+    assert all(len(measure.nodes) <= 15 for measure in found.values())
+
+
+def test_no_steps_are_refused():
+    with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
+        layer_measures(CASES["softmax"]().operator("hessian"), num_steps=0, num_probes=1)
