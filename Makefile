@@ -8,17 +8,19 @@ PYTEST_ARGS ?=
 # Two workers of one thread each; a file stays on one worker, for its tests may share what they made.
 PARALLEL := OMP_NUM_THREADS=1
 WORKERS := -n 2 --dist loadfile
-BENCHMARKS := $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
+LAW := $(sort $(wildcard benchmarks/*.py))
+PARTS ?= product_cost top_eigenvalue slq_cost density_error memory report_cost tracking scaling
+BENCH_ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench slow
+.PHONY: help demo test check bench bench-law slow
 .NOTPARALLEL:  # two installations must not meet in one .venv
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.installed  ## install, then train a small network whose learning rate is measured
 	$(BIN)/batchlr train configs/demo/digits_vgg.yaml --out runs/demo
@@ -31,9 +33,12 @@ check: $(VENV)/.installed-dev  ## lint, formatting and types
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
-bench: $(VENV)/.installed-dev  ## run every script of benchmarks/
-	@test -n "$(BENCHMARKS)" || { echo "benchmarks/ holds no script" >&2; exit 1; }
-	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python "$$script"; done
+bench: $(VENV)/.installed-bench  ## curvature beside other libraries; one part: make bench PARTS=product_cost
+	@set -e; for part in $(PARTS); do echo "== $$part"; \
+	  $(BIN)/python "benchmarks/curvature/$$part.py" $(BENCH_ARGS); done
+
+bench-law: $(VENV)/.installed-dev  ## run the scripts of benchmarks/ on the learning rates themselves: hours
+	@set -e; for script in $(LAW); do echo "== $$script"; $(BIN)/python "$$script"; done
 
 slow: $(VENV)/.installed-dev  ## run the tests that take more than ten seconds each
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
@@ -53,3 +58,7 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/.created
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.created
 	$(BIN)/python -m pip install -e '.[dev]'
 	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-bench: pyproject.toml | $(VENV)/.created
+	$(BIN)/python -m pip install -e '.[dev,bench]'
+	@touch $(VENV)/.installed $(VENV)/.installed-dev $@

@@ -1,0 +1,183 @@
+"""Peak memory of a spectral density of 30 steps, and of a full report, each in its own process.
+
+Also whether 500 measurements leave anything behind.
+
+    python benchmarks/curvature/memory.py --models MLP
+"""
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import results
+import rivals
+import slq_cost
+import torch
+from models import RECIPES, Case, make_case
+
+import batchlr
+
+PART = "memory"
+TITLE = "Peak memory"
+MEASUREMENTS = 500
+DENSITY, REPORT, LEAK = "density", "report", "left behind"
+
+
+def training_step(case: Case) -> None:
+    """Gradient and update, without momentum."""
+    optimizer = torch.optim.SGD(case.model.parameters(), 1e-3)
+    x, y = case.batches[0]
+    case.criterion(case.model(x), y).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def report(case: Case) -> None:
+    batchlr.measure_curvature(
+        case.copy(),
+        batchlr.supervised(case.criterion),
+        case.batches,
+        optimizer="sgd",
+        norm_mode=case.norm_mode or "eval",
+    )
+
+
+def tasks(case: Case) -> dict[tuple[str, str], Callable[[Case], object]]:
+    found: dict[tuple[str, str], Callable[[Case], object]] = {
+        (DENSITY, name): call for name, call in slq_cost.calls(case).items()
+    }
+    steps = {(kind, "training step"): training_step for kind in (DENSITY, REPORT)}
+    return {**steps, **found, (REPORT, "batchlr"): report, (LEAK, "batchlr"): repeatedly}
+
+
+def repeatedly(case: Case) -> None:
+    """Measure until early growth is over, then note, then measure ``MEASUREMENTS`` times."""
+    x, y = case.batches[0]
+    case.batches[:] = [(x[:8], y[:8])]  # small, for there are many
+    for index in range(MEASUREMENTS + 50):
+        operator = rivals.our_operator(batchlr.HessianOperator, case)
+        batchlr.top_eigenpairs(operator, tol=1e-1)
+        if index == 49:
+            before = resident(case.device.type)
+    del operator
+    growth = resident(case.device.type) / before - 1
+    print(json.dumps({"growth": growth}))
+
+
+def resident(device: str) -> int:
+    """Bytes held now."""
+    gc.collect()
+    if device != "cpu":
+        return torch.cuda.memory_allocated()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+def peak(device: str) -> int:
+    """Most bytes held since `forget_peak`."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+
+def forget_peak(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def one(options: argparse.Namespace) -> None:
+    """One task in this process; prints its figures as JSON."""
+    (model,), kind = options.models, options.device.split(":")[0]
+    batches = 4 if options.task[0] == REPORT else 1
+    samples = options.samples or RECIPES[model].small
+    case = make_case(model, steps=0, samples=samples, num_batches=batches, device=options.device)
+    before = resident(kind)
+    forget_peak(kind)
+    try:
+        tasks(case)[tuple(options.task)](case)
+    except Exception as error:  # a rival's failure is a result
+        print(json.dumps({"failure": rivals.reason(error)}))
+        return
+    print(json.dumps({"megabytes": (peak(kind) - before) / 2**20}))
+
+
+def measure(model: str, options: argparse.Namespace) -> list[results.Row]:
+    case = make_case(model, steps=0, samples=2)
+    rows = []
+    for kind, contestant in tasks(case):
+        command = [sys.executable, __file__, "--models", model, "--device", options.device,
+                   "--task", kind, contestant]  # fmt: skip
+        if options.samples:
+            command += ["--samples", str(options.samples)]
+        row: results.Row = {"model": model, "size": case.size, "kind": kind}
+        row |= {"contestant": contestant, "samples": options.samples or RECIPES[model].small}
+        repeats = 1 if kind == LEAK else options.rounds
+        for _ in range(repeats):
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            for line in done.stdout.splitlines():
+                if line.startswith("{"):
+                    for key, value in json.loads(line).items():
+                        row.setdefault(key, []).append(value)
+        rows.append(row)
+    return rows
+
+
+def render(rows: Sequence[results.Row]) -> str:
+    lines = []
+    for row in rows:
+        if row["kind"] == LEAK:
+            continue
+        step = next(
+            r for r in rows
+            if r["contestant"] == "training step"
+            and (r["model"], r["kind"]) == (row["model"], row["kind"])
+        )  # fmt: skip
+        if "failure" in row:
+            cells = [f"fails: {row['failure'][0]}", "", ""]
+        else:
+            most = max(row["megabytes"])
+            basis = 4 * slq_cost.STEPS * row["size"] / 2**20
+            cells = [f"{most:.0f}", f"{most / max(step['megabytes']):.2f}", f"{basis:.0f}"]
+        lines.append([row["model"], row["samples"], row["kind"], row["contestant"], *cells])
+    header = ["network", "batch", "of what", "contestant", "MB", "training steps", "basis MB"]
+    left = [
+        f"{row['model']}: {MEASUREMENTS} further measurements change the memory held by "
+        f"{row['growth'][0]:+.1%}."
+        for row in rows
+        if row["kind"] == LEAK
+    ]
+    note = (
+        "Largest memory during the call above that before it, and as a multiple of that of a "
+        "training step on the same batch; a report measures four batches. The basis is that of "
+        f"{slq_cost.STEPS} vectors in float32."
+    )
+    return "\n\n".join([note, results.table(header, lines), *left])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--rounds", type=int, default=1, help="processes a figure")
+    parser.add_argument("--samples", type=int, help="batch size, where not the network's own")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--task", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")  # the rivals'
+    if options.task:
+        one(options)
+        return
+    for model in options.models:
+        rows = results.store(PART, measure(model, options), ["model"], options.device)
+        results.publish(PART, rows, TITLE, render, options.device)
+
+
+if __name__ == "__main__":
+    main()
