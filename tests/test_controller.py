@@ -378,7 +378,7 @@ def test_a_warm_start_saves_products():
     y = torch.randint(5, (64,), generator=generator)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scheduler = BatchAwareLR(optimizer, 1.0, lambda o: LinearLR(o, 0.01, 0.01), batch_size=64)
-    controller = CurvatureController(scheduler, CROSS_ENTROPY, every_steps=1, tol=1e-4)
+    controller = CurvatureController(scheduler, CROSS_ENTROPY, every_steps=1, tol=0.03)
     costs = []
     for _ in range(9):
         update = controller.maybe_update(model, (x, y))

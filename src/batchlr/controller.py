@@ -67,7 +67,8 @@ class CurvatureController:
             alike (`balanced_momentum`).
         apply: False measures and reports only.
         norm_mode: of the measurements.
-        tol: relative error, estimated from residual and gap, at which Lanczos stops (assumed).
+        tol: relative residual at which Lanczos stops (assumed; the eigenvalue's own
+            error is of second order in it).
         max_products: of one Lanczos run.
         clip_norm: at which training clips the gradient's norm; the rates then say if it is active.
         rule: of `CurvatureReport.max_lr`. The closed form of one direction is what the demos were

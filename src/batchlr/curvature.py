@@ -230,7 +230,6 @@ def _edges(
         k,
         which="both" if size > 1 else "largest",
         settle="largest" if tracking else None,
-        criterion="error" if tracking else "residual",
         tol=search.tol,
         max_steps=min(size, max(search.max_products, 2 * k)),
         start=start,
