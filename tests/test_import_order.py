@@ -29,12 +29,11 @@ LEVELS = [
     },
     {"tracker", "curvature_report"},
     {"curvature", "edge_laws", "on_the_fly", "layer_spectra"},
-    {"schedulers", "batch_size", "averaging", "probes", "optim", "curvature_update"},
+    {"schedulers", "probes", "curvature_update"},
     {"controller"},
     {"__init__"},  # the public names: `import batchlr` as a user writes it
-    {"plotting", "integrations"},
+    {"plotting"},
     {"training"},
-    {"report"},
     {"cli"},
     {"__main__"},
 ]
