@@ -35,8 +35,8 @@ _STABLE = ("mean_square", "edge")
 _INTERVAL = 2 * 1.645  # standard errors in a 90 % interval
 _UNBOUNDED = 2**31  # stands for a data set of unknown size: without-replacement effects vanish
 _EDGE = 2  # measured against 1, 4 and 16: docs/log.md
-# Gradients of the measured samples, measured (benchmarks/product_routes.py): recording their
-# graphs with everything around it, a product, and a product through train-mode batch norm.
+# In gradients of the measured samples: recording their graphs with all around it, a product, a
+# product through train-mode batch norm. Assumed, above what benchmarks/product_routes.py measures.
 _RECORDING, _PRODUCT, _COUPLED_PRODUCT = 3.0, 2.2, 3.5
 
 
