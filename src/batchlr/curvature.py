@@ -42,6 +42,7 @@ from batchlr.projected_curvature import (
     selection_bias,
 )
 from batchlr.trace import estimate_trace
+from batchlr.tracker import mean_gradient
 
 Matrix = Literal["hessian", "ggn"]
 
@@ -130,7 +131,7 @@ def measure_curvature(
     metric: BatchedOperator = operator
     if ratios is not None:
         metric = PreconditionedOperator(operator, ratios.sqrt())
-    slope = _mean_gradient(operator)
+    slope = mean_gradient(operator)
     slope = slope if ratios is None else ratios.sqrt() * slope
     start = _start(start_vectors[:1], slope, tracking=tracking)
     plain = replace(search, max_products=_ASIDE) if tracking and with_adam else search
@@ -279,13 +280,6 @@ def _start(vectors: Sequence[Tensor], gradient: Tensor, *, tracking: bool) -> Te
     return vectors[0] if length == 0 else vectors[0] + _GRADIENT_SHARE * gradient / length
 
 
-def _mean_gradient(operator: CurvatureMatrix) -> Tensor:
-    """Gradient ``(P,)`` of the mean loss over the operator's batches."""
-    total = sum(operator.weights)
-    pairs = zip(operator.weights, operator.batch_gradients(), strict=True)
-    return torch.stack([gradient * (count / total) for count, gradient in pairs]).sum(0)
-
-
 def _mean_norm(operator: CurvatureMatrix) -> float:
     """Mean norm of the batches' gradients."""
     norms = torch.stack([gradient.norm() for gradient in operator.batch_gradients()])
@@ -334,7 +328,7 @@ def _adam_curvature(
     metric = second_moment.sqrt() + eps
     scale = metric.rsqrt() if ratios is None else (ratios / metric).sqrt()
     preconditioned = PreconditionedOperator(operator, scale)
-    start = _start(start_vectors, scale * _mean_gradient(operator), tracking=tracking)
+    start = _start(start_vectors, scale * mean_gradient(operator), tracking=tracking)
     edges = _edges(preconditioned, search, start, tracking=True)
 
     def moments_of(numbers: Sequence[int]) -> GradientMoments:
