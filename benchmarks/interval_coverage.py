@@ -21,6 +21,7 @@ from batchlr.training.data import load_data
 from batchlr.training.models import build_model
 
 RESULTS = Path(__file__).resolve().parent / "results" / "interval_coverage.jsonl"
+MATRIX = "ggn"
 CASES = [
     (optimizer, momentum, batch_size)
     for optimizer, momentum in (("sgd", 0.0), ("sgd", 0.9), ("adam", 0.9))
@@ -50,7 +51,7 @@ def measure(model, x, y, rows, batch_size, seed):
     batches = [(x[part], y[part]) for part in rows.split(batch_size) if len(part) == batch_size]
     return measure_curvature(
         model, supervised(torch.nn.CrossEntropyLoss()), batches, dataset_size=len(x),
-        tol=1e-2, max_products=30, num_small_batches=0,
+        matrix=MATRIX, tol=1e-2, max_products=30, num_small_batches=0,
         generator=torch.Generator().manual_seed(seed),
     )  # fmt: skip
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.optimize import brentq
-from scipy.sparse.linalg import LinearOperator, eigs
+from scipy.sparse.linalg import LinearOperator, eigsh
 from torch.func import (
     functional_call,
     grad,
@@ -44,7 +44,9 @@ from batchlr.training.sweep import largest_survivable_lr
 RESULTS = Path(__file__).resolve().parent / "results" / "stable_rate.jsonl"
 SAMPLES = 1280  # the data set of every problem; all of them are measured for the prediction
 FLOOR = 0.002  # least curvature followed, relative to the top: with 0.02 limits rise by up to 30 %
-DIRECTIONS = {False: 120, True: 24}  # leading eigenvectors; fewer where samples interact
+ROUNDING = 1e-6  # likewise, of those small enough to follow every direction
+EVERY = 1000  # parameters up to which every direction with any curvature is followed
+DIRECTIONS = {False: 120, True: 24}  # leading ones of larger networks; fewer with interaction
 POINTS = ("start", "middle")
 BATCHES = {False: (4, 16, 64, 256, 1024), True: (16, 64, 256)}  # likewise
 MOMENTA = {False: (0.0, 0.5, 0.9), True: (0.0, 0.9)}  # likewise
@@ -63,7 +65,7 @@ TASKS = {
     ),
 }  # fmt: skip
 MODELS = {
-    "mlp": (8, "mlp", {"hidden": [32], "activation": "tanh"}),
+    "mlp": (8, "mlp", {"hidden": [12], "activation": "tanh"}),
     "vgg": (32, "vgg", {"depth": 11, "width": 0.0625, "batch_norm": False}),
     "vgg_bn": (32, "vgg", {"depth": 11, "width": 0.0625, "batch_norm": True}),
     "preresnet": (8, "preresnet", {"depth": 8, "block": "basic", "width": 0.5}),
@@ -207,6 +209,7 @@ class Quadratic:
     def __init__(self, problem, batch_size, scale):
         self.batch_size, self.coupled = batch_size, problem.coupled
         self.matrices = self.factors = self.inverse = self._pool = None
+        self.moment = None  # the last one that grew, to start the next search from
         if self.coupled:
             self._from_batches(problem, scale)
         else:
@@ -215,14 +218,16 @@ class Quadratic:
     def _from_samples(self, problem, scale):
         jacobian = problem.root_jacobian() * scale
         flat = jacobian.reshape(-1, problem.size)
+        count, floor = DIRECTIONS[False], FLOOR
+        if problem.size <= EVERY:
+            count, floor = problem.size, ROUNDING
         generator = torch.Generator().manual_seed(0)
-        count = min(DIRECTIONS[False], problem.size)
-        axes = torch.randn(problem.size, count, generator=generator)
-        for _ in range(6):  # subspace iteration: the dynamics are restricted to its result exactly
-            axes = torch.linalg.qr(flat.T @ (flat @ axes))[0]
+        axes = torch.linalg.qr(torch.randn(problem.size, count, generator=generator))[0]
+        for _ in range(0 if count == problem.size else 6):  # subspace iteration: the dynamics
+            axes = torch.linalg.qr(flat.T @ (flat @ axes))[0]  # are restricted to its result
         factors = (flat @ axes).double().numpy().reshape(SAMPLES, 10, count)
         rotation = self._leading(
-            factors.reshape(-1, count).T @ factors.reshape(-1, count) / SAMPLES
+            factors.reshape(-1, count).T @ factors.reshape(-1, count) / SAMPLES, floor
         )
         self.factors = (factors @ rotation).astype(np.float32)
         self.inverse = 1 / self.batch_size - 1 / SAMPLES
@@ -241,7 +246,7 @@ class Quadratic:
         for rows in groups:
             f = problem.factors(rows, axes).reshape(-1, count)
             matrices.append(f.T @ f / len(rows))
-        rotation = self._leading(np.mean(matrices, 0))
+        rotation = self._leading(np.mean(matrices, 0), FLOOR)
         self.matrices = np.stack([rotation.T @ m @ rotation for m in matrices])
 
     def resize(self, batch_size):
@@ -250,10 +255,10 @@ class Quadratic:
             self._pool = None
         self.batch_size, self.inverse = batch_size, 1 / batch_size - 1 / SAMPLES
 
-    def _leading(self, mean):
+    def _leading(self, mean, floor):
         """Eigenvectors ``(k, kept)`` of ``mean``; keeps their values."""
         values, rotation = np.linalg.eigh(mean)
-        kept = values > FLOOR * values[-1]
+        kept = values > floor * values[-1]
         self.values = values[kept]
         return rotation[:, kept]
 
@@ -264,22 +269,26 @@ class Quadratic:
             d = self.matrices - np.diag(values)
             return (d @ moment @ d).sum(0) / (len(d) - 1)
         f, k = self.factors, len(values)
-        inner = (f @ moment.astype(np.float32)) @ f.transpose(0, 2, 1)
-        raw = (inner @ f).reshape(-1, k).T @ f.reshape(-1, k) / np.float64(len(f))
+        flat = f.reshape(-1, k)
+        inner = (flat @ moment.astype(np.float32)).reshape(f.shape) @ f.transpose(0, 2, 1)
+        raw = (inner @ f).reshape(-1, k).T @ flat / np.float64(len(f))
         centred = raw - values[:, None] * moment * values
         return centred * len(f) / (len(f) - 1) * self.inverse
 
-    def pool(self):
-        """Matrices ``(M, k, k)`` of random batches."""
+    def step(self, generator, w):
+        """``G_B w`` of a random batch, ``w`` ``(k, replicas)``."""
         if self.coupled:
-            return self.matrices
+            return self.matrices[generator.integers(len(self.matrices))] @ w
+        if self.batch_size <= 64:  # cheaper than to read a stored matrix
+            rows = generator.choice(SAMPLES, self.batch_size, replace=False)
+            f = self.factors[rows].reshape(-1, len(self.values))
+            return f.T @ (f @ w) / self.batch_size
         if self._pool is None:
-            count = 500 if self.batch_size < 256 else 150
-            self._pool = np.empty((count, len(self.values), len(self.values)))
-            for index, rows in enumerate(random_batches(self.batch_size, count, seed=3)):
+            self._pool = np.empty((150, len(self.values), len(self.values)), np.float32)
+            for index, rows in enumerate(random_batches(self.batch_size, 150, seed=3)):
                 f = self.factors[rows.numpy()].reshape(-1, len(self.values))
                 self._pool[index] = f.T @ f / self.batch_size
-        return self._pool
+        return self._pool[generator.integers(150)] @ w
 
 
 def impulse_response(values, lr, momentum, averaged):
@@ -296,48 +305,53 @@ def impulse_response(values, lr, momentum, averaged):
 
 
 def mean_square_limit(quadratic, momentum, averaged):
-    """Limit (a): where the spectral radius of noise times response reaches 1."""
-    values = quadratic.values
-    top = 2 * (1 + momentum) / values[-1] / ((1 - momentum) if averaged else 1)
-    count = len(values)
-    start = np.eye(count).ravel()
+    """Limit (a), to 1 %: where the spectral radius of noise times response reaches 1.
 
-    def excess(log_lr):
+    Noise and response are both symmetric in the second moment, so their product is made so by the
+    response's root, and the radius comes from Lanczos. Its inverse is nearly straight in 1/rate.
+    """
+    values = quadratic.values
+    least = values[-1] * ((1 - momentum) if averaged else 1) / (2 * (1 + momentum))
+    count = len(values)
+    start = np.eye(count).ravel() if quadratic.moment is None else quadratic.moment
+
+    def below(inverse):
         nonlocal start
-        response = impulse_response(values, math.exp(log_lr), momentum, averaged)
+        root = np.sqrt(impulse_response(values, 1 / inverse, momentum, averaged))
 
         def multiply(flat):
-            moment = flat.reshape(count, count)
-            return (response * quadratic.spread((moment + moment.T) / 2)).ravel()
+            moment = flat.reshape(count, count) * root
+            return (root * quadratic.spread((moment + moment.T) / 2)).ravel()
 
         operator = LinearOperator((count**2, count**2), matvec=multiply, dtype=float)
-        found, vectors = eigs(operator, k=1, v0=start, ncv=6, tol=1e-3)
-        start = vectors[:, 0].real
-        return math.log(abs(found[0]))
+        found, vectors = eigsh(operator, k=1, which="LA", v0=start, ncv=6, tol=0.05)
+        start = vectors[:, 0]
+        return 1 / found[0] - 1  # the error is about the square of the tolerance
 
-    high = math.log(top) - 1e-6
-    if excess(high) <= 0:
-        return top
-    low = high - 1
-    while excess(low) > 0:
-        low -= 2
-    return math.exp(brentq(excess, low, high, xtol=5e-3))
+    low = least * (1 + 1e-6)
+    if below(low) >= 0:
+        return 1 / least
+    high, level = 2 * low, below(2 * low)
+    while level < 0:
+        low, high = high, high / min(max(1 + level, 0.1), 0.7)
+        level = below(high)
+    quadratic.moment = start
+    return 1 / brentq(below, low, high, xtol=1e-9, rtol=1e-2)
 
 
 def typical_limit(quadratic, momentum, averaged, steps=1000, replicas=4):
     """Limit (b): where the mean log-growth on random batches reaches 0."""
-    pool = quadratic.pool()
     gain = 1 - momentum if averaged else 1.0
     count = len(quadratic.values)
 
     def growth(log_lr):
         generator = np.random.default_rng(4)
         lr = math.exp(log_lr)
-        w = generator.normal(size=(count, replicas))
+        w = generator.normal(size=(count, replicas)).astype(np.float32)
         v = np.zeros_like(w)
         total = 0.0
         for step in range(steps):
-            v = momentum * v + gain * (pool[generator.integers(len(pool))] @ w)
+            v = momentum * v + gain * quadratic.step(generator, w)
             w = w - lr * v
             norm = np.sqrt((w**2).sum(0) + lr**2 * (v**2).sum(0))
             w, v = w / norm, v / norm

@@ -4,7 +4,7 @@
 over batches in place of the sample-weighted one shows; VGG, the dearest, has a single one.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from batchlr import GGNOperator, HessianOperator, LinearOperator, supervised
+from batchlr.operators.base import BatchedOperator
 from batchlr.training.models import MLP, VGG, PreResNet
 
 RAGGED = (5, 3, 2)
@@ -55,6 +56,32 @@ class DiagonalOperator(LinearOperator):
 
     def _multiply(self, columns: Tensor) -> Tensor:
         return self.diagonal.unsqueeze(1) * columns
+
+
+class BatchMatrices(BatchedOperator):
+    """The sample-weighted mean of explicit matrices ``(K, P, P)``."""
+
+    def __init__(self, matrices: Tensor, samples: Sequence[int]) -> None:
+        super().__init__(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+        self.matrices = matrices
+        self.counts = tuple(samples)
+
+    @property
+    def samples(self) -> tuple[int, ...]:
+        return self.counts
+
+    @property
+    def mean(self) -> Tensor:
+        weights = torch.tensor(self.counts, dtype=self.dtype) / sum(self.counts)
+        return torch.einsum("k,kij->ij", weights, self.matrices)
+
+    def batch_products(self, vectors: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+        self.num_products += 1
+        for matrix, vector in zip(self.matrices, self._each(vectors), strict=True):
+            yield matrix @ vector
+
+    def _multiply(self, columns: Tensor) -> Tensor:
+        return self.mean @ columns
 
 
 @contextmanager

@@ -16,6 +16,7 @@ def projected_curvature(
     batch_size=100,
     leak_largest=NO_LEAK,
     leak_smallest=NO_LEAK,
+    leaks=None,
     seed=0,
 ):
     """Batches whose entries ``(i, j)`` have exactly the per-sample ``variances`` given.
@@ -37,4 +38,5 @@ def projected_curvature(
         samples=(batch_size,) * num_batches,
         leak_largest=leak_largest,
         leak_smallest=leak_smallest,
+        leaks=leaks,
     )

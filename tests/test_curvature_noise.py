@@ -12,30 +12,9 @@ from torch import nn
 
 from batchlr.curvature_noise import directional_noise
 from batchlr.operators import HessianOperator, PreconditionedOperator, supervised
-from batchlr.operators.base import BatchedOperator
+from cases import BatchMatrices
 
 ROUNDING = 1e-12  # relative, float64
-
-
-class BatchMatrices(BatchedOperator):
-    """The mean of explicit batch Hessians ``(K, P, P)``."""
-
-    def __init__(self, matrices, samples):
-        super().__init__(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-        self._matrices = matrices
-        self._samples = tuple(samples)
-
-    @property
-    def samples(self):
-        return self._samples
-
-    def batch_products(self, vector):
-        self.num_products += 1
-        yield from self._matrices @ vector
-
-    def _multiply(self, columns):
-        weights = torch.tensor(self._samples, dtype=self.dtype)
-        return torch.einsum("k,kij,jl->il", weights / weights.sum(), self._matrices, columns)
 
 
 def cut(hessians, order, sizes):

@@ -18,8 +18,7 @@ from hypothesis.extra.numpy import arrays
 from batchlr import DenseOperator, LinearOperator, lanczos, top_eigenpairs
 from batchlr.krylov_basis import KrylovBasis
 from batchlr.lanczos import MAX_STEPS
-from batchlr.operators.base import BatchedOperator
-from cases import CASES, DiagonalOperator
+from cases import CASES, BatchMatrices, DiagonalOperator
 
 SIZE = 60
 SPECTRA = {
@@ -680,31 +679,6 @@ class TestRefuses:
     def test_fewer_steps_than_pairs(self, k, which, max_steps):
         with pytest.raises(ValueError, match=rf"max_steps must be at least .* got {max_steps}"):
             top_eigenpairs(DenseOperator(torch.eye(5)), k, which=which, max_steps=max_steps)
-
-
-class BatchMatrices(BatchedOperator):
-    """The sample-weighted mean of explicit matrices ``(K, P, P)``."""
-
-    def __init__(self, matrices, samples):
-        super().__init__(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-        self.matrices = matrices
-        self.counts = tuple(samples)
-
-    @property
-    def samples(self):
-        return self.counts
-
-    @property
-    def mean(self):
-        weights = torch.tensor(self.counts, dtype=self.dtype) / sum(self.counts)
-        return torch.einsum("k,kij->ij", weights, self.matrices)
-
-    def batch_products(self, vector):
-        self.num_products += 1
-        yield from self.matrices @ vector
-
-    def _multiply(self, columns):
-        return self.mean @ columns
 
 
 def batch_matrices(samples=(3, 5, 2, 2, 1, 4, 3, 6, 2, 5), size=20, noise=0.3):

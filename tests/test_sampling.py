@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from batchlr.sampling import nested_edges, sampled_edge
-from test_lanczos import BatchMatrices, generator, with_spectrum
+from cases import BatchMatrices
+from test_lanczos import generator, with_spectrum
 
 SIZE = 30
 COUNT = 64

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from batchlr import CurvatureTracker, DenseOperator, PreconditionedOperator
 from batchlr.curvature_noise import directional_noise
-from cases import CASES, DiagonalOperator
-from test_lanczos import BatchMatrices, batch_matrices, generator, rotation, with_spectrum
+from cases import CASES, BatchMatrices, DiagonalOperator
+from test_lanczos import batch_matrices, generator, rotation, with_spectrum
 
 SIZE = 120
 

@@ -1,7 +1,7 @@
 """What Adam's preconditioner is at one point of training, and how it moves with the batch size."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import final
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 from batchlr.adam_curvature import AdamCurvature
 from batchlr.curvature_point import CurvaturePoint
 from batchlr.gradient_noise import GradientMoments, gradient_moments
+from batchlr.metric import selection_bias
 from batchlr.operators import PreconditionedOperator
 from batchlr.optimizer_state import (
     beta1,
@@ -20,7 +21,7 @@ from batchlr.optimizer_state import (
     optimizer_kind,
     second_moments,
 )
-from batchlr.projected_curvature import MIN_GROUPS, jackknife_groups, selection_bias
+from batchlr.projected_curvature import MIN_GROUPS, jackknife_groups
 from batchlr.spectral_edges import SpectralEdges
 
 _ADAM_EPS = 1e-8  # torch's default, for when there is no optimizer to ask
@@ -58,6 +59,11 @@ class AdamMeasurement:
     def direction(self, vector: Tensor) -> Tensor:
         """A vector ``(P,)`` of `matrix` in the coordinates of the plain one."""
         return self.matrix.scale * vector
+
+    def batch_gradients(self) -> Iterator[Tensor]:
+        """Of each batch in turn, in the coordinates of `matrix`."""
+        for gradient in self._point.batch_gradients():
+            yield self.matrix.scale * gradient
 
     def curvature(self, edges: SpectralEdges, *, with_doubt: bool) -> AdamCurvature:
         """The curvature at any batch size, from the ``edges`` of `matrix`; no product.

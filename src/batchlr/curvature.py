@@ -94,7 +94,13 @@ def measure_curvature(
         matrix=matrix,
     )
     search = EdgeSearch(num_eigenpairs, tol, max_products, generator)
-    edges = search.run(point.matrix, point.sampling, largest_only=False)
+    definite = matrix == "ggn"
+    edges = search.run(
+        point.matrix,
+        point.sampling,
+        gradients=point.batch_gradients() if definite else None,
+        largest_only=False,
+    )
     probe = first_vector(point.operator, None, generator)
     noise = directional_noise(point.matrix, probe)
     ends = edges.axes[:, [0, -1]].contiguous() if point.matrix.shape[0] > 1 else edges.axes
@@ -106,7 +112,12 @@ def measure_curvature(
     adam = None
     if with_adam:
         measured = AdamMeasurement(point)
-        preconditioned = search.run(measured.matrix, point.sampling, largest_only=True)
+        preconditioned = search.run(
+            measured.matrix,
+            point.sampling,
+            gradients=measured.batch_gradients() if definite else None,
+            largest_only=True,
+        )
         adam = measured.curvature(preconditioned, with_doubt=True)
     return _report(
         point,

@@ -1,7 +1,7 @@
 """Where a measurement begins: the loss, its gradient and its matrix at one point of training."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -100,6 +100,11 @@ class CurvaturePoint:
             num_samples=total,
             dataset_size=total if dataset_size is None else dataset_size,
         )
+
+    def batch_gradients(self) -> Iterator[Tensor]:
+        """``R^1/2 g_k`` ``(P,)`` of each batch in turn."""
+        for gradient in self.operator.batch_gradients():
+            yield gradient if self.ratios is None else self.ratios.sqrt() * gradient
 
     def matrix_of(self, batches: list[Any], kind: Matrix | None = None) -> BatchedOperator:
         """The same matrix of other ``batches``, or of another ``kind``."""

@@ -114,14 +114,19 @@ class CurvatureSpread:
     """How a symmetric ``(d, d)`` matrix of mean ``diag(curvatures)`` fluctuates from step to step.
 
     The fluctuations are ``sum_k X -> scale D_k X D_k``, the covariance of ``K`` deviations;
-    ``leak`` is the variance that the leading direction sends out of these ``d`` directions, over
-    its curvature.
+    ``leak`` is the variance that each direction sends out of these ``d``, over its curvature.
     """
 
     curvatures: Array  # (d,) positive, descending
     deviations: Array  # (K, d, d) symmetric
     scale: float = 1.0
-    leak: float = 0.0  # unit: curvature
+    leak: Array | float = 0.0  # (d,), or the same for all; unit: curvature
+
+    def leaving(self) -> Array:
+        """``leak`` of each pair of directions ``(d, d)``, those of a pair taken as coherent."""
+        roots = np.sqrt(np.broadcast_to(self.leak, self.curvatures.shape))
+        result: Array = np.outer(roots, roots)
+        return result
 
     def feed(self, second_moment: Array) -> Array:
         """``E D X D`` ``(d, d)`` of a symmetric ``X``: what noise makes of the second moment."""
@@ -139,16 +144,17 @@ class Limit:
     steepness: float  # d ln(gain) / d ln(lr) at the limit; infinite where noise does not limit
     by_deviation: Array  # (K,) what each deviation's own feed contributes to the gain there
     by_curvature: Array  # (d,) d ln(lr) / d curvature
+    outside: float = 0.0  # what the leak contributes to the gain there
 
 
 def loop_gain(dynamics: Dynamics, spread: CurvatureSpread, lr: float) -> float:
     """Growth of the second moment through noise: below 1 it contracts, above 1 it grows.
 
     A perturbation of second moment ``X`` is fed back as ``g o E[D X D]``, with ``g`` the response
-    and ``o`` the entrywise product. The gain is the spectral radius of that map, which keeps the
-    cone of positive semi-definite matrices, plus ``leak`` times the response of flat directions for
-    what returns from outside. Where it reaches 1 the full recursion of all second moments of
-    weight and velocity has spectral radius 1 (Mulayoff & Michaeli 2024 for plain SGD).
+    and ``o`` the entrywise product; to that adds what noise sends out and back, ``X`` by the leak
+    and the response of flat directions. The gain is the spectral radius of that map, which keeps
+    the cone of positive semi-definite matrices. Where it reaches 1 the full recursion of all second
+    moments of weight and velocity has spectral radius 1 (Mulayoff & Michaeli 2024 for plain SGD).
     """
     return _gain(dynamics, spread, lr, None)[0]
 
@@ -194,8 +200,9 @@ def _noiseless_limit(dynamics: Dynamics, spread: CurvatureSpread) -> float:
             f"{curvatures.tolist()[:5]}: directions that do not curve upwards have no limit"
         )
         raise ValueError(msg)
-    if not (np.isfinite(spread.deviations).all() and 0 <= spread.leak < math.inf):
-        msg = "the deviations and the leak must be finite"
+    leak = np.asarray(spread.leak)
+    if not (np.isfinite(spread.deviations).all() and np.isfinite(leak).all() and leak.min() >= 0):
+        msg = "the deviations and the leak must be finite, and the leak at least 0"
         raise ValueError(msg)
     return dynamics.noiseless_limit(float(curvatures.max()))
 
@@ -240,21 +247,27 @@ def _gain(
 ) -> tuple[float, Array]:
     """`loop_gain`, and the second moment ``(d, d)`` that grows by it."""
     response = dynamics.response(spread.curvatures, lr)
-    outside = spread.leak * dynamics.flat_response(lr)
+    outside = dynamics.flat_response(lr) * spread.leaving()
     size = len(response)
+
+    def fed_back(moment: Array) -> Array:
+        result: Array = response * spread.feed(moment) + outside * moment
+        return result
+
     if not spread.deviations.any():
-        return outside, np.eye(size)
+        top = int(np.diag(outside).argmax())
+        return float(outside[top, top]), np.diag(np.eye(size)[top])
     if size <= _DENSE:
         basis = np.eye(size * size).reshape(-1, size, size)
-        columns = [(response * spread.feed(unit)).ravel() for unit in basis]
+        columns = [fed_back((unit + unit.T) / 2).ravel() for unit in basis]
         values, vectors = np.linalg.eig(np.stack(columns, 1))
         top = int(np.abs(values).argmax())
-        return float(abs(values[top])) + outside, _moment(vectors[:, top].real, size)
+        return float(abs(values[top])), _moment(vectors[:, top].real, size)
     from scipy.sparse.linalg import LinearOperator, eigs
 
     def multiply(flat: Array) -> Array:
         moment = flat.reshape(size, size)
-        return (response * spread.feed((moment + moment.T) / 2)).ravel()
+        return fed_back((moment + moment.T) / 2).ravel()
 
     ncv = 16 if tolerance < _ROUGH else 8  # assumed: products before a restart
     guess = np.diag(np.diag(response)) if start is None else start
@@ -262,7 +275,7 @@ def _gain(
     values, vectors = eigs(
         operator, k=1, which="LM", v0=guess.ravel(), ncv=ncv, tol=min(10 * tolerance, 1e-3)
     )
-    return float(abs(values[0])) + outside, _moment(vectors[:, 0].real, size)
+    return float(abs(values[0])), _moment(vectors[:, 0].real, size)
 
 
 def _moment(flat: Array, size: int) -> Array:
@@ -273,25 +286,29 @@ def _moment(flat: Array, size: int) -> Array:
 def _sensitivities(
     dynamics: Dynamics, spread: CurvatureSpread, lr: float, noiseless: float, start: Array
 ) -> Limit:
-    """First-order perturbation of the gain: ``<X, N X> / <X, X / g>`` is stationary in ``X``."""
+    """First-order perturbation of the gain, which is stationary in ``X``.
+
+    ``(<X, N X> + <X, L o X / g>) / <X, X / g>``, with ``L`` what leaves.
+    """
     step = _STEP * (1 - lr / noiseless)
     _, moment = _gain(dynamics, spread, lr, start)
     curvatures = spread.curvatures
     response = dynamics.response(curvatures, lr)
     norm = float((moment**2 / response).sum())
-    outside = spread.leak * dynamics.flat_response(lr)
+    leaving = dynamics.flat_response(lr) * spread.leaving()
+    outside = float((leaving * moment**2 / response).sum()) / norm
     fed = np.matmul(np.matmul(spread.deviations, moment), spread.deviations)
     shares = spread.scale * np.einsum("kij,ij->k", fed, moment) / norm
     inside = float(shares.sum())
     slower = dynamics.response(curvatures, lr * (1 - step))
     by_rate = (response - slower) / step
-    weight = moment**2 / response**2 / norm * inside
+    weight = moment**2 / response**2 / norm * (inside + outside - leaving)
     steepness = float((weight * by_rate).sum()) + outside
     steps = step * curvatures
     rows = dynamics._response(curvatures - steps, curvatures, lr)
     slopes = (response - rows) / steps[:, None]
     by_curvature = -2 * (weight * slopes).sum(1) / steepness
-    return Limit(lr, noiseless, steepness, shares, by_curvature)
+    return Limit(lr, noiseless, steepness, shares, by_curvature, outside)
 
 
 def _noiseless_slope(dynamics: Dynamics, curvatures: Array) -> Array:

@@ -17,6 +17,7 @@ from batchlr.mean_square import (
     mean_square_lr,
 )
 from batchlr.measured import Measured
+from batchlr.metric import diagonalise
 
 Array = npt.NDArray[np.float64]
 End = Literal["largest", "smallest"]
@@ -57,8 +58,9 @@ class ProjectedCurvature:
     """Matrices of disjoint batches on ``m`` orthonormal axes, the Ritz vectors of their mean.
 
     From how they differ follows what any batch size does to the top of the spectrum and to the
-    stability of SGD, in all these directions together. What leaves the axes is known for the two
-    extreme ones only, as a variance.
+    stability of SGD, in all these directions together. What leaves the axes is known as a variance,
+    for the two extreme ones and for directions added to a Krylov space (`outlying_directions`);
+    of the others it is taken to be in proportion to their curvature.
     """
 
     values: Array  # (m,) descending Ritz values, diagonal of the mean
@@ -66,6 +68,7 @@ class ProjectedCurvature:
     samples: tuple[float, ...]  # of each batch
     leak_largest: Measured  # per-sample variance of H_i v_1 outside the axes; unit: curvature^2
     leak_smallest: Measured  # the same of v_m; NaN if not measured
+    leaks: Array | None = None  # (m,) the same of every axis; None: as of v_1, by curvature
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ProjectedCurvature) and (
@@ -74,6 +77,7 @@ class ProjectedCurvature:
             and self.samples == other.samples
             and str(self.leak_largest) == str(other.leak_largest)
             and str(self.leak_smallest) == str(other.leak_smallest)
+            and np.array_equal(self.all_leaks, other.all_leaks)
         )
 
     __hash__ = None  # type: ignore[assignment]  # it holds arrays
@@ -85,6 +89,13 @@ class ProjectedCurvature:
         One-way analysis of variance: unbiased for the variance with divisor ``N - 1``.
         """
         return _deviations(self.matrices, np.array(self.samples))
+
+    @cached_property
+    def all_leaks(self) -> Array:
+        """Per-sample variance ``(m,)`` of ``H_i`` times each axis, outside the axes."""
+        if self.leaks is not None:
+            return self.leaks
+        return in_proportion(self.leak_largest, self.values)
 
     def second_order(self, end: End = "largest") -> float:
         """``kappa`` in ``E lambda_1(H_B) = lambda_1 + kappa / b``, each axis at its gap.
@@ -233,9 +244,8 @@ class ProjectedCurvature:
             noise_error = math.sqrt(doubt) * max(scatter, least) / limit.steepness
             error = math.hypot(noise_error, self._mean_error(limit, largest, population))
         if self.leak_largest > 0:
-            leaked = self.leak_largest.stderr * inverse / largest * math.sqrt(doubt)
-            response = dynamics.flat_response(limit.lr) / limit.steepness
-            error = math.hypot(error, leaked * response)
+            leaked = self.leak_largest.stderr / self.leak_largest * math.sqrt(doubt)
+            error = math.hypot(error, leaked * limit.outside / limit.steepness)
         ends = (limit.lr, min(limit.lr * math.exp(-bias), limit.noiseless))
         lr = ends[1] if count >= _MIN_CORRECTED else limit.lr
         return RateEstimate(lr, error, limit.noiseless, 1 / limit.steepness, ends)
@@ -248,8 +258,8 @@ class ProjectedCurvature:
 
     def _spread(self, inverse: float, largest: float) -> CurvatureSpread:
         values, kept = self._kept(largest)
-        across = float((self.deviations[:, 0, ~kept] ** 2).sum()) + self.leak_largest
-        leak = across * inverse / largest if largest > 0 else 0.0
+        across = (self.deviations[:, kept][:, :, ~kept] ** 2).sum((0, 2)) + self.all_leaks[kept]
+        leak = across * inverse / values[kept]
         inside = self.deviations[:, kept][:, :, kept]
         return CurvatureSpread(values[kept], inside, scale=inverse, leak=leak)
 
@@ -266,7 +276,8 @@ class ProjectedCurvature:
 
         Of mean and noise together, for they are correlated: samples that curve more also spread
         more. The gain is a largest eigenvalue, which errors in the map only raise, so that a
-        positive bias of the rate is chance. What the top owes to the sample goes with ``1/n``.
+        positive bias of the rate is chance; and samples all of which were measured leave none
+        (measured, docs/log.md). What the top owes to the sample goes with ``1/n``.
         """
         doubt = _doubt(len(self.samples), population)
         if doubt == 0:
@@ -281,7 +292,8 @@ class ProjectedCurvature:
             logs.append(math.log(there / lr))
         mean, size = sum(logs) / len(logs), len(logs)
         variance = (size - 1) / size * sum((value - mean) ** 2 for value in logs)
-        bias = max(-_MOST_BIAS, min(doubt * (size - 1) * mean, 0.0))
+        missing = _doubt(sum(self.samples), population)
+        bias = max(-_MOST_BIAS, min(missing * (size - 1) * mean, 0.0))
         return bias, math.sqrt(doubt * variance)
 
     def leaving_out(
@@ -303,7 +315,7 @@ class ProjectedCurvature:
             there = _mean(self.matrices[rest], counts[rest])
             matrices = self.matrices[rest] + (1 - pull) * (mean - there)
             metric = np.eye(len(mean)) if metrics is None else metrics[index]
-            values, axes = _diagonalise(pull * there + (1 - pull) * mean, metric)
+            values, axes = diagonalise(pull * there + (1 - pull) * mean, metric)
             result.append(
                 ProjectedCurvature(
                     values=values,
@@ -311,6 +323,7 @@ class ProjectedCurvature:
                     samples=tuple(counts[rest].tolist()),
                     leak_largest=_divided(self.leak_largest, float(metric[0, 0]) ** 2),
                     leak_smallest=self.leak_smallest,
+                    leaks=self._leaks_on(axes, float(metric[0, 0])),
                 )
             )
         return result
@@ -336,14 +349,27 @@ class ProjectedCurvature:
         For another preconditioner ``D'``: ``metric = V' D^-1/2 D' D^-1/2 V``. The leak of the
         top axis is scaled by the metric there, that of the lowest is not.
         """
-        values, axes = _diagonalise(np.diag(self.values), metric)
+        values, axes = diagonalise(np.diag(self.values), metric)
         return ProjectedCurvature(
             values=values,
             matrices=axes.T @ self.matrices @ axes,
             samples=self.samples,
             leak_largest=_divided(self.leak_largest, float(metric[0, 0]) ** 2),
             leak_smallest=self.leak_smallest,
+            leaks=self._leaks_on(axes, float(metric[0, 0])),
         )
+
+    def _leaks_on(self, axes: Array, stretch: float) -> Array | None:
+        """``leaks`` on ``axes`` ``(m, m)``, their parts from different axes taken as unrelated."""
+        return None if self.leaks is None else (axes**2).T @ self.leaks / stretch
+
+
+def in_proportion(leak: float, curvatures: Array) -> Array:
+    """Leaks of axes of these ``curvatures`` ``(m,)``, if that of the first is ``leak``."""
+    if not curvatures[0] > 0:
+        return np.zeros_like(curvatures)
+    result: Array = leak * np.maximum(curvatures / curvatures[0], 0.0)
+    return result
 
 
 def _deviations(matrices: Array, samples: Array) -> Array:
@@ -364,39 +390,3 @@ def _doubt(count: float, population: float) -> float:
 
 def _divided(value: Measured, by: float) -> Measured:
     return Measured(value / by, value.stderr / by)
-
-
-def _diagonalise(matrix: Array, metric: Array) -> tuple[Array, Array]:
-    """Descending eigenvalues of ``matrix`` in ``metric``, and axes ``A' metric A = 1``."""
-    factors, rotation = np.linalg.eigh(metric)
-    whitened = rotation / np.sqrt(factors)
-    found, turned = np.linalg.eigh(whitened.T @ matrix @ whitened)
-    return found[::-1].copy(), whitened @ turned[:, ::-1]
-
-
-def selection_bias(values: Array, metrics: Sequence[Array]) -> tuple[float, float]:
-    """By how much a top eigenvalue is too large because its metric was estimated, and the error.
-
-    The top direction is the one where the metric came out too small by chance. Two estimates from
-    halves of the data show how much: the eigenvalue found with one, judged by the other. What the
-    halves have in excess, the whole has half of, in the logarithm.
-
-    Args:
-        values: ``(m,)`` of the matrix, diagonal on the axes, the largest positive.
-        metrics: two ``(m, m)``, or none if nothing is known.
-
-    Returns:
-        The factor, at least 1, and its standard error in the logarithm.
-    """
-    if len(metrics) != 2 or not values.max() > 0:
-        return 1.0, 0.0
-    logs = []
-    for here, there in (metrics, metrics[::-1]):
-        if np.linalg.eigvalsh(here)[0] <= 0:
-            return 1.0, 0.0
-        found, axes = _diagonalise(np.diag(values), here)
-        axis = axes[:, 0]
-        judged = float(axis @ (values * axis)) / float(axis @ there @ axis)
-        logs.append(math.log(found[0] / judged))
-    optimism = max(0.0, sum(logs) / 2) / 2
-    return math.exp(optimism), max(optimism, abs(logs[0] - logs[1]) / 4)

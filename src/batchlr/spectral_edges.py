@@ -1,6 +1,7 @@
 """The ends of a spectrum with their noise, from a search or by following them."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,8 @@ from batchlr.lanczos import top_eigenpairs
 from batchlr.lanczos_process import Subspace
 from batchlr.measured import Measured
 from batchlr.operators.base import BatchedOperator
-from batchlr.projected_curvature import ProjectedCurvature
+from batchlr.outlying_directions import WidenedSubspace, widened
+from batchlr.projected_curvature import ProjectedCurvature, in_proportion
 from batchlr.tracker import CurvatureTracker
 
 
@@ -44,12 +46,22 @@ class EdgeSearch:
     max_products: int
     generator: torch.Generator
 
-    def run(self, matrix: BatchedOperator, sampling: float, *, largest_only: bool) -> SpectralEdges:
+    def run(
+        self,
+        matrix: BatchedOperator,
+        sampling: float,
+        *,
+        gradients: Iterable[Tensor] | None,
+        largest_only: bool,
+    ) -> SpectralEdges:
         """Both ends of ``matrix``, or only the largest with its noise.
 
         Args:
             matrix: of two or more batches.
             sampling: ``1/n - 1/N``, what the batches' samples have of one sample's variance.
+            gradients: ``(P,)`` of each batch, in the coordinates of ``matrix``: then the space has
+                `outlying_directions` too. For matrices without negative curvature: where a
+                sample's has both signs, its directions never come to rest.
             largest_only: stop once the largest is settled; it saves a product for noise, too.
         """
         size = matrix.shape[0]
@@ -65,14 +77,17 @@ class EdgeSearch:
             with_subspace=True,
             generator=self.generator,
         )
-        space = pairs.subspace
+        space, wide = pairs.subspace, None
         assert space is not None
+        if gradients is not None:
+            wide = widened(space, matrix, gradients)
+            space = wide.subspace
         noise = directional_noise(matrix, space.axes[:, 0].contiguous(), others=space.axes[:, 1:])
         below = None
         if both and not largest_only:
             bottom, rest = space.axes[:, -1].contiguous(), space.axes[:, :-1]
             below = directional_noise(matrix, bottom, others=rest)
-        projected = _projected(space, matrix, noise, below)
+        projected = _projected(space, matrix, noise, below, wide)
         smallest = Measured(float(pairs.values[-1]), float(pairs.residuals[-1]))
         if below is not None:
             kappa = projected.second_order("smallest")
@@ -122,13 +137,19 @@ def _projected(
     matrix: BatchedOperator,
     above: DirectionalNoise,
     below: DirectionalNoise | None,
+    wide: WidenedSubspace | None = None,
 ) -> ProjectedCurvature:
+    leaks = None
+    if wide is not None:
+        before = wide.before.cpu().numpy()
+        leaks = wide.leaks.cpu().numpy() + in_proportion(above.outside, before)
     return ProjectedCurvature(
         values=space.values.cpu().numpy(),
         matrices=space.matrices.cpu().numpy(),
         samples=matrix.weights,
         leak_largest=above.outside,
         leak_smallest=Measured(math.nan) if below is None else below.outside,
+        leaks=leaks,
     )
 
 

@@ -262,6 +262,17 @@ class TestPerBatch:
         assert_close(mean, operator @ v, 1e-12)
 
     @each_kind
+    def test_each_batch_may_have_a_vector_of_its_own(self, kind):
+        problem = CASES["mlp-tanh"]()
+        operator, vectors = problem.operator(kind), problem.vectors(3).T.contiguous()
+        own = list(operator.batch_products(iter(vectors)))
+        assert operator.num_products == 1
+        for number, (product, vector) in enumerate(zip(own, vectors, strict=True)):
+            assert torch.equal(product, list(operator.batch_products(vector))[number])
+        with pytest.raises(ValueError, match="shorter"):
+            list(operator.batch_products(iter(vectors[:2])))
+
+    @each_kind
     @each_case
     def test_gradients_are_those_of_autograd(self, case, kind):
         problem = CASES[case]()

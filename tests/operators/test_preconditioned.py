@@ -36,6 +36,17 @@ def test_batch_products_average_to_the_product(problem, scale):
     torch.testing.assert_close(mean, operator @ v)
 
 
+def test_each_batch_may_have_a_vector_of_its_own(problem, scale):
+    inner = problem.operator("hessian")
+    operator = PreconditionedOperator(inner, scale)
+    vectors = problem.vectors(3).T.contiguous()
+    own = list(operator.batch_products(iter(vectors)))
+    assert operator.num_products == inner.num_products == 1
+    for number, (product, vector) in enumerate(zip(own, vectors, strict=True)):
+        expected = scale * list(inner.batch_products(scale * vector))[number]
+        torch.testing.assert_close(product, expected)
+
+
 def test_costs_one_product_of_the_inner_matrix_each(problem, scale):
     inner = problem.operator("hessian")
     operator = PreconditionedOperator(inner, scale)

@@ -59,6 +59,8 @@ def test_patterns(kind, pattern, names):
         n * part for n, part in zip(block.weights, block.batch_products(v[rows]), strict=True)
     )
     assert_close(mean / sum(block.weights), expected)
+    own = list(block.batch_products(weight * v[rows] for weight in block.weights))
+    assert_close(sum(own) / sum(block.weights), expected)
     assert_close(block.restrict(problem.operator(kind) @ block.embed(v[rows])), expected)
     assert torch.equal(block.embed(v[rows])[rows], v[rows])
     assert block.embed(v[rows]).count_nonzero() == len(rows)

@@ -1,7 +1,8 @@
 """A symmetric matrix known through its products with vectors."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import repeat
 from typing import Any, final
 
 import numpy as np
@@ -106,5 +107,18 @@ class BatchedOperator(LinearOperator):
         return tuple(float(count) for count in self.samples)
 
     @abstractmethod
-    def batch_products(self, vector: Tensor) -> Iterator[Tensor]:
-        """``A_k v`` ``(P,)`` of each batch in turn: one product of the whole matrix in cost."""
+    def batch_products(self, vectors: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+        """``A_k v`` ``(P,)`` of each batch in turn: one product of the whole matrix in cost.
+
+        Args:
+            vectors: ``v`` ``(P,)``, or for each batch one of its own.
+        """
+
+    @final
+    def _each(self, vectors: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+        """A vector for each batch, checked."""
+        count = len(self.samples)
+        each = repeat(vectors, count) if isinstance(vectors, Tensor) else vectors
+        for vector in each:
+            self.check(vector)
+            yield vector.detach()

@@ -1,7 +1,7 @@
 """What the Hessian and the Gauss-Newton matrix of a model have in common."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any, TypedDict, final
@@ -161,21 +161,19 @@ class CurvatureMatrix(BatchedOperator):
         return tuple(self._parameters)
 
     @final
-    def batch_products(self, vector: Tensor) -> Iterator[Tensor]:
+    def batch_products(self, vectors: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
         """See `BatchedOperator.batch_products`."""
-        self.check(vector)
         self.num_products += 1
-        vector = vector.detach()
-        for number, product in enumerate(self.chosen_batch_products(vector, self._everything)):
-            if number == 0 and self._check is not None:
+        for owner, vector in zip(range(len(self._samples)), self._each(vectors), strict=True):
+            product = self.chosen_batch_product(owner, vector, self._everything)
+            if owner == 0 and self._check is not None:
                 self._check.see("first batch", vector, product)
             yield product
 
     @final
-    def chosen_batch_products(self, vector: Tensor, chosen: Sequence[int]) -> Iterator[Tensor]:
-        """`batch_products` of the sub-matrix of the parameters numbered ``chosen``, not counted."""
-        for owner in range(len(self._samples)):
-            yield self._sum_of_products(vector.unsqueeze(0), chosen, owner)[0]
+    def chosen_batch_product(self, owner: int, vector: Tensor, chosen: Sequence[int]) -> Tensor:
+        """``A_k v`` of the sub-matrix of the parameters numbered ``chosen``, not counted."""
+        return self._sum_of_products(vector.unsqueeze(0), chosen, owner)[0]
 
     @final
     def chosen_products(self, rows: Tensor, chosen: Sequence[int]) -> Tensor:

@@ -1,6 +1,6 @@
 """A matrix seen in another metric: ``S A S`` with a diagonal ``S``."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import final
 
 from torch import Tensor
@@ -44,11 +44,11 @@ class PreconditionedOperator(BatchedOperator):
         """Each batch's weight in the mean, in samples."""
         return self.operator.weights
 
-    def batch_products(self, vector: Tensor) -> Iterator[Tensor]:
+    def batch_products(self, vectors: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
         """See `BatchedOperator.batch_products`."""
-        self.check(vector)
         self.num_products += 1
-        for product in self.operator.batch_products(self.scale * vector):
+        scaled = (self.scale * vector for vector in self._each(vectors))
+        for product in self.operator.batch_products(scaled):
             yield self.scale * product
 
     def _multiply(self, columns: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Blocks of a curvature matrix: some parameters' rows and columns."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import final
@@ -60,11 +60,11 @@ class RestrictedOperator(BatchedOperator):
         """Each batch's weight in the mean, in samples."""
         return self.operator.weights
 
-    def batch_products(self, vector: Tensor) -> Iterator[Tensor]:
+    def batch_products(self, vectors: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
         """See `BatchedOperator.batch_products`."""
-        self.check(vector)
         self.num_products += 1
-        yield from self.operator.chosen_batch_products(vector.detach(), self._chosen)
+        for owner, vector in zip(range(len(self.samples)), self._each(vectors), strict=True):
+            yield self.operator.chosen_batch_product(owner, vector, self._chosen)
 
     def restrict(self, vector: Tensor) -> Tensor:
         """The block's part of a vector of the whole matrix."""

@@ -1,0 +1,45 @@
+"""Symmetric matrices where length is measured by a metric of its own, as Adam's ``D`` is one."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+
+def diagonalise(matrix: Array, metric: Array) -> tuple[Array, Array]:
+    """Descending eigenvalues of ``matrix`` in ``metric``, and axes ``A' metric A = 1``."""
+    factors, rotation = np.linalg.eigh(metric)
+    whitened = rotation / np.sqrt(factors)
+    found, turned = np.linalg.eigh(whitened.T @ matrix @ whitened)
+    return found[::-1].copy(), whitened @ turned[:, ::-1]
+
+
+def selection_bias(values: Array, metrics: Sequence[Array]) -> tuple[float, float]:
+    """By how much a top eigenvalue is too large because its metric was estimated, and the error.
+
+    The top direction is the one where the metric came out too small by chance. Two estimates from
+    halves of the data show how much: the eigenvalue found with one, judged by the other. What the
+    halves have in excess, the whole has half of, in the logarithm.
+
+    Args:
+        values: ``(m,)`` of the matrix, diagonal on the axes, the largest positive.
+        metrics: two ``(m, m)``, or none if nothing is known.
+
+    Returns:
+        The factor, at least 1, and its standard error in the logarithm.
+    """
+    if len(metrics) != 2 or not values.max() > 0:
+        return 1.0, 0.0
+    logs = []
+    for here, there in (metrics, metrics[::-1]):
+        if np.linalg.eigvalsh(here)[0] <= 0:
+            return 1.0, 0.0
+        found, axes = diagonalise(np.diag(values), here)
+        axis = axes[:, 0]
+        judged = float(axis @ (values * axis)) / float(axis @ there @ axis)
+        logs.append(math.log(found[0] / judged))
+    optimism = max(0.0, sum(logs) / 2) / 2
+    return math.exp(optimism), max(optimism, abs(logs[0] - logs[1]) / 4)
