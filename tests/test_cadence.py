@@ -23,7 +23,7 @@ def steps_measured(cadence, steps, cost=1.0, change=lambda step: 0.0, error=0.0)
     ("total", "milestones"),
     [
         (60, [0, 1, 2, 4, 8, 16, 32]),
-        (2048, [0, 1, 2, 4, 8, 25, 76, 231, 701]),  # 3.03 apart: five more, the last at the end
+        (2048, [0, 1, 2, 4, 8, 32, 128, 512]),  # 4 apart: four more, the last at the end
         (10**5, [0, 1, 2, 4, 8, 32, 128, 512, 2048, 8192, 32768]),
         (None, [0, *(2**k for k in range(11))]),
     ],

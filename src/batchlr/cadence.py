@@ -5,7 +5,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, final
 
 _DENSE = 8  # assumed: up to this step milestones lie a factor 2 apart (4 is worse, docs/log.md)
-_FEWEST = 5  # assumed: milestones after it, if as many fit between the factors 2 and 4
+_FEWEST = (
+    4  # measured (docs/log.md): milestones after it, if as many fit between the factors 2 and 4
+)
 _APART = (2.0, 4.0)  # assumed; in short runs 4 is too far (docs/log.md)
 _MOVED = 0.2  # assumed: a change of the limit by 20 % is worth another look soon
 _ADVANCE = 0.25  # assumed: share of the whole run's budget that may be spent before it is earned

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, final
@@ -36,8 +37,10 @@ Policy = Literal["mean_square", "edge"] | PolicyName
 _STABLE = ("mean_square", "edge")
 _INTERVAL = 2 * 1.645  # standard errors in a 90 % interval
 _WARM_PRODUCTS = 3  # assumed: more of them, and the noise takes a product of its own
-_FINENESS = 0.25  # assumed: tolerance of a search over the relative error of the last limit
+_LONGEST = 10, 6  # measured (docs/log.md): products of the first search, of any other
+_FINENESS = 0.5  # measured (docs/log.md): tolerance of a search over the error of the last limit
 _COARSEST = 0.3  # assumed: no search is coarser
+_FIRST = 3  # measured (docs/log.md): the first search is that much coarser, its limit counts little
 _UNBOUNDED = 2**31  # stands for a data set of unknown size: without-replacement effects vanish
 _EDGE = 2  # measured against 1, 4 and 16: docs/log.md
 # In gradients of the measured samples: recording their graphs with all around it, a product, a
@@ -75,9 +78,12 @@ class CurvatureController:
             alike (`balanced_momentum`).
         apply: False measures and reports only.
         norm_mode: of the measurements.
-        tol: of the `CurvatureTracker` that follows the largest eigenvalue (assumed); coarser, up to
-            0.3, where the samples at hand know the limit worse than that.
-        max_products: of its first and of any longer update.
+        tol: of the `CurvatureTracker` that follows the largest eigenvalue (assumed); three times as
+            coarse in the first search (measured), and coarser, up to 0.3, where the samples at hand
+            know the limit worse than that.
+        max_products: of one search, which takes no more than 10 the first time and 6 later
+            (measured); what is not settled by then has its residual for its error. Of one Lanczos
+            run with the paper's policies.
         clip_norm: at which training clips the gradient's norm; the rates then say if it is active.
         rule: of `CurvatureReport.max_lr`. The closed form of one direction is what the demos were
             measured with; ``"mean-square"`` knows all directions, but its correction for few
@@ -196,8 +202,16 @@ class CurvatureController:
             return None
         made = batches() if callable(batches) else batches
         listed = [made] if isinstance(made, (tuple, dict, Tensor)) else list(made)
-        before = self._filter.log_rate
+        before, products, seconds = self._filter.log_rate, self.num_products, self.seconds
+        began = time.perf_counter()
         update = self._update(model, listed)
+        if update.failure is not None:  # what it took all the same
+            self.seconds = seconds + time.perf_counter() - began
+        update = replace(
+            update,
+            num_products=self.num_products - products,
+            seconds=self.seconds - seconds,
+        )
         change = self._filter.log_rate - before
         self.cadence.measured(
             self._step,
@@ -324,16 +338,22 @@ class CurvatureController:
         if any(vector.numel() != size for vector in self._tracker.vectors):
             self._tracker = self._new_tracker()  # layers were frozen, or set free
         self._tracker.tol = self._tolerance()
-        report = track_curvature(
-            self._tracker,
-            model,
-            self.loss_fn,
-            batches,
-            dataset_size=self.dataset_size,
-            optimizer=self.scheduler.optimizer,
-            norm_mode=self.norm_mode,
-            clip_norm=self.clip_norm,
-        )
+        self._tracker.max_run = min(self.max_products, _LONGEST[bool(self._tracker.vectors)])
+        before = self._tracker.num_products
+        try:
+            report = track_curvature(
+                self._tracker,
+                model,
+                self.loss_fn,
+                batches,
+                dataset_size=self.dataset_size,
+                optimizer=self.scheduler.optimizer,
+                norm_mode=self.norm_mode,
+                clip_norm=self.clip_norm,
+            )
+        except ArithmeticError:
+            self.num_products += self._tracker.num_products - before
+            raise
         self.num_products += report.num_products
         self.seconds += report.seconds
         return report
@@ -341,7 +361,7 @@ class CurvatureController:
     def _tolerance(self) -> float:
         """As fine as asked, but not much finer than the few samples allow."""
         if self._last is None or self.batch_size is None:
-            return self.tol
+            return min(_FIRST * self.tol, max(self.tol, _COARSEST))
         error = _relative_error(self._bound(self._last, self.batch_size))
         return min(max(self.tol, _FINENESS * error), max(self.tol, _COARSEST))
 
@@ -372,7 +392,7 @@ class CurvatureController:
 
     def _cost(self, update: CurvatureUpdate, batches: list[Any]) -> float:
         """Of a measurement, in gradients of one training batch."""
-        report = update.report
+        report = update.report or self._last  # the last one's, after a failure
         product = _COUPLED_PRODUCT if report is not None and report.coupled else _PRODUCT
         samples = sum(count_samples(batch) for batch in batches)
         gradients = (_RECORDING + product * update.num_products) * samples

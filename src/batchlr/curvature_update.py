@@ -19,6 +19,8 @@ class CurvatureUpdate:
     bound: LRBound | None  # None after a failure, and with a policy of the paper
     report: CurvatureReport | None  # likewise
     learned: LearnedStepSize | None = None  # with a policy of the paper; None after a failure
+    num_products: int = 0  # matrix-vector products spent, on a failure, too
+    seconds: float = 0.0  # likewise
     overhead: float = (
         0.0  # cost of all measurements so far over that of the steps made, in gradients
     )
@@ -36,15 +38,3 @@ class CurvatureUpdate:
     def smallest_eigenvalue(self) -> float:
         """Smallest Ritz value of a published policy's Lanczos run; NaN without one."""
         return math.nan if self.learned is None else self.learned.smallest
-
-    @property
-    def num_products(self) -> int:
-        """Matrix-vector products spent; 0 on failure."""
-        measured = self.learned or self.report
-        return 0 if measured is None else measured.num_products
-
-    @property
-    def seconds(self) -> float:
-        """Time spent measuring; 0 on failure."""
-        measured = self.learned or self.report
-        return 0.0 if measured is None else measured.seconds

@@ -168,7 +168,8 @@ class CurvatureTracker:
         Raises:
             ValueError: the operator's size has changed, or ``gradient`` does not fit.
             TypeError: noise is wanted from an operator without batches.
-            ArithmeticError: a product is not finite; the tracker is left as it was.
+            ArithmeticError: a product is not finite; the tracker is left as it was, its products
+                counted.
         """
         self._check(operator)
         for trail in self._trails.values():
@@ -180,7 +181,11 @@ class CurvatureTracker:
             by_batch=self.with_noise,
             keep_products=2 * self.max_products * len(self._trails) if self.with_noise else 0,
         )
-        self._search(space, operator, slope)
+        try:
+            self._search(space, operator, slope)
+        except ArithmeticError:
+            self.num_products += space.num_products
+            raise
         values, coefficients = space.ritz()
         edges = {end: self._edge(space, end, values, coefficients) for end in self._trails}
         warm = self.max_products * len(self._trails)
