@@ -22,6 +22,12 @@ TITLE = "Scaling"
 WIDTHS = (100, 400, 1000, 2700, 5600)  # of the MLP's first hidden layer: 1e5 to 2e7 weights
 SAMPLES = (64, 256, 1024, 4096, 16384)
 STEPS = (5, 10, 20, 50, 100, 200)
+OWN_WORK = (  # network, samples, Lanczos steps; one round but for VGG-11 at 64
+    ("MLP", 256, 200),
+    ("PreResNet-20, eval", 8, 200),
+    ("VGG-11", 8, 200),
+    ("VGG-11", 64, 100),
+)
 
 
 def images(count: int) -> tuple[Tensor, Tensor]:
@@ -82,32 +88,50 @@ def grown(axis: str, size: int, times: dict[str, list[timing.Timed]]) -> list[re
     ]
 
 
-class Diagonal(batchlr.LinearOperator):
-    """A matrix whose product costs next to nothing: what is left is Lanczos' own work."""
+class Timed(batchlr.LinearOperator):
+    """An operator and the time its products took: the rest is Lanczos' own."""
 
-    def __init__(self, size: int, device: torch.device) -> None:
-        super().__init__(size, dtype=torch.float32, device=device)
-        self.entries = torch.linspace(-1, 1, size, device=device)
+    def __init__(self, operator: batchlr.LinearOperator, device: str) -> None:
+        super().__init__(operator.shape[0], dtype=operator.dtype, device=operator.device)
+        self.operator = operator
+        self.kind = device
+        self.seconds = 0.0
 
     def _multiply(self, columns: Tensor) -> Tensor:
-        return self.entries.unsqueeze(1) * columns
+        timed = timing.clock(lambda: self.operator @ columns, self.kind)
+        self.seconds += timed.seconds
+        return timed.result
 
 
 def reorthogonalisation(rounds: int, device: str) -> list[results.Row]:
-    """Lanczos' own time beside that of the products, for VGG-11."""
-    case = make_case("VGG-11", samples=64, steps=0, device=device)
-    turns: dict[str, Callable[[], object]] = {"product": product(case, device)}
-    diagonal = Diagonal(case.size, case.device)
-    turns |= {str(m): lambda m=m: batchlr.lanczos(diagonal, m) for m in (30, 100)}
-    times = timing.take_turns(turns, rounds, device)
+    """Lanczos' own share of its time, and how orthogonal the basis is in the end."""
     rows = []
-    for steps in (30, 100):
-        own = [t.seconds for t in times[str(steps)]]
-        products = [steps * t.seconds for t in times["product"]]
-        shares = [a / (a + b) for a, b in zip(own, products, strict=True)]
-        row = {"axis": "reorthogonalisation", "what": "VGG-11, 64 samples", "size": steps}
-        rows.append({**row, "seconds": own, "shares": shares})
+    for name, samples, steps in OWN_WORK:
+        operator = rivals.our_operator(
+            batchlr.HessianOperator, make_case(name, samples=samples, device=device)
+        )
+        operator @ torch.ones(operator.shape[0], device=operator.device)  # the graph is recorded
+        row: results.Row = {"axis": "reorthogonalisation", "size": steps, "samples": samples}
+        row |= {"what": f"{name}, {samples} samples", "seconds": [], "shares": [], "overlaps": []}
+        for seed in range(rounds if samples == 64 else 1):
+            counted = Timed(operator, device)
+            generator = torch.Generator().manual_seed(seed)
+            run = lambda o=counted, m=steps, g=generator: batchlr.lanczos(o, m, generator=g)  # noqa: E731
+            timed = timing.clock(run, device)
+            row["seconds"].append(timed.seconds)
+            row["shares"].append(1 - counted.seconds / timed.seconds)
+            row["overlaps"].append(worst_overlap(timed.result.basis))
+            del timed
+        rows.append(row)
     return rows
+
+
+def worst_overlap(basis: Tensor) -> float:
+    """Largest entry of ``Q Q' - I``, in float64."""
+    gram = -torch.eye(len(basis), dtype=torch.float64, device=basis.device)
+    for part in torch.split(basis, 1 << 16, dim=1):
+        gram += part.double() @ part.double().T
+    return float(gram.abs().max())
 
 
 AXES = {
@@ -128,7 +152,11 @@ def render(rows: Sequence[results.Row]) -> str:
     for what in dict.fromkeys((r["axis"], r["what"]) for r in rows):
         group = sorted((r for r in rows if (r["axis"], r["what"]) == what), key=lambda r: r["size"])
         if what[0] == "reorthogonalisation":
-            shares += [[what[1], r["size"], timing.spread(r["shares"])] for r in group]
+            shares += [
+                [what[1], r["size"], timing.spread(r["shares"], 3), len(r["shares"]),
+                 f"{max(r['overlaps']):.0e}"]
+                for r in group
+            ]  # fmt: skip
             continue
         sizes = [r["size"] for r in group]
         times = [timing.quartiles(r["seconds"])[1] for r in group]
@@ -143,7 +171,8 @@ def render(rows: Sequence[results.Row]) -> str:
     header = ["grows", "what", "range", "exponent", "of the last three", "between neighbours"]
     found = [results.table(header, lines)]
     if shares:
-        header = ["network", "steps", "share of Lanczos' own work in its time"]
+        header = ["network", "steps", "share of Lanczos' own work in its time", "rounds",
+                  "worst overlap of two vectors"]  # fmt: skip
         found.append(results.table(header, shares))
     return "\n\n".join(found)
 
