@@ -50,6 +50,8 @@ class KrylovBasis:
         self._stored_on = torch.device("cpu") if form == "cpu" else device
         self._stored_as = _HALVES[dtype] if form == "half" else dtype
         self._scale = math.sqrt(size) if form == "half" else 1.0
+        # Main memory is taken where it is written to, so there one block is as good as many.
+        at_once = at_once or self._stored_on.type == "cpu"
         self._rows = capacity if at_once else min(_ROWS, capacity)
         self._blocks: list[Tensor] = []
 

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from batchlr.inner_products import norm
 from batchlr.krylov_basis import BasisForm, choose_form
 from batchlr.lanczos_process import LanczosProcess, Subspace
 from batchlr.operators import LinearOperator
@@ -358,12 +359,11 @@ def first_vector(
     if start is None:
         start = gaussian(operator, generator)
     operator.check(start)
-    norm = start.double().norm()
-    if start.ndim != 1 or not (norm > 0 and norm.isfinite()):
+    length = norm(start.flatten())
+    if start.ndim != 1 or not (length > 0 and length.isfinite()):
         msg = (
             f"start must be a finite, non-zero vector ({operator.shape[0]},), got shape "
-            f"{tuple(start.shape)} with norm {float(norm):.3g}"
+            f"{tuple(start.shape)} with norm {float(length):.3g}"
         )
         raise ValueError(msg)
-    unit: Tensor = start.double() / norm
-    return unit.to(operator.dtype)
+    return start / length

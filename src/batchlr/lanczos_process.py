@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from itertools import islice
 from typing import Literal, final
 
 import torch
@@ -210,16 +209,18 @@ class LanczosProcess:
     def subspace(self) -> Subspace:
         """What the batches' products said on the way; needs ``by_batch``.
 
-        After a restart the weights sum to less than 1: part of the start has been dropped.
+        It ends the process, whose basis becomes the axes. After a restart the weights sum to less
+        than 1: part of the start has been dropped.
         """
         values, vectors = self.eigh()
         values, vectors = values.flip(0), vectors.flip(1)
         m = len(values)
+        self.basis.keep(vectors)  # in place: a second basis would double the memory of all
         return Subspace(
             values=values,
             weights=(self._overlaps[:m] @ vectors).square(),
             matrices=vectors.T @ self._symmetric(m) @ vectors,
-            axes=self.basis.combine(vectors),
+            axes=self.basis.tensor().T,
         )
 
     def _symmetric(self, m: int) -> Tensor:
@@ -236,10 +237,13 @@ class LanczosProcess:
         shares = self.operator.weights
         total = torch.zeros_like(self.next)
         products = self.operator.batch_products(self.next)
+        held = self.next.new_empty(min(_BLOCK, len(shares)), self.size)
         for first in range(0, len(shares), _BLOCK):
-            block = torch.stack(list(islice(products, _BLOCK)))  # (block, P)
-            last = first + len(block)
+            last = min(first + _BLOCK, len(shares))
+            block = held[: last - first]
+            for row in block:
+                row.copy_(next(products))
             weights = block.new_tensor(shares[first:last]) / sum(shares)
-            total += weights @ block
+            total.addmv_(block.T, weights)
             self._projections[first:last, : j + 1, j] = self.basis.project(block.T).T
         return total
