@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from batchlr import DenseOperator, lanczos
+from batchlr import DenseOperator, lanczos, lanczos_process
 from batchlr.krylov_basis import KrylovBasis
 from batchlr.lanczos import top_eigenpairs
 from batchlr.orthogonality import OrthogonalityWatch
@@ -28,6 +28,11 @@ def spiked():
     values = bulk()
     values[:3] = torch.tensor([100.0, 60.0, 30.0])
     return values
+
+
+@pytest.fixture(autouse=True)
+def _short_vectors_are_watched(monkeypatch):
+    monkeypatch.setattr(lanczos_process, "_LARGE", 1)
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ SAMPLES = (64, 256, 1024, 4096, 16384)
 STEPS = (5, 10, 20, 50, 100, 200)
 OWN_WORK = (  # network, samples, Lanczos steps; one round but for VGG-11 at 64
     ("MLP", 256, 200),
-    ("PreResNet-20, eval", 8, 200),
     ("VGG-11", 64, 100),
 )
 

@@ -74,12 +74,12 @@ def lanczos(
 
     What the recurrence knows of a new vector is taken off first; what rounding has left along all
     previous ones takes a sweep of classical Gram-Schmidt, ``2 m P`` memory-bound operations in
-    place. On the CPU two vectors in a row are swept when overlaps of 3e-5 are to be expected in
-    float32 (partial reorthogonalisation, Simon 1984), which is less than every other step on
-    networks; they stay near 1e-5 (measured, docs/benchmarks.md), the tridiagonal matrix as accurate
-    as the products. On accelerators every vector is swept twice (enough, Giraud et al. 2005), for
-    then the recurrence's float64 scalars stay there: nothing is synchronised until the end. The
-    basis is freed on return unless it is kept, and on any error.
+    place. On the CPU two long vectors in a row are swept where overlaps of 3e-5 are to be expected
+    in float32 (partial reorthogonalisation, Simon 1984), at 40 to 65 % of the steps on networks;
+    they stay near 1e-5 (measured, docs/benchmarks.md), the tridiagonal matrix as accurate as the
+    products. Short vectors, and those on accelerators, are all swept twice (enough, Giraud et al.
+    2005), for then the recurrence's float64 scalars stay there: nothing is synchronised until the
+    end. The basis is freed on return unless it is kept, and on any error.
 
     Args:
         operator: a symmetric matrix.
