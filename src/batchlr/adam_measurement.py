@@ -126,7 +126,8 @@ class AdamMeasurement:
         stretch = (v.sqrt() + self._eps) / self._metric
         m = axes.shape[1]
         total = torch.zeros(m, m, dtype=torch.float64, device=axes.device)
-        for some, rows in zip(stretch.split(_PART), axes.split(_PART), strict=True):
+        parts = zip(torch.split(stretch, _PART), torch.split(axes, _PART), strict=True)
+        for some, rows in parts:
             total += (rows.T * some) @ rows
         result: npt.NDArray[np.float64] = total.cpu().numpy()
         return result
