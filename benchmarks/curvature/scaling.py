@@ -5,7 +5,7 @@ python benchmarks/curvature/scaling.py --only weights
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import results
@@ -47,7 +47,7 @@ def product(case: Case, device: str) -> Callable[[], object]:
     return lambda: operator @ vector
 
 
-def by_weights(rounds: int, device: str) -> list[results.Row]:
+def by_weights(rounds: int, device: str) -> Iterator[list[results.Row]]:
     """A product, and a density of 10 steps, of MLPs of growing width."""
     rows = []
     for width in WIDTHS:
@@ -58,25 +58,25 @@ def by_weights(rounds: int, device: str) -> list[results.Row]:
             "10 Lanczos steps, 64 samples": lambda o=operator: batchlr.lanczos(o, 10),
         }
         rows += grown("weights", case.size, timing.take_turns(turns, rounds, device))
-    return rows
+    yield rows
 
 
-def by_samples(rounds: int, device: str) -> list[results.Row]:
+def by_samples(rounds: int, device: str) -> Iterator[list[results.Row]]:
     rows = []
     for count in SAMPLES:
         turns = {"product, 1e6 weights": product(mlp_case(800, count, device), device)}
         rows += grown("samples", count, timing.take_turns(turns, rounds, device))
-    return rows
+    yield rows
 
 
-def by_steps(rounds: int, device: str) -> list[results.Row]:
+def by_steps(rounds: int, device: str) -> Iterator[list[results.Row]]:
     """Lanczos on the MLP of 1e6 weights and 512 samples."""
     operator = rivals.our_operator(batchlr.HessianOperator, mlp_case(800, 512, device))
     rows = []
     for count in STEPS:
         turns = {"Lanczos, 1e6 weights, 512 samples": lambda m=count: batchlr.lanczos(operator, m)}
         rows += grown("steps", count, timing.take_turns(turns, rounds, device))
-    return rows
+    yield rows
 
 
 def grown(axis: str, size: int, times: dict[str, list[timing.Timed]]) -> list[results.Row]:
@@ -101,9 +101,8 @@ class Timed(batchlr.LinearOperator):
         return timed.result
 
 
-def reorthogonalisation(rounds: int, device: str) -> list[results.Row]:
+def reorthogonalisation(rounds: int, device: str) -> Iterator[list[results.Row]]:
     """Lanczos' own share of its time, and how orthogonal the basis is in the end."""
-    rows = []
     for name, samples, steps in OWN_WORK:
         operator = rivals.our_operator(
             batchlr.HessianOperator, make_case(name, samples=samples, device=device)
@@ -120,8 +119,7 @@ def reorthogonalisation(rounds: int, device: str) -> list[results.Row]:
             row["shares"].append(1 - counted.seconds / timed.seconds)
             row["overlaps"].append(worst_overlap(timed.result.basis))
             del timed
-        rows.append(row)
-    return rows
+        yield [row]
 
 
 def worst_overlap(basis: Tensor) -> float:
@@ -182,9 +180,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     for axis in options.only:
-        rows = AXES[axis](options.rounds, options.device)
-        everything = results.store(PART, rows, ["axis"], options.device)
-        results.publish(PART, everything, TITLE, render, options.device)
+        for rows in AXES[axis](options.rounds, options.device):
+            everything = results.store(PART, rows, ["axis", "what"], options.device)
+            results.publish(PART, everything, TITLE, render, options.device)
 
 
 if __name__ == "__main__":
