@@ -5,7 +5,7 @@ python benchmarks/curvature/scaling.py --only weights
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import results
@@ -22,6 +22,10 @@ TITLE = "Scaling"
 WIDTHS = (100, 400, 1000, 2700, 5600)  # of the MLP's first hidden layer: 1e5 to 2e7 weights
 SAMPLES = (64, 256, 1024, 4096, 16384)
 STEPS = (5, 10, 20, 50, 100, 200)
+OWN_WORK = (  # network, samples, Lanczos steps; one round but for VGG-11 at 64
+    ("MLP", 256, 200),
+    ("VGG-11", 64, 100),
+)
 
 
 def images(count: int) -> tuple[Tensor, Tensor]:
@@ -43,7 +47,7 @@ def product(case: Case, device: str) -> Callable[[], object]:
     return lambda: operator @ vector
 
 
-def by_weights(rounds: int, device: str) -> list[results.Row]:
+def by_weights(rounds: int, device: str) -> Iterator[list[results.Row]]:
     """A product, and a density of 10 steps, of MLPs of growing width."""
     rows = []
     for width in WIDTHS:
@@ -54,25 +58,25 @@ def by_weights(rounds: int, device: str) -> list[results.Row]:
             "10 Lanczos steps, 64 samples": lambda o=operator: batchlr.lanczos(o, 10),
         }
         rows += grown("weights", case.size, timing.take_turns(turns, rounds, device))
-    return rows
+    yield rows
 
 
-def by_samples(rounds: int, device: str) -> list[results.Row]:
+def by_samples(rounds: int, device: str) -> Iterator[list[results.Row]]:
     rows = []
     for count in SAMPLES:
         turns = {"product, 1e6 weights": product(mlp_case(800, count, device), device)}
         rows += grown("samples", count, timing.take_turns(turns, rounds, device))
-    return rows
+    yield rows
 
 
-def by_steps(rounds: int, device: str) -> list[results.Row]:
+def by_steps(rounds: int, device: str) -> Iterator[list[results.Row]]:
     """Lanczos on the MLP of 1e6 weights and 512 samples."""
     operator = rivals.our_operator(batchlr.HessianOperator, mlp_case(800, 512, device))
     rows = []
     for count in STEPS:
         turns = {"Lanczos, 1e6 weights, 512 samples": lambda m=count: batchlr.lanczos(operator, m)}
         rows += grown("steps", count, timing.take_turns(turns, rounds, device))
-    return rows
+    yield rows
 
 
 def grown(axis: str, size: int, times: dict[str, list[timing.Timed]]) -> list[results.Row]:
@@ -82,32 +86,48 @@ def grown(axis: str, size: int, times: dict[str, list[timing.Timed]]) -> list[re
     ]
 
 
-class Diagonal(batchlr.LinearOperator):
-    """A matrix whose product costs next to nothing: what is left is Lanczos' own work."""
+class Timed(batchlr.LinearOperator):
+    """An operator and the time its products took: the rest is Lanczos' own."""
 
-    def __init__(self, size: int, device: torch.device) -> None:
-        super().__init__(size, dtype=torch.float32, device=device)
-        self.entries = torch.linspace(-1, 1, size, device=device)
+    def __init__(self, operator: batchlr.LinearOperator, device: str) -> None:
+        super().__init__(operator.shape[0], dtype=operator.dtype, device=operator.device)
+        self.operator = operator
+        self.kind = device
+        self.seconds = 0.0
 
     def _multiply(self, columns: Tensor) -> Tensor:
-        return self.entries.unsqueeze(1) * columns
+        timed = timing.clock(lambda: self.operator @ columns, self.kind)
+        self.seconds += timed.seconds
+        return timed.result
 
 
-def reorthogonalisation(rounds: int, device: str) -> list[results.Row]:
-    """Lanczos' own time beside that of the products, for VGG-11."""
-    case = make_case("VGG-11", samples=64, steps=0, device=device)
-    turns: dict[str, Callable[[], object]] = {"product": product(case, device)}
-    diagonal = Diagonal(case.size, case.device)
-    turns |= {str(m): lambda m=m: batchlr.lanczos(diagonal, m) for m in (30, 100)}
-    times = timing.take_turns(turns, rounds, device)
-    rows = []
-    for steps in (30, 100):
-        own = [t.seconds for t in times[str(steps)]]
-        products = [steps * t.seconds for t in times["product"]]
-        shares = [a / (a + b) for a, b in zip(own, products, strict=True)]
-        row = {"axis": "reorthogonalisation", "what": "VGG-11, 64 samples", "size": steps}
-        rows.append({**row, "seconds": own, "shares": shares})
-    return rows
+def reorthogonalisation(rounds: int, device: str) -> Iterator[list[results.Row]]:
+    """Lanczos' own share of its time, and how orthogonal the basis is in the end."""
+    for name, samples, steps in OWN_WORK:
+        operator = rivals.our_operator(
+            batchlr.HessianOperator, make_case(name, samples=samples, device=device)
+        )
+        operator @ torch.ones(operator.shape[0], device=operator.device)  # the graph is recorded
+        row: results.Row = {"axis": "reorthogonalisation", "size": steps, "samples": samples}
+        row |= {"what": f"{name}, {samples} samples", "seconds": [], "shares": [], "overlaps": []}
+        for seed in range(rounds if samples == 64 else 1):
+            counted = Timed(operator, device)
+            generator = torch.Generator().manual_seed(seed)
+            run = lambda o=counted, m=steps, g=generator: batchlr.lanczos(o, m, generator=g)  # noqa: E731
+            timed = timing.clock(run, device)
+            row["seconds"].append(timed.seconds)
+            row["shares"].append(1 - counted.seconds / timed.seconds)
+            row["overlaps"].append(worst_overlap(timed.result.basis))
+            del timed
+        yield [row]
+
+
+def worst_overlap(basis: Tensor) -> float:
+    """Largest entry of ``Q Q' - I``, in float64."""
+    gram = -torch.eye(len(basis), dtype=torch.float64, device=basis.device)
+    for part in torch.split(basis, 1 << 16, dim=1):
+        gram += part.double() @ part.double().T
+    return float(gram.abs().max())
 
 
 AXES = {
@@ -128,7 +148,11 @@ def render(rows: Sequence[results.Row]) -> str:
     for what in dict.fromkeys((r["axis"], r["what"]) for r in rows):
         group = sorted((r for r in rows if (r["axis"], r["what"]) == what), key=lambda r: r["size"])
         if what[0] == "reorthogonalisation":
-            shares += [[what[1], r["size"], timing.spread(r["shares"])] for r in group]
+            shares += [
+                [what[1], r["size"], timing.spread(r["shares"], 3), len(r["shares"]),
+                 f"{max(r['overlaps']):.0e}"]
+                for r in group
+            ]  # fmt: skip
             continue
         sizes = [r["size"] for r in group]
         times = [timing.quartiles(r["seconds"])[1] for r in group]
@@ -143,7 +167,8 @@ def render(rows: Sequence[results.Row]) -> str:
     header = ["grows", "what", "range", "exponent", "of the last three", "between neighbours"]
     found = [results.table(header, lines)]
     if shares:
-        header = ["network", "steps", "share of Lanczos' own work in its time"]
+        header = ["network", "steps", "share of Lanczos' own work in its time", "rounds",
+                  "worst overlap of two vectors"]  # fmt: skip
         found.append(results.table(header, shares))
     return "\n\n".join(found)
 
@@ -155,9 +180,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     for axis in options.only:
-        rows = AXES[axis](options.rounds, options.device)
-        everything = results.store(PART, rows, ["axis"], options.device)
-        results.publish(PART, everything, TITLE, render, options.device)
+        for rows in AXES[axis](options.rounds, options.device):
+            everything = results.store(PART, rows, ["axis", "what"], options.device)
+            results.publish(PART, everything, TITLE, render, options.device)
 
 
 if __name__ == "__main__":

@@ -179,12 +179,16 @@ NOTE = (
 
 
 def verdicts(rows: Sequence[results.Row]) -> str:
-    """For each network and accuracy, our call of that tolerance against the fastest of theirs."""
+    """For each network and accuracy, our calls of that tolerance against the fastest of theirs.
+
+    The residual certifies, the error is an estimate.
+    """
     lines = []
+    every = [(c, t) for t in TARGETS for c in ("residual", "error")]
     for model in dict.fromkeys(row["model"] for row in rows):
-        for target in TARGETS:
+        for criterion, target in every:
             taken = [r for r in rows if r["model"] == model and "errors" in r]
-            mine = next(r for r in taken if r["contestant"] == f"batchlr, error {target}")
+            mine = next(r for r in taken if r["contestant"] == f"batchlr, {criterion} {target}")
             there = [r for r in taken if max(r["errors"]) <= float(target)]
             theirs = [r for r in there if not r["contestant"].startswith("batchlr")]
             rival = min(theirs, key=middle, default=None)

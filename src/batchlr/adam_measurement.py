@@ -25,6 +25,7 @@ from batchlr.projected_curvature import MIN_GROUPS, jackknife_groups
 from batchlr.spectral_edges import SpectralEdges
 
 _ADAM_EPS = 1e-8  # torch's default, for when there is no optimizer to ask
+_PART = 1 << 18  # assumed: weights at a time; a copy of all axes would double the memory held
 _GRID = 15  # assumed: batch sizes at which D is tabulated; interpolated between
 
 
@@ -129,8 +130,12 @@ class AdamMeasurement:
     def _on_axes(self, v: Tensor, axes: Tensor) -> npt.NDArray[np.float64]:
         """``D`` of ``v`` over that of `matrix`, seen on the ``axes`` ``(P, m)``."""
         stretch = (v.sqrt() + self._eps) / self._metric
-        product = (axes.T @ (stretch.unsqueeze(1) * axes)).double()
-        result: npt.NDArray[np.float64] = product.cpu().numpy()
+        m = axes.shape[1]
+        total = torch.zeros(m, m, dtype=torch.float64, device=axes.device)
+        parts = zip(torch.split(stretch, _PART), torch.split(axes, _PART), strict=True)
+        for some, rows in parts:
+            total += (rows.T * some) @ rows
+        result: npt.NDArray[np.float64] = total.cpu().numpy()
         return result
 
     def _had_only(

@@ -7,11 +7,12 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
+from batchlr.inner_products import PART, dots
+
 BasisForm = Literal["auto", "device", "half", "cpu"]
 FORMS = ("auto", "device", "half", "cpu")
 
 _ROWS = 16  # assumed: rows allocated at a time where the number of vectors is not known
-_CHUNK = 1 << 16  # assumed: columns widened at a time; 8 MB at 32 rows
 _SMALL = 1 << 26  # assumed: bytes that are not worth asking the system for
 _HALVES = {torch.float64: torch.float32, torch.float32: torch.float16}
 
@@ -49,6 +50,8 @@ class KrylovBasis:
         self._stored_on = torch.device("cpu") if form == "cpu" else device
         self._stored_as = _HALVES[dtype] if form == "half" else dtype
         self._scale = math.sqrt(size) if form == "half" else 1.0
+        # Main memory is taken where it is written to, so there one block is as good as many.
+        at_once = at_once or self._stored_on.type == "cpu"
         self._rows = capacity if at_once else min(_ROWS, capacity)
         self._blocks: list[Tensor] = []
 
@@ -64,18 +67,8 @@ class KrylovBasis:
         self.count += 1
 
     def project(self, vectors: Tensor) -> Tensor:
-        """Inner products ``(m,)`` with a vector ``(P,)``, or ``(m, b)`` with a block ``(P, b)``."""
-        vectors = vectors.to(self._stored_on)
-        if not self._used():
-            return vectors.new_zeros(0, *vectors.shape[1:]).to(self.device)
-        if self._stored_as == self.dtype:
-            return torch.cat([rows @ vectors for rows in self._used()]).to(self.device)
-        total = vectors.new_zeros(self.count, *vectors.shape[1:])
-        for first in range(0, self._size, _CHUNK):
-            chunk = slice(first, first + _CHUNK)
-            parts = [rows[:, chunk].to(self.dtype) @ vectors[chunk] for rows in self._used()]
-            total += torch.cat(parts)
-        return total / self._scale
+        """Inner products ``(m,)`` with a vector ``(P,)``, or ``(m, b)`` with a block; float64."""
+        return self._overlaps(vectors.to(self._stored_on)).to(self.device)
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """``Q' c``: ``(P,)`` for coefficients ``(m,)``, ``(P, k)`` for ``(m, k)``."""
@@ -85,35 +78,39 @@ class KrylovBasis:
         self._subtract(result, -coefficients.to(self._stored_on, self.dtype))
         return result.to(self.device)
 
-    def orthogonalise_(self, vector: Tensor) -> Tensor:
-        """Classical Gram-Schmidt, twice (enough: Giraud et al. 2005), in place."""
-        if self.count == 0:
-            return vector
-        if len(self._blocks) == 1 and self._stored_as == self.dtype and self.form == "device":
-            rows = self._blocks[0][: self.count]
-            for _ in range(2):
-                vector.addmv_(rows.T, rows @ vector, alpha=-1)
-            return vector
+    def orthogonalise_(
+        self, vector: Tensor, *, known: Tensor | None = None, sweeps: int = 2
+    ) -> Tensor:
+        """Classical Gram-Schmidt in place; returns what the last sweep found, ``(m,)`` float64.
+
+        A sweep reads all vectors twice.
+
+        Args:
+            vector: ``(P,)``.
+            known: ``(k,)``, its parts along the last ``k`` vectors, taken off first.
+            sweeps: two are always enough (Giraud et al. 2005), one if little is left to take off.
+        """
         here = vector.to(self._stored_on)
-        for _ in range(2):
-            if self._stored_as == self.dtype:
-                overlaps = torch.cat([rows @ here for rows in self._used()])
-            else:
-                overlaps = self.project(here)
-            self._subtract(here, overlaps)
-        return vector if here is vector else vector.copy_(here)
+        if known is not None:
+            self._subtract(here, known.to(self._stored_on, self.dtype), self.count - len(known))
+        found = torch.zeros(self.count, dtype=torch.float64, device=self._stored_on)
+        for _ in range(sweeps if self.count else 0):
+            found = self._overlaps(here)
+            self._subtract(here, found.to(self.dtype))
+        if here is not vector:
+            vector.copy_(here)
+        return found.to(self.device)
 
     def keep(self, coefficients: Tensor) -> None:
         """Replace the vectors by ``k`` orthonormal combinations of them, ``(m, k)``, in place."""
         coefficients = coefficients.to(self._stored_on, self.dtype)
         used = self._used()
         kept = coefficients.shape[1]
-        for first in range(0, self._size, _CHUNK):
-            chunk = slice(first, first + _CHUNK)
-            part = torch.cat([rows[:, chunk].to(self.dtype) for rows in used])
-            turned = coefficients.T @ part
+        for first in range(0, self._size, PART):
+            part = slice(first, first + PART)
+            turned = coefficients.T @ torch.cat([rows[:, part].to(self.dtype) for rows in used])
             for index in range(kept):
-                self._blocks[index // self._rows][index % self._rows, chunk] = turned[index]
+                self._blocks[index // self._rows][index % self._rows, part] = turned[index]
         self.count = kept
 
     def truncate(self, count: int) -> None:
@@ -132,21 +129,38 @@ class KrylovBasis:
         full, rest = divmod(self.count, self._rows)
         return self._blocks[:full] + ([self._blocks[full][:rest]] if rest else [])
 
-    def _subtract(self, target: Tensor, coefficients: Tensor) -> None:
-        """``target -= Q' c`` in place; both on the side of the vectors."""
-        narrow = self._stored_as != self.dtype
-        width = _CHUNK if narrow else self._size
+    def _overlaps(self, vectors: Tensor) -> Tensor:
+        """`project` where the vectors are stored."""
+        if not self.count:
+            shape = (0, *vectors.shape[1:])
+            return torch.zeros(shape, dtype=torch.float64, device=self._stored_on)
+        if self._stored_as == self.dtype:
+            return torch.cat([dots(rows, vectors) for rows in self._used()])
+        found = []
+        for rows in self._used():
+            total = torch.zeros(
+                len(rows), *vectors.shape[1:], dtype=torch.float64, device=self._stored_on
+            )
+            for first in range(0, self._size, PART):
+                part = slice(first, first + PART)
+                total += rows[:, part].to(self.dtype) @ vectors[part]
+            found.append(total / self._scale)
+        return torch.cat(found)
+
+    def _subtract(self, target: Tensor, coefficients: Tensor, start: int = 0) -> None:
+        """``target -= Q' c`` in place, of the vectors from ``start`` on; where they are stored."""
+        width = self._size if self._stored_as == self.dtype else PART
         for first in range(0, self._size, width):
-            chunk = slice(first, first + width)
+            part = slice(first, first + width)
             done = 0
-            for rows in self._used():
-                shares = coefficients[done : done + len(rows)]
-                wide = rows[:, chunk].to(self.dtype)
+            for number, rows in enumerate(self._used()):
+                chosen = rows[max(0, start - number * self._rows) :, part].to(self.dtype)
+                shares = coefficients[done : done + len(chosen)]
                 if target.ndim == 1:
-                    target[chunk].addmv_(wide.T, shares, alpha=-1 / self._scale)
+                    target[part].addmv_(chosen.T, shares, alpha=-1 / self._scale)
                 else:
-                    target[chunk].addmm_(wide.T, shares, alpha=-1 / self._scale)
-                done += len(rows)
+                    target[part].addmm_(chosen.T, shares, alpha=-1 / self._scale)
+                done += len(chosen)
 
 
 def basis_bytes(size: int, count: int, dtype: torch.dtype, form: str) -> int:

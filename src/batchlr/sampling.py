@@ -25,7 +25,7 @@ class SampledEdge:
     num_batches: int  # used
     num_samples: int
     num_products: float  # in products of one batch, the unit that does not depend on the subsample
-    converged: bool  # the sampling error is within the tolerance, or all batches were used
+    converged: bool  # the last search reached its half of the tolerance
     vector: Tensor  # (P,) its eigenvector
     history: tuple[tuple[int, float, float], ...]  # batches, value, relative sampling error
 

@@ -1,0 +1,44 @@
+"""Inner products of long vectors, to more digits than their own type sums up."""
+
+import torch
+from torch import Tensor
+
+PART = 1 << 16
+"""Numbers summed in the vectors' own type at a time. A single float32 sum of 10^7 numbers loses
+what is added late: 2e-4 of a squared norm, 3e-5 of an inner product (measured, docs/log.md)."""
+
+
+def dot(left: Tensor, right: Tensor) -> Tensor:
+    """Inner product ``()`` in float64, of parts summed in the vectors' own type."""
+    if left.dtype == torch.float64:
+        return torch.dot(left, right)
+    if left.numel() <= PART:
+        return torch.dot(left.double(), right.double())
+    if left.device.type == "cpu":
+        parts = zip(torch.split(left, PART), torch.split(right, PART), strict=True)
+        sums = torch.stack([torch.dot(a, b) for a, b in parts])
+        return sums.sum(dtype=torch.float64)
+    whole = left.numel() // PART * PART  # one kernel for all parts
+    rest = torch.dot(left[whole:].double(), right[whole:].double())
+    sums = torch.linalg.vecdot(left[:whole].view(-1, PART), right[:whole].view(-1, PART))
+    return rest.add_(sums.sum(dtype=torch.float64))
+
+
+def norm(vector: Tensor) -> Tensor:
+    """Euclidean norm ``()`` in float64, as good as `dot`."""
+    return dot(vector, vector).sqrt()
+
+
+def dots(rows: Tensor, vectors: Tensor) -> Tensor:
+    """``rows @ vectors`` in float64: ``(m, P)`` with ``(P,)`` or ``(P, b)``.
+
+    On the CPU in parts; the kernels of accelerators sum in parts by themselves (assumed).
+    """
+    size = vectors.shape[0]
+    if size <= PART or rows.dtype == torch.float64 or rows.device.type != "cpu":
+        return (rows @ vectors).double()
+    total = torch.zeros(len(rows), *vectors.shape[1:], dtype=torch.float64, device=rows.device)
+    for first in range(0, size, PART):
+        part = slice(first, first + PART)
+        total += rows[:, part] @ vectors[part]
+    return total
