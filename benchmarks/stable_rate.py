@@ -13,6 +13,7 @@ the loop of (c) are the library's. Finished cells are kept in the results file a
 
     python benchmarks/stable_rate.py                      # everything: hours
     python benchmarks/stable_rate.py --only mlp-digits    # one problem, a few minutes
+    python benchmarks/stable_rate.py --again              # predictions by the library as it is now
     python benchmarks/stable_rate.py --table
 """
 
@@ -395,6 +396,34 @@ def predict(problem, batch_size, adam, cache):
     return cache[cut, adam]
 
 
+def predictions(problem, cell, cache):
+    """What every rule says of a cell."""
+    found = {}
+    measured = predict(problem, cell["batch"], cell["optimizer"] == "adam", cache)
+    options = {"optimizer": cell["optimizer"], "momentum": cell["momentum"]}
+    for matrix, report in measured.items():
+        for rule in ("mean-square", "top-direction", "paper"):
+            bound = report.max_lr(cell["batch"], rule=rule, **options)
+            found[f"{matrix}_{rule}"] = bound.value
+            if rule == "mean-square":
+                found[f"{matrix}_low"], found[f"{matrix}_high"] = bound.low, bound.high
+                found[f"{matrix}_reasons"] = bound.reasons
+    return found
+
+
+def predict_again(rows, names):
+    """Today's predictions for finished cells of these problems; their limits stay."""
+    problem, reports, here = None, {}, None
+    for row in rows:
+        if row["problem"] not in names:
+            continue
+        if here != (row["problem"], row["point"]):
+            here = row["problem"], row["point"]
+            problem, reports = Problem(*row["problem"].rsplit("-", 1), row["point"]), {}
+        row |= predictions(problem, row, reports)
+        print(*here, row["optimizer"], row["momentum"], row["batch"], flush=True)
+
+
 def cells(problem_name, points):
     coupled = problem_name.rsplit("-", 1)[0] in COUPLED
     with_adam = (
@@ -435,15 +464,7 @@ def run(problem_name, points, finished, path):
         row = dict(cell, directions=len(quadratic.values), curvature=quadratic.values[-1])
         row["mean_square"] = mean_square_limit(quadratic, cell["momentum"], adam)
         row["typical"] = typical_limit(quadratic, cell["momentum"], adam)
-        measured = predict(here, batch_size, adam, reports)
-        options = {"optimizer": cell["optimizer"], "momentum": cell["momentum"]}
-        for matrix, report in measured.items():
-            for rule in ("mean-square", "top-direction", "paper"):
-                bound = report.max_lr(batch_size, rule=rule, **options)
-                row[f"{matrix}_{rule}"] = bound.value
-                if rule == "mean-square":
-                    row[f"{matrix}_low"], row[f"{matrix}_high"] = bound.low, bound.high
-                    row[f"{matrix}_reasons"] = bound.reasons
+        row |= predictions(here, cell, reports)
         # batch norm survives rates far above the limit, so that many runs are needed to find it
         affordable = ((16, 0.9),) if here.coupled else SURVIVED
         if (batch_size, cell["momentum"]) in affordable:
@@ -556,10 +577,14 @@ def main():
     parser.add_argument("--point", action="append", choices=POINTS)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="print the table and stop")
+    parser.add_argument("--again", action="store_true", help="only predict finished cells anew")
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     rows = read(options.out)
-    if not options.table:
+    if options.again:
+        predict_again(rows, options.only or names)
+        options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif not options.table:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         keys = ("problem", "point", "optimizer", "momentum", "batch")
         finished = {tuple(row[key] for key in keys) for row in rows}

@@ -76,7 +76,6 @@ class BatchMatrices(BatchedOperator):
         return torch.einsum("k,kij->ij", weights, self.matrices)
 
     def batch_products(self, vectors: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
-        self.num_products += 1
         for matrix, vector in zip(self.matrices, self._each(vectors), strict=True):
             yield matrix @ vector
 

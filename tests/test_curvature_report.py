@@ -856,7 +856,7 @@ def test_a_damaged_report_is_refused_by_name(how, tmp_path):
     path = tmp_path / "report.json"
     make_report().save(path)
     how(path)
-    with pytest.raises(ValueError, match=r"report\.json is not a CurvatureReport of format 3: "):
+    with pytest.raises(ValueError, match=r"report\.json is not a CurvatureReport of format 4: "):
         CurvatureReport.load(path)
 
 

@@ -17,7 +17,7 @@ from batchlr.measured import Measured
 from batchlr.projected_curvature import MAX_GROUPS, ProjectedCurvature, RateEstimate
 
 _RULES = ("mean-square", "top-direction", "paper")
-_FORMAT = 3
+_FORMAT = 4
 _MIN_BATCHES = 4  # assumed: below it the standard error of a variance says little
 
 

@@ -116,9 +116,10 @@ class BatchedOperator(LinearOperator):
 
     @final
     def _each(self, vectors: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
-        """A vector for each batch, checked."""
+        """A vector for each batch, checked; together they count as one product."""
         count = len(self.samples)
         each = repeat(vectors, count) if isinstance(vectors, Tensor) else vectors
-        for vector in each:
+        for number, vector in enumerate(each):
             self.check(vector)
+            self.num_products += number == 0
             yield vector.detach()

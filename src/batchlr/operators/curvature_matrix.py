@@ -163,7 +163,6 @@ class CurvatureMatrix(BatchedOperator):
     @final
     def batch_products(self, vectors: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
         """See `BatchedOperator.batch_products`."""
-        self.num_products += 1
         for owner, vector in zip(range(len(self._samples)), self._each(vectors), strict=True):
             product = self.chosen_batch_product(owner, vector, self._everything)
             if owner == 0 and self._check is not None:

@@ -46,7 +46,6 @@ class PreconditionedOperator(BatchedOperator):
 
     def batch_products(self, vectors: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
         """See `BatchedOperator.batch_products`."""
-        self.num_products += 1
         scaled = (self.scale * vector for vector in self._each(vectors))
         for product in self.operator.batch_products(scaled):
             yield self.scale * product

@@ -62,7 +62,6 @@ class RestrictedOperator(BatchedOperator):
 
     def batch_products(self, vectors: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
         """See `BatchedOperator.batch_products`."""
-        self.num_products += 1
         for owner, vector in zip(range(len(self.samples)), self._each(vectors), strict=True):
             yield self.operator.chosen_batch_product(owner, vector, self._chosen)
 
