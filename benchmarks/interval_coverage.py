@@ -1,9 +1,9 @@
 """How often the 90 % interval of a rate holds the value that all samples give.
 
-A small network on the digits is measured again and again on random samples of the training set;
-the reference is the same law on all of it, in batches of one sample: then neither the mean nor the
-noise is an estimate. (In batches of 4 the reference itself was up to 8 % off by chance.) Finished
-repetitions are kept in the results file and skipped.
+The Gauss-Newton matrix of a small network on the digits is measured again and again on random
+samples of the training set; the reference is the same law on all of it, in batches of one sample:
+then neither the mean nor the noise is an estimate. (In batches of 4 the reference itself was up to
+8 % off by chance.) Finished repetitions are kept in the results file and skipped.
 
     python benchmarks/interval_coverage.py              # 200 repetitions at three points: an hour
     python benchmarks/interval_coverage.py --table

@@ -65,7 +65,8 @@ def measure_curvature(
             estimate second moments from the batches' gradients; None measures for SGD and Adam.
         norm_mode: ``"train"`` measures the loss a training step descends, ``"eval"`` the one that
             is a sum over samples.
-        matrix: ``"ggn"`` needs a loss from `supervised`.
+        matrix: ``"ggn"`` needs a loss from `supervised`. Its rates know the directions that single
+            batches curve along (`outlying_directions`, nine products of each matrix measured).
         num_eigenpairs: at each end; further ones sharpen ``kappa``.
         tol: relative residual at which Lanczos stops.
         max_products: of one Lanczos run.
