@@ -1,7 +1,8 @@
 """Predicted rates beside three measured limits: mean-square, typical, survivable.
 
 Weights frozen, a small perturbation follows the optimizer on the quadratic of the Gauss-Newton
-matrix, restricted to its leading directions (null and negative curvature never shrink):
+matrix (null and negative curvature never shrink), in all its directions or, for networks of more
+than a thousand weights, its leading ones:
 
 (a) mean-square: the rate at which the second moment of the perturbation stops shrinking, from the
     exact covariance of the per-sample matrices (of many batches where samples interact);

@@ -8,7 +8,8 @@ from batchlr.lanczos import top_eigenpairs
 from batchlr.mean_square import CurvatureSpread, Dynamics, mean_square_limit
 from batchlr.measured import Measured
 from batchlr.outlying_directions import widened
-from batchlr.projected_curvature import ProjectedCurvature, in_proportion
+from batchlr.projected_curvature import ProjectedCurvature
+from batchlr.spectral_edges import EdgeSearch
 from cases import BatchMatrices
 
 SIZE = 60
@@ -141,7 +142,7 @@ def test_the_limit_is_that_of_all_directions():
 
     seen = space_of(operator)
     wide = widened(seen, operator, gradients_of(operator), count=4)
-    leaks = wide.leaks.numpy() + in_proportion(0.0, wide.before.numpy())
+    leaks = wide.leaks.numpy()
     matrices = operator.matrices.numpy()
     deviations = np.sqrt(1 / 39) * (matrices - matrices.mean(0))
     exact = mean_square_limit(
@@ -149,3 +150,24 @@ def test_the_limit_is_that_of_all_directions():
     ).lr
     assert limit(seen, None) > 1.5 * exact
     assert limit(wide.subspace, leaks) == pytest.approx(exact, rel=0.02)
+
+
+def test_a_top_that_only_the_wider_space_has():
+    """Lanczos was stopped before it saw the largest eigenvalue; a batch's own direction is it."""
+    diagonals = torch.linspace(1.0, 0.1, SIZE, dtype=torch.float64).repeat(4, 1)
+    diagonals[:, :-1] *= 1 + 0.3 * torch.rand(4, SIZE - 1, generator=generator()).double()
+    diagonals[HARD, -1] = 40.0
+    operator = BatchMatrices(torch.diag_embed(diagonals), (4,) * 4)
+    search = EdgeSearch(1, 1e-3, 2, generator())
+    gradients = [torch.zeros(SIZE).double() for _ in range(4)]
+    gradients[HARD][-1] = 1.0
+    gradients[HARD][0] = 0.1
+    edges = search.run(operator, 0.0, gradients=gradients, largest_only=True)
+    projected = edges.projected
+    assert projected.values[0] == pytest.approx(float(edges.largest))
+    assert float(edges.largest) > 9.0
+    assert edges.largest.stderr > 1.0  # the search said less, and that is no small matter
+    assert projected.leaks is not None
+    assert np.isfinite(projected.leaks).all()
+    assert projected.leaks[0] == float(projected.leak_largest)
+    assert projected.leaks.min() >= 0

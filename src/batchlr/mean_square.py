@@ -153,8 +153,9 @@ def loop_gain(dynamics: Dynamics, spread: CurvatureSpread, lr: float) -> float:
     A perturbation of second moment ``X`` is fed back as ``g o E[D X D]``, with ``g`` the response
     and ``o`` the entrywise product; to that adds what noise sends out and back, ``X`` by the leak
     and the response of flat directions. The gain is the spectral radius of that map, which keeps
-    the cone of positive semi-definite matrices. Where it reaches 1 the full recursion of all second
-    moments of weight and velocity has spectral radius 1 (Mulayoff & Michaeli 2024 for plain SGD).
+    the cone of positive semi-definite matrices. Where it reaches 1, and there is no leak, the full
+    recursion of all second moments of weight and velocity has spectral radius 1 (Mulayoff &
+    Michaeli 2024 for plain SGD); the leak is an approximation.
     """
     return _gain(dynamics, spread, lr, None)[0]
 

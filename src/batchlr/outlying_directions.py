@@ -10,7 +10,7 @@ from batchlr.lanczos_process import Subspace
 from batchlr.operators.base import BatchedOperator
 
 COUNT = 8
-"""Directions added to a space, one a batch (measured, docs/log.md: 16 moved limits by 4 %)."""
+"""Directions added to a space, one a batch (measured, docs/log.md: 16 moved a limit by 3 %)."""
 
 _DEPENDENT = 1e-3
 """Length outside the other axes from which on a direction is one of its own (assumed)."""
@@ -21,7 +21,8 @@ class WidenedSubspace:
     """A space with the outlying directions in it, and what noise sends out of it."""
 
     subspace: Subspace
-    # (m,) float64, per-sample variance of H_i a_j outside the space, of what was added to it
+    # (m,) float64, per-sample variance of H_i a_j outside the space, as far as a_j lies in what was
+    # added; terms between axes are left out, so that only the sum over axes is exact
     leaks: Tensor
     # (m,) float64, the curvature of each axis that lies in the directions that were there before
     before: Tensor
@@ -34,12 +35,13 @@ def widened(
     *,
     count: int = COUNT,
 ) -> WidenedSubspace:
-    """``subspace`` with a direction of each of the batches that curve most by themselves.
+    """``subspace`` with a direction of each of the batches that reach farthest out of it.
 
     A sample that is not learnt yet, or learnt by heart, curves along a direction of its own. In the
     mean over ``n`` samples it is one ``n``-th as strong, so that Lanczos does not find it among the
     bulk; in a batch of ``B`` it is a ``B``-th, and limits the rate there. The direction is one
-    power step from the batch's gradient. One product, and one for each direction added.
+    power step from the batch's gradient. One product, and one for each direction added; while it
+    runs three spaces are in memory. Of the weights of the space only the sum stays right.
 
     Args:
         subspace: of ``matrix``.
@@ -93,7 +95,8 @@ def _directions(
 ) -> Tensor:
     """``(P, count)`` orthonormal and orthogonal to ``axes``; fewer if they depend on one another.
 
-    Of the batches that curve most along their gradients, by how much of it the axes do not see.
+    Of the batches whose matrices send their own unit gradients farthest out of ``axes``, the larger
+    batches before the smaller.
     """
     units = (torch.nn.functional.normalize(gradient, dim=0) for gradient in gradients)
     found: list[tuple[float, Tensor]] = []

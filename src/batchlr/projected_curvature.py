@@ -95,7 +95,10 @@ class ProjectedCurvature:
         """Per-sample variance ``(m,)`` of ``H_i`` times each axis, outside the axes."""
         if self.leaks is not None:
             return self.leaks
-        return in_proportion(self.leak_largest, self.values)
+        if not self.values[0] > 0:
+            return np.zeros_like(self.values)
+        result: Array = self.leak_largest * np.maximum(self.values / self.values[0], 0.0)
+        return result
 
     def second_order(self, end: End = "largest") -> float:
         """``kappa`` in ``E lambda_1(H_B) = lambda_1 + kappa / b``, each axis at its gap.
@@ -360,16 +363,11 @@ class ProjectedCurvature:
         )
 
     def _leaks_on(self, axes: Array, stretch: float) -> Array | None:
-        """``leaks`` on ``axes`` ``(m, m)``, their parts from different axes taken as unrelated."""
+        """``leaks`` on ``axes`` ``(m, m)``, parts from different axes taken as unrelated.
+
+        ``stretch`` is the metric for what lies outside, that at ``v_1``.
+        """
         return None if self.leaks is None else (axes**2).T @ self.leaks / stretch
-
-
-def in_proportion(leak: float, curvatures: Array) -> Array:
-    """Leaks of axes of these ``curvatures`` ``(m,)``, if that of the first is ``leak``."""
-    if not curvatures[0] > 0:
-        return np.zeros_like(curvatures)
-    result: Array = leak * np.maximum(curvatures / curvatures[0], 0.0)
-    return result
 
 
 def _deviations(matrices: Array, samples: Array) -> Array:

@@ -13,8 +13,10 @@ from batchlr.lanczos_process import Subspace
 from batchlr.measured import Measured
 from batchlr.operators.base import BatchedOperator
 from batchlr.outlying_directions import WidenedSubspace, widened
-from batchlr.projected_curvature import ProjectedCurvature, in_proportion
+from batchlr.projected_curvature import ProjectedCurvature
 from batchlr.tracker import CurvatureTracker
+
+_TINY = 1e-300  # no curvature at all
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,11 @@ class EdgeSearch:
             bottom, rest = space.axes[:, -1].contiguous(), space.axes[:, :-1]
             below = directional_noise(matrix, bottom, others=rest)
         projected = _projected(space, matrix, noise, below, wide)
-        smallest = Measured(float(pairs.values[-1]), float(pairs.residuals[-1]))
+        smallest = _moved(pairs.values[-1], pairs.residuals[-1], space.values[-1])
         if below is not None:
             kappa = projected.second_order("smallest")
             smallest = _of_the_whole(smallest, kappa, below, sampling)
-        largest = Measured(float(pairs.values[0]), float(pairs.residuals[0]))
+        largest = _moved(pairs.values[0], pairs.residuals[0], space.values[0])
         return SpectralEdges(
             largest=_of_the_whole(largest, projected.second_order(), noise, sampling),
             smallest=smallest,
@@ -139,18 +141,25 @@ def _projected(
     below: DirectionalNoise | None,
     wide: WidenedSubspace | None = None,
 ) -> ProjectedCurvature:
+    values = space.values.cpu().numpy()
     leaks = None
     if wide is not None:
-        before = wide.before.cpu().numpy()
-        leaks = wide.leaks.cpu().numpy() + in_proportion(above.outside, before)
+        before = wide.before.cpu().numpy()  # at most the largest eigenvalue
+        leaks = wide.leaks.cpu().numpy() + above.outside * before / max(values[0], _TINY)
+        leaks[0] = above.outside  # measured, and all there is
     return ProjectedCurvature(
-        values=space.values.cpu().numpy(),
+        values=values,
         matrices=space.matrices.cpu().numpy(),
         samples=matrix.weights,
         leak_largest=above.outside,
         leak_smallest=Measured(math.nan) if below is None else below.outside,
         leaks=leaks,
     )
+
+
+def _moved(value: Tensor, residual: Tensor, now: Tensor) -> Measured:
+    """An eigenvalue as the space widened has it; by how much it moved is an error, too."""
+    return Measured(float(now), max(float(residual), abs(float(now - value))))
 
 
 def _of_the_whole(
