@@ -85,6 +85,14 @@ def test_restarts_are_watched():
     assert overlap(pairs.vectors.T) < 1e-4
 
 
+def three_sweeps(watch, matrix):
+    """The first three steps, after which none is due."""
+    for m in range(1, 4):
+        watch.due(matrix[:m, :m], torch.tensor(1.0))
+        watch.swept(torch.full((m,), 1e-7))
+    assert not watch.due(matrix[:4, :4], torch.tensor(1.0))
+
+
 class TestEstimate:
     def test_grows_along_what_has_converged(self):
         """Overlaps are carried on by differences of the diagonal."""
@@ -98,10 +106,7 @@ class TestEstimate:
     def test_sweeps_come_in_pairs(self):
         watch = OrthogonalityWatch(10, torch.float32)
         matrix = torch.zeros(8, 8, dtype=torch.float64)
-        for m in range(1, 4):
-            watch.due(matrix[:m, :m], torch.tensor(1.0))
-            watch.swept(torch.full((m,), 1e-7))
-        assert not watch.due(matrix[:4, :4], torch.tensor(1.0))
+        three_sweeps(watch, matrix)
         assert watch.due(matrix[:5, :5], torch.tensor(torch.nan))
         watch.swept(torch.full((5,), 1e-7))
         assert watch.due(matrix[:6, :6], torch.tensor(1.0))
@@ -111,10 +116,7 @@ class TestEstimate:
     def test_is_not_believed_once_it_was_overtaken(self):
         watch = OrthogonalityWatch(12, torch.float32)
         matrix = torch.zeros(12, 12, dtype=torch.float64)
-        for m in range(1, 4):
-            watch.due(matrix[:m, :m], torch.tensor(1.0))
-            watch.swept(torch.full((m,), 1e-7))
-        assert not watch.due(matrix[:4, :4], torch.tensor(1.0))
+        three_sweeps(watch, matrix)
         assert watch.due(matrix[:5, :5], torch.tensor(torch.nan))
         watch.swept(torch.full((5,), 1e-2))
         assert all(watch.due(matrix[:m, :m], torch.tensor(1.0)) for m in range(6, 10))
