@@ -22,6 +22,7 @@ from batchlr.policies import POLICIES
 from batchlr.rate_filter import RateFilter
 from batchlr.schedulers import BatchAwareLR
 from batchlr.tracker import CurvatureTracker
+from batchlr.update_curvature import CdatEdge, update_curvature
 
 MSE = supervised(nn.MSELoss())
 CROSS_ENTROPY = supervised(nn.CrossEntropyLoss())
@@ -730,6 +731,120 @@ def test_a_resumed_policy_goes_on_bit_for_bit(cut):
 # --- losses and batch sizes -----------------------------------------------------------------------
 
 
+# --- heavy ball, and the edge along the step -----------------------------------------------------
+
+
+def spiked_problem(num_samples=4096, noise=0.0):
+    """Regression on features of a narrow bulk and five outliers; its Hessian's usable edges."""
+    generator = torch.Generator().manual_seed(0)
+    curvatures = torch.full((60,), 1e-4, dtype=torch.float64)
+    curvatures[:5] = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5])
+    x = torch.randn(num_samples, 60, generator=generator, dtype=torch.float64)
+    x = torch.linalg.qr(x).Q * num_samples**0.5 * (curvatures / 2).sqrt()
+    y = noise * torch.randn(num_samples, 1, generator=generator, dtype=torch.float64)
+    model = nn.Linear(60, 1, bias=False, dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.5)
+    scheduler = BatchAwareLR(optimizer, 1.0, batch_size=num_samples)
+    return model, optimizer, scheduler, list(zip(x.chunk(4), y.chunk(4), strict=True))
+
+
+def test_heavy_ball_is_polyak_s_pair_of_the_outliers_where_there_is_no_noise():
+    model, optimizer, scheduler, batches = spiked_problem()
+    controller = controller_of(scheduler, MSE, policy="heavy_ball", dataset_size=4096, tol=1e-3)
+    update = controller.maybe_update(model, batches)
+    pair = heavy_ball(8.0, 0.5)
+    assert update.momentum == get_momentum(optimizer) == pytest.approx(pair.momentum, rel=1e-3)
+    assert update.peak == pytest.approx(pair.lr, rel=1e-2)
+    assert controller.num_products == update.num_products > update.report.num_products
+
+
+def test_heavy_ball_s_rate_is_within_the_limit_of_small_batches():
+    """Batches of four: noise, not curvature, limits; both rates at Polyak's momentum."""
+    model, _, scheduler, batches = spiked_problem()
+    options = {"batch_size": 4, "dataset_size": 4096, "tol": 1e-3}
+    controller = controller_of(scheduler, MSE, policy="heavy_ball", **options)
+    update = controller.maybe_update(model, batches)
+    pair = heavy_ball(8.0, 0.5)
+    limit = update.report.max_lr(
+        4, optimizer="sgd", momentum=update.momentum, rule="top-direction"
+    ).value
+    assert update.momentum == pytest.approx(pair.momentum, rel=1e-3)
+    assert update.peak == pytest.approx(limit)
+    assert limit < 0.5 * pair.lr
+
+
+def test_a_rate_moves_with_the_momentum_it_is_for():
+    """Where momentum rises the peak falls at once, however slowly it may fall otherwise."""
+    model, optimizer, scheduler, batches = spiked_problem()
+    options = {"batch_size": 4, "dataset_size": 4096, "every_steps": 1, "drop": 0.9}
+    controller = controller_of(scheduler, MSE, policy="heavy_ball", **options)
+    before = controller.maybe_update(model, batches)
+    optimizer.param_groups[0]["momentum"] = 0.0  # by somebody else, and the limit there
+    slow = before.report.max_lr(4, optimizer="sgd", momentum=0.0, rule="top-direction").value
+    scheduler.set_peak(slow)
+    after = controller.maybe_update(model, batches)
+    assert after.momentum == pytest.approx(before.momentum, rel=0.1)
+    assert before.peak < 0.7 * slow
+    assert after.peak < 1.1 * before.peak
+
+
+def test_cdat_applies_the_edge_along_the_step_at_one_product():
+    model, optimizer, scheduler, batches = linear_problem(momentum=0.9)
+    controller = controller_of(scheduler, MSE, policy="cdat", every_steps=1)
+    averages = CdatEdge()
+    for k in range(3):
+        expected = averages.update(update_curvature(model, MSE, batches, optimizer))
+        update = controller.maybe_update(model, batches)
+        assert update.peak == scheduler.peak == pytest.approx(expected, rel=1e-12)
+        assert (update.momentum, update.num_products, controller.num_products) == (0.9, 1, k + 1)
+        assert (update.bound, update.report, update.learned) == (None, None, None)
+        assert update.along.num_samples == 128
+        step(model, optimizer, scheduler, batches[k])
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_cdat_trains_a_quadratic(kind):
+    problem = linear_problem(kind)
+    model, _, scheduler, batches = problem
+    controller = controller_of(scheduler, MSE, policy="cdat", every_steps=1)
+    before = sum(float(MSE(model, batch).detach()) for batch in batches)
+    updates_of(controller, problem, 60)
+    assert sum(float(MSE(model, batch).detach()) for batch in batches) < 0.5 * before
+
+
+def test_cdat_keeps_its_rate_where_no_step_descends():
+    model, _, scheduler, batches = linear_problem()
+    controller = controller_of(scheduler, MSE, policy="cdat", every_steps=1)
+    good = controller.maybe_update(model, batches)
+    with torch.no_grad():
+        model.weight.fill_(math.nan)
+    update = controller.maybe_update(model, batches)
+    assert "must be finite" in update.failure
+    assert update.peak == good.peak
+
+
+@pytest.mark.parametrize("policy", ["heavy_ball", "cdat"])
+def test_a_resumed_run_of_either_goes_on_bit_for_bit(policy):
+    def run(cut):
+        problem = linear_problem(momentum=0.5)
+        model, optimizer, scheduler, batches = problem
+        controller = controller_of(scheduler, MSE, policy=policy, every_steps=2)
+        for k in range(7):
+            if k == cut:
+                saved = copy.deepcopy((scheduler.state_dict(), controller.state_dict()))
+                scheduler = BatchAwareLR(optimizer, 1.0, None, batch_size=BATCH)
+                controller = controller_of(scheduler, MSE, policy=policy, every_steps=2)
+                scheduler.load_state_dict(saved[0])
+                controller.load_state_dict(saved[1])
+            controller.maybe_update(model, batches)
+            step(model, optimizer, scheduler, batches[k % len(batches)])
+        return model.weight, scheduler.peak, get_momentum(optimizer), controller.num_products
+
+    whole, cut = run(None), run(3)
+    assert torch.equal(whole[0], cut[0])
+    assert whole[1:] == cut[1:]
+
+
 def test_a_jump_of_the_loss_halves_the_rate_and_asks_for_a_measurement():
     problem = linear_problem()
     model, optimizer, scheduler, batches = problem
@@ -910,7 +1025,7 @@ def test_the_generator_is_part_of_the_state():
 
 
 def vector_of(controller):
-    return controller.state_dict()["tracker"]["trails"]["largest"]["vector"]
+    return controller.state_dict()["limit"]["tracker"]["trails"]["largest"]["vector"]
 
 
 def test_the_state_does_not_change_later():
@@ -921,10 +1036,10 @@ def test_the_state_does_not_change_later():
     before = copy.deepcopy(state)
     updates_of(controller, problem, 6)
     assert state.keys() == before.keys()
-    one, other = (s["tracker"]["trails"]["largest"]["vector"] for s in (state, before))
+    one, other = (s["limit"]["tracker"]["trails"]["largest"]["vector"] for s in (state, before))
     assert torch.equal(one, other)
     assert torch.equal(state["generator"], before["generator"])
-    plain = {k: v for k, v in before.items() if k not in ("tracker", "generator", "last")}
+    plain = {k: v for k, v in before.items() if k not in ("limit", "generator")}
     assert {k: state[k] for k in plain} == plain
 
 
@@ -977,20 +1092,22 @@ def test_a_data_set_smaller_than_its_samples_is_refused():
         controller.maybe_update(model, batches)
 
 
+@pytest.mark.parametrize("policy", ["paper_sgd", "heavy_ball"])
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad])
-def test_a_published_policy_is_for_sgd(kind):
+def test_a_policy_with_a_momentum_is_for_sgd(kind, policy):
     scheduler = linear_problem(kind)[2]
-    words = (
-        f"policy paper_sgd gives a rate and a momentum for SGD, got {kind.__name__}: use SGD, or"
-    )
+    words = f"policy {policy} gives a rate and a momentum for SGD, got {kind.__name__}: use SGD, or"
     with pytest.raises(ValueError, match=words):
-        controller_of(scheduler, MSE, policy="paper_sgd")
+        controller_of(scheduler, MSE, policy=policy)
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"policy": "best"}, "policy must be one of mean_square, edge, paper_sgd, .*, got 'best'"),
+        (
+            {"policy": "best"},
+            "policy must be one of mean_square, edge, heavy_ball, cdat, paper_sgd, .*, got 'best'",
+        ),
         (
             {"policy": "paper_sgd", "safety": 0.5},
             "policy paper_sgd is applied as published: safety must be 1, got 0.5",

@@ -14,7 +14,15 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src"
 LEVELS = [
     {"random_matrix", "learning_rates", "scaling_rules", "measured", "mean_square", "operators"}
-    | {"lr_bound", "cadence", "rate_filter", "spike_guard", "peak_bounds", "metric"}
+    | {
+        "lr_bound",
+        "cadence",
+        "rate_filter",
+        "spike_guard",
+        "peak_bounds",
+        "metric",
+        "usable_curvature",
+    }
     | {"inner_products", "orthogonality"},
     {"krylov_basis", "rayleigh_ritz"},
     {"lanczos_process"},
@@ -27,12 +35,13 @@ LEVELS = [
         "gradient_noise",
         "adam_curvature",
         "optimizer_state",
+        "policy_choice",
     },
     {"tracker", "curvature_report"},
     {"curvature_point", "spectral_edges"},
     {"adam_measurement"},
-    {"curvature", "edge_laws", "on_the_fly", "layer_spectra"},
-    {"schedulers", "probes", "curvature_update"},
+    {"curvature", "edge_laws", "on_the_fly", "layer_spectra", "update_curvature"},
+    {"schedulers", "stability_limit", "probes", "curvature_update"},
     {"controller"},
     {"__init__"},  # the public names: `import batchlr` as a user writes it
     {"plotting"},
@@ -41,7 +50,7 @@ LEVELS = [
     {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-THEORY = ["random_matrix", "learning_rates", "scaling_rules", "policies"]
+THEORY = ["random_matrix", "learning_rates", "scaling_rules", "policies", "usable_curvature"]
 HEAVY = ["torchvision", "matplotlib", "typer", "yaml", "pydantic", "sklearn", "batchlr.training"]
 
 

@@ -5,44 +5,32 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from batchlr.cadence import Cadence
-from batchlr.curvature import track_curvature
-from batchlr.curvature_report import CurvatureReport
 from batchlr.curvature_update import CurvatureUpdate
-from batchlr.dataclass_files import dataclass_from_state, dataclass_state
 from batchlr.lanczos import default_generator
-from batchlr.learning_rates import balanced_momentum
-from batchlr.lr_bound import LRBound, Rule
-from batchlr.on_the_fly import LearnedStepSize, check_learner, learn_step_size
+from batchlr.lr_bound import Rule
+from batchlr.on_the_fly import learn_step_size
 from batchlr.operators.batches import count_samples
 from batchlr.operators.curvature_matrix import NormMode
 from batchlr.operators.supervised import LossFunction
-from batchlr.optimizer_state import Kind, get_momentum, set_momentum
+from batchlr.optimizer_state import get_momentum, set_momentum
 from batchlr.peak_bounds import PeakBounds
 from batchlr.policies import POLICIES, PolicyName
+from batchlr.policy_choice import LIMIT_POLICIES, Policy, check_policy, sets_momentum
 from batchlr.rate_filter import RateFilter
 from batchlr.schedulers import BatchAwareLR
 from batchlr.spike_guard import SpikeGuard
-from batchlr.tracker import CurvatureTracker
+from batchlr.stability_limit import StabilityLimit, relative_error
+from batchlr.update_curvature import CdatEdge, update_curvature
 
 logger = logging.getLogger("batchlr")
 
-Policy = Literal["mean_square", "edge"] | PolicyName
-
-_STABLE = ("mean_square", "edge")
-_INTERVAL = 2 * 1.645  # standard errors in a 90 % interval
-_WARM_PRODUCTS = 3  # assumed: more of them, and the noise takes a product of its own
-_LONGEST = 10, 6  # measured (docs/log.md): products of the first search, of any other
-_FINENESS = 0.5  # measured (docs/log.md): tolerance of a search over the error of the last limit
-_COARSEST = 0.3  # assumed: no search is coarser
-_FIRST = 3  # measured (docs/log.md): the first search is that much coarser, its limit counts little
 _UNBOUNDED = 2**31  # stands for a data set of unknown size: without-replacement effects vanish
-_EDGE = 2  # measured against 1, 4 and 16: docs/log.md
 # In gradients of the measured samples: recording their graphs with all around it, a product, a
 # product through train-mode batch norm. Assumed, above what benchmarks/product_routes.py measures.
 _RECORDING, _PRODUCT, _COUPLED_PRODUCT = 3.0, 2.2, 3.5
@@ -61,7 +49,7 @@ class CurvatureController:
     With one of the paper's policies a measurement is instead one Lanczos run of ``max_products``
     steps on the Hessian, and rate and momentum of the policy are applied as they are: no limit, no
     filter, no ``growth``, no guard. They reproduce published experiments; what is wrong with them
-    is said in `batchlr.policies`.
+    is said in `batchlr.policies`. The rate of ``"cdat"``, of one product, is applied likewise.
 
     Args:
         scheduler: whose peak to set, and through it the optimizer's rates.
@@ -89,8 +77,10 @@ class CurvatureController:
             measured with; ``"mean-square"`` knows all directions, but its correction for few
             batches is noisy where a measurement has only four.
         policy: ``"mean_square"`` keeps to the limit in the mean square; ``"edge"`` to that of a
-            batch twice as large, since training survives more noise (measured); or a key of
-            `POLICIES`; those are for SGD and set its momentum.
+            batch twice as large, since training survives more noise (measured); ``"heavy_ball"``,
+            for SGD, sets Polyak's momentum for the curvature outside the bulk, and the lesser of
+            his rate and the limit at that momentum; ``"cdat"`` follows the edge along the
+            optimizer's own step (Roulet et al. 2024); or a key of `POLICIES`, for SGD.
         every_steps: measure before every so many steps, whatever the cost; None goes by need.
         generator: for start vectors; without one the seed is 0.
 
@@ -123,12 +113,7 @@ class CurvatureController:
         generator: torch.Generator | None = None,
     ) -> None:
         self.bounds = PeakBounds(safety, start, growth, drop)
-        if adjust_momentum and isinstance(scheduler.optimizer, torch.optim.RMSprop):
-            msg = (
-                "adjust_momentum needs SGD or Adam, got RMSprop, which makes its momentum's buffer "
-                "only once; set its momentum yourself and leave adjust_momentum out"
-            )
-            raise ValueError(msg)
+        check_policy(policy, scheduler.optimizer, safety=safety, adjust_momentum=adjust_momentum)
         if not 0 <= max_overhead < math.inf:
             msg = f"max_overhead must be finite and not negative, got {max_overhead}"
             raise ValueError(msg)
@@ -138,36 +123,50 @@ class CurvatureController:
         if every_steps is not None and every_steps < 1:
             msg = f"every_steps must be at least 1, or None, got {every_steps}"
             raise ValueError(msg)
-        if policy not in _STABLE:
-            check_learner(policy, scheduler.optimizer, safety, adjust_momentum)
         self.scheduler = scheduler
         self.loss_fn = loss_fn
-        self.batch_size = batch_size if batch_size is not None else scheduler.batch_size
-        self.dataset_size = _UNBOUNDED if dataset_size is None else dataset_size
-        self.adjust_momentum = adjust_momentum
         self.apply = apply
         self.norm_mode: NormMode = norm_mode
-        self.tol = tol
         self.max_products = max_products
-        self.clip_norm = clip_norm
-        self.rule: Rule = rule
         self.policy: Policy = policy
         self.every_steps = every_steps
         self.cadence = Cadence(total_steps, max_overhead)
-        self.num_products = 0
         self.seconds = 0.0
+        self._learner_products = 0  # of policies that follow no limit
         self._generator = default_generator(generator)
         self._filter = RateFilter()
         self._guard = SpikeGuard()
+        self._cdat = CdatEdge()
         self._step = 0
         self._has_rate = False
-        self._last: CurvatureReport | None = None
-        self._tracker = self._new_tracker()
+        self._limit = StabilityLimit(
+            scheduler.optimizer,
+            batch_size=scheduler.batch_size if batch_size is None else batch_size,
+            dataset_size=_UNBOUNDED if dataset_size is None else dataset_size,
+            policy=policy if policy in LIMIT_POLICIES else "edge",
+            adjust_momentum=adjust_momentum,
+            norm_mode=norm_mode,
+            tol=tol,
+            max_products=max_products,
+            clip_norm=clip_norm,
+            rule=rule,
+            generator=self._generator,
+        )
+
+    @property
+    def batch_size(self) -> int | None:
+        """Trained with; None until it is seen, if nobody said it."""
+        return self._limit.batch_size
+
+    @property
+    def num_products(self) -> int:
+        """Matrix-vector products of all measurements."""
+        return self._limit.num_products + self._learner_products
 
     @property
     def sets_momentum(self) -> bool:
         """Whether momentum is the controller's, too."""
-        return self.apply and (self.adjust_momentum or self.policy not in _STABLE)
+        return self.apply and (self._limit.sets_momentum or sets_momentum(self.policy))
 
     @property
     def due(self) -> bool:
@@ -205,8 +204,7 @@ class CurvatureController:
         before, products, seconds = self._filter.log_rate, self.num_products, self.seconds
         began = time.perf_counter()
         update = self._update(model, listed)
-        if update.failure is not None:  # what it took all the same
-            self.seconds = seconds + time.perf_counter() - began
+        self.seconds += time.perf_counter() - began
         update = replace(
             update,
             num_products=self.num_products - products,
@@ -227,7 +225,7 @@ class CurvatureController:
 
         It looks at ten losses at a time, and waits for the device only then.
         """
-        if self.policy not in _STABLE or not self.apply or not self._has_rate:
+        if self.policy not in LIMIT_POLICIES or not self.apply or not self._has_rate:
             return False
         before = self._guard.factor
         spiked = self._guard.observe(loss)
@@ -266,12 +264,12 @@ class CurvatureController:
         Raises:
             ValueError: ``batch_size`` is not in [1, dataset_size], or nothing was measured yet.
         """
-        if self._last is None or self.batch_size is None:
+        last, size = self._limit.last, self._limit.batch_size
+        if last is None or size is None:
             msg = "nothing was measured yet: change the batch size after the first step"
             raise ValueError(msg)
-        new = self._bound(self._last, batch_size).value
-        factor = new / self._bound(self._last, self.batch_size).value
-        self.batch_size = batch_size
+        factor = self._limit.bound(last, batch_size).value / self._limit.bound(last, size).value
+        self._limit.batch_size = batch_size
         self._filter.scale(factor)
         if self.apply:
             self.scheduler.rescale(factor, batch_size)
@@ -279,32 +277,54 @@ class CurvatureController:
 
     def _update(self, model: nn.Module, batches: list[Any]) -> CurvatureUpdate:
         try:
-            if self.policy in POLICIES:
-                update = self._follow(self.policy, model, batches)
-            else:
+            if self.policy in LIMIT_POLICIES:
                 update = self._stay_stable(model, batches)
+            elif self.policy in POLICIES:
+                update = self._follow_paper(self.policy, model, batches)
+            else:
+                update = self._follow_edge(model, batches)
         except (ArithmeticError, ValueError) as error:
             # A rate that is not the controller's own goes on; a mistake is still an error.
             keeps = not self.apply and isinstance(error, ArithmeticError)
             if not self._has_rate and not keeps:
                 raise
             logger.warning("step %d: keeping the last good rate: %s", self._step, error)
-            return self._record(failure=str(error))
+            return replace(self._record(), failure=str(error))
         self._has_rate = True
         return update
 
     def _stay_stable(self, model: nn.Module, batches: list[Any]) -> CurvatureUpdate:
         """The largest stable rate of the batch size trained with."""
-        self.batch_size = self.batch_size or count_samples(batches[0])
-        report = self._measure(model, batches)
-        bound = self._bound(report, self.batch_size)
-        self._last = replace(report, seconds=0.0)  # it goes into the state
-        rate = self._filter.update(self._step, bound.value, _relative_error(bound))
+        report, bound = self._limit.measure(model, self.loss_fn, batches)
+        optimizer, change = self.scheduler.optimizer, 1.0
+        if self._limit.sets_momentum:  # rates known so far were for the momentum so far
+            before = self._limit.bound(report, bound.batch_size, get_momentum(optimizer))
+            change = bound.value / before.value
+            if self._has_rate:
+                self._filter.scale(change)
+        rate = self._filter.update(self._step, bound.value, relative_error(bound))
         if self.apply:
-            self._apply(rate, bound.momentum)
-        return self._record(bound=bound, report=report)
+            last = self.scheduler.peak * change if self._has_rate else None
+            self.scheduler.set_peak(self.bounds.peak(self._guard.factor * rate, last))
+            if self._limit.sets_momentum:
+                set_momentum(optimizer, bound.momentum)
+        return replace(self._record(), bound=bound, report=report)
 
-    def _follow(self, policy: PolicyName, model: nn.Module, batches: list[Any]) -> CurvatureUpdate:
+    def _follow_edge(self, model: nn.Module, batches: list[Any]) -> CurvatureUpdate:
+        """CDAT: the rate at which the step about to be made leaves the loss as it is."""
+        along = update_curvature(
+            model, self.loss_fn, batches, self.scheduler.optimizer, norm_mode=self.norm_mode
+        )
+        self._learner_products += along.num_products
+        rate = self._cdat.update(along)
+        self._filter.update(self._step, rate, error=0.0)  # for the cadence only
+        if self.apply:
+            self.scheduler.set_peak(rate)
+        return replace(self._record(), along=along)
+
+    def _follow_paper(
+        self, policy: PolicyName, model: nn.Module, batches: list[Any]
+    ) -> CurvatureUpdate:
         """The step size of a published policy."""
         learned = learn_step_size(
             model,
@@ -315,106 +335,24 @@ class CurvatureController:
             norm_mode=self.norm_mode,
             generator=self._generator,
         )
-        self.num_products += learned.num_products
-        self.seconds += learned.seconds
+        self._learner_products += learned.num_products
         self._filter.update(self._step, learned.step_size.lr, error=0.0)  # for the cadence only
         if self.apply:
             self.scheduler.set_peak(learned.step_size.lr)
             set_momentum(self.scheduler.optimizer, learned.step_size.momentum)
-        return self._record(learned=learned)
-
-    def _new_tracker(self) -> CurvatureTracker:
-        return CurvatureTracker(
-            tol=self.tol,
-            max_products=min(_WARM_PRODUCTS, self.max_products),
-            max_run=self.max_products,
-            explore_every=1,
-            with_noise=True,
-            generator=self._generator,
-        )
-
-    def _measure(self, model: nn.Module, batches: list[Any]) -> CurvatureReport:
-        size = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        if any(vector.numel() != size for vector in self._tracker.vectors):
-            self._tracker = self._new_tracker()  # layers were frozen, or set free
-        self._tracker.tol = self._tolerance()
-        self._tracker.max_run = min(self.max_products, _LONGEST[bool(self._tracker.vectors)])
-        before = self._tracker.num_products
-        try:
-            report = track_curvature(
-                self._tracker,
-                model,
-                self.loss_fn,
-                batches,
-                dataset_size=self.dataset_size,
-                optimizer=self.scheduler.optimizer,
-                norm_mode=self.norm_mode,
-                clip_norm=self.clip_norm,
-            )
-        except ArithmeticError:
-            self.num_products += self._tracker.num_products - before
-            raise
-        self.num_products += report.num_products
-        self.seconds += report.seconds
-        return report
-
-    def _tolerance(self) -> float:
-        """As fine as asked, but not much finer than the few samples allow."""
-        if self._last is None or self.batch_size is None:
-            return min(_FIRST * self.tol, max(self.tol, _COARSEST))
-        error = _relative_error(self._bound(self._last, self.batch_size))
-        return min(max(self.tol, _FINENESS * error), max(self.tol, _COARSEST))
-
-    def _bound(self, report: CurvatureReport, batch_size: int) -> LRBound:
-        kind: Kind = "sgd" if report.adam is None else report.adam.optimizer
-        part = report if report.adam is None else report.adam
-        if part.largest <= 0:
-            msg = (
-                f"largest must be positive and finite, got {part.largest}: nothing limits the rate"
-            )
-            raise ArithmeticError(msg)
-        momentum = None
-        if self.adjust_momentum:
-            inverse = report.inverse_effective_batch_size(batch_size)
-            variance = report.noise.total if report.adam is None else report.adam.total
-            momentum = balanced_momentum(part.largest, variance * inverse / part.largest)
-        size = batch_size if self.policy == "mean_square" else _EDGE * batch_size
-        bound = report.max_lr(
-            min(size, report.dataset_size), optimizer=kind, momentum=momentum, rule=self.rule
-        )
-        return replace(bound, batch_size=batch_size)
-
-    def _apply(self, rate: float, momentum: float) -> None:
-        last = self.scheduler.peak if self._has_rate else None
-        self.scheduler.set_peak(self.bounds.peak(self._guard.factor * rate, last))
-        if self.adjust_momentum:
-            set_momentum(self.scheduler.optimizer, momentum)
+        return replace(self._record(), learned=learned)
 
     def _cost(self, update: CurvatureUpdate, batches: list[Any]) -> float:
         """Of a measurement, in gradients of one training batch."""
-        report = update.report or self._last  # the last one's, after a failure
+        report = update.report or self._limit.last  # the last one's, after a failure
         product = _COUPLED_PRODUCT if report is not None and report.coupled else _PRODUCT
         samples = sum(count_samples(batch) for batch in batches)
         gradients = (_RECORDING + product * update.num_products) * samples
         return gradients / (self.batch_size or samples)
 
-    def _record(
-        self,
-        *,
-        failure: str | None = None,
-        bound: LRBound | None = None,
-        report: CurvatureReport | None = None,
-        learned: LearnedStepSize | None = None,
-    ) -> CurvatureUpdate:
-        return CurvatureUpdate(
-            step=self._step,
-            peak=self.scheduler.peak,
-            momentum=get_momentum(self.scheduler.optimizer),
-            failure=failure,
-            bound=bound,
-            report=report,
-            learned=learned,
-        )
+    def _record(self) -> CurvatureUpdate:
+        optimizer = self.scheduler.optimizer
+        return CurvatureUpdate(self._step, self.scheduler.peak, get_momentum(optimizer))
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers, lists and tensors; with it a resumed controller goes on bit-identically."""
@@ -423,12 +361,11 @@ class CurvatureController:
             "cadence": self.cadence.state_dict(),
             "filter": self._filter.state_dict(),
             "guard": self._guard.state_dict(),
-            "batch_size": self.batch_size,
-            "last": None if self._last is None else dataclass_state(self._last),
+            "cdat": self._cdat.state_dict(),
+            "limit": self._limit.state_dict(),
             "has_rate": self._has_rate,
-            "num_products": self.num_products,
+            "learner_products": self._learner_products,
             "seconds": self.seconds,
-            "tracker": self._tracker.state_dict(),
             "generator": self._generator.get_state(),
         }
 
@@ -438,15 +375,9 @@ class CurvatureController:
         self.cadence.load_state_dict(state_dict["cadence"])
         self._filter.load_state_dict(state_dict["filter"])
         self._guard.load_state_dict(state_dict["guard"])
-        self.batch_size = state_dict["batch_size"]
-        last = state_dict["last"]
-        self._last = None if last is None else dataclass_from_state(CurvatureReport, last)
+        self._cdat.load_state_dict(state_dict["cdat"])
+        self._limit.load_state_dict(state_dict["limit"])
         self._has_rate = state_dict["has_rate"]
-        self.num_products = state_dict["num_products"]
+        self._learner_products = state_dict["learner_products"]
         self.seconds = state_dict["seconds"]
-        self._tracker.load_state_dict(state_dict["tracker"])
         self._generator.set_state(state_dict["generator"].cpu())
-
-
-def _relative_error(bound: LRBound) -> float:
-    return math.log(bound.high / bound.low) / _INTERVAL

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from batchlr.curvature_report import CurvatureReport
 from batchlr.lr_bound import LRBound
 from batchlr.on_the_fly import LearnedStepSize
+from batchlr.update_curvature import UpdateCurvature
 
 
 @dataclass(frozen=True)
@@ -15,10 +16,11 @@ class CurvatureUpdate:
     step: int  # optimizer steps made before it
     peak: float  # of the scheduler, after it
     momentum: float  # of the optimizer, after it
-    failure: str | None  # why the last good rate was kept; None if the measurement succeeded
-    bound: LRBound | None  # None after a failure, and with a policy of the paper
-    report: CurvatureReport | None  # likewise
+    failure: str | None = None  # why the last good rate was kept; None if the measurement succeeded
+    bound: LRBound | None = None  # with a policy that keeps to a limit; None after a failure
+    report: CurvatureReport | None = None  # likewise
     learned: LearnedStepSize | None = None  # with a policy of the paper; None after a failure
+    along: UpdateCurvature | None = None  # with CDAT; None after a failure
     num_products: int = 0  # matrix-vector products spent, on a failure, too
     seconds: float = 0.0  # likewise
     overhead: float = (
@@ -27,7 +29,7 @@ class CurvatureUpdate:
 
     @property
     def largest_eigenvalue(self) -> float:
-        """Of the matrix that limits the optimizer (Adam's is preconditioned); NaN on failure."""
+        """Of the matrix that limits the optimizer (Adam's is preconditioned); NaN if not known."""
         if self.learned is not None:
             return self.learned.largest
         if self.report is None:

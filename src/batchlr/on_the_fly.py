@@ -112,28 +112,3 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
-
-
-def check_learner(
-    policy: str, optimizer: torch.optim.Optimizer, safety: float, adjust_momentum: bool
-) -> None:
-    """Refuse what does not go with a published policy.
-
-    Raises:
-        ValueError: ``policy`` is unknown, it cannot steer ``optimizer``, or it is to be changed.
-    """
-    if policy not in POLICIES:
-        msg = f"policy must be one of mean_square, edge, {', '.join(POLICIES)}, got {policy!r}"
-        raise ValueError(msg)
-    if not isinstance(optimizer, torch.optim.SGD):
-        msg = (
-            f"policy {policy} gives a rate and a momentum for SGD, got "
-            f"{type(optimizer).__name__}: use SGD, or policy='mean_square'"
-        )
-        raise ValueError(msg)
-    if safety != 1.0:
-        msg = f"policy {policy} is applied as published: safety must be 1, got {safety}"
-        raise ValueError(msg)
-    if adjust_momentum:
-        msg = f"policy {policy} sets the momentum itself: leave adjust_momentum False"
-        raise ValueError(msg)

@@ -95,22 +95,22 @@ def test_anchors_and_merge_keys_are_yaml_like_any_other(write):
         ("curvature: {measure: false}", "measure must not be false when optim.lr is auto"),
         (
             "curvature: {policy: paper}",
-            "curvature.policy: must be mean_square, edge, paper_sgd, paper_momentum, "
-            "paper_momentum_as_published or paper_nesterov, got 'paper'",
+            "curvature.policy: must be mean_square, edge, heavy_ball, cdat, paper_sgd, "
+            "paper_momentum, paper_momentum_as_published or paper_nesterov, got 'paper'",
         ),
         (
             "curvature: {policy: paper_sgd, safety: 0.5}",
-            "curvature.policy: must be mean_square or edge when safety is not 1, got 'paper_sgd'",
+            "must be mean_square, edge or heavy_ball when safety is not 1, got 'paper_sgd'",
         ),
         (
             "curvature: {policy: paper_sgd, adjust_momentum: true}",
-            "must be mean_square or edge when adjust_momentum is true; others set momentum, got",
+            "must be mean_square or edge when adjust_momentum is true, got",
         ),
         ("curvature: {every_epochs: 0}", "must be a whole number of at least 1, or null, got 0"),
         ("curvature: {fixed_samples: 1}", "fixed_samples: must be true or false, got 1"),
         (
             "{optim: {name: adamw}, curvature: {policy: paper_nesterov}}",
-            "policy must be mean_square or edge for adamw; paper_nesterov is sgd's",
+            "policy must be mean_square, edge or cdat for adamw; paper_nesterov is sgd's",
         ),
         ("spectrum: {matrix: fisher}", "spectrum.matrix: must be hessian, ggn or residual, got"),
         ("spectrum: {steps: 0}", "spectrum.steps: must be a whole number of at least 1, got 0"),
@@ -399,7 +399,7 @@ def test_a_section_has_the_options_of_what_it_builds(section, name, build, other
 
 def test_the_policies_of_a_configuration_are_the_library_s():
     names = get_args(SECTIONS["curvature"].model_fields["policy"].annotation)
-    assert names == ("mean_square", "edge", *POLICIES)
+    assert names == ("mean_square", "edge", "heavy_ball", "cdat", *POLICIES)
 
 
 def test_every_section_is_frozen_and_hashable():

@@ -118,8 +118,8 @@ def test_the_comparison_sees_what_matters(whole):
     saved = state(whole("batch norm, adam"))
     assert saved["optimizer"]["state"][0].keys() == {"step", "exp_avg", "exp_avg_sq"}
     assert any("running_var" in name for name in saved["model"])
-    assert saved["controller"]["tracker"]["trails"]["largest"]["vector"].norm() > 0
-    assert {"generator", "cadence", "filter", "guard", "num_products"} <= saved["controller"].keys()
+    assert saved["controller"]["limit"]["tracker"]["trails"]["largest"]["vector"].norm() > 0
+    assert {"generator", "cadence", "filter", "guard", "cdat"} <= saved["controller"].keys()
     assert {"sampler", "random_state", "scheduler"} <= saved.keys()
     with pytest.raises(AssertionError, match=r"stem\.weight differs"):
         assert_same(saved, state(whole("batch norm")))

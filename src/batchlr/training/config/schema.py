@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from batchlr.policies import POLICIES
+from batchlr.policy_choice import LIMIT_POLICIES, Policy, sets_momentum
 from batchlr.training.config.fields import (
     AboveOne,
     Count,
@@ -114,19 +114,13 @@ class CurvatureOptions(Options):
         description="batch normalisation while measuring: train = statistics of the batch, the "
         "function SGD descends; eval = running statistics (assumed)",
     )
-    policy: Literal[
-        "mean_square",
-        "edge",
-        "paper_sgd",
-        "paper_momentum",
-        "paper_momentum_as_published",
-        "paper_nesterov",
-    ] = Field(
+    policy: Policy = Field(
         default="edge",
         description="what a measurement sets: mean_square = the largest stable rate (Mulayoff and "
         "Michaeli 2024, extended to momentum); edge = that of a batch twice as large (measured); "
-        "paper_* = rate and momentum of the paper's "
-        "on-the-fly learners as published, from one Lanczos run of max_products steps",
+        "heavy_ball = Polyak's momentum, and the lesser of his rate and the limit; cdat = twice "
+        "the greedy rate along the step (Roulet et al. 2024); paper_* = rate and momentum of the "
+        "paper's on-the-fly learners as published, from one Lanczos run of max_products steps",
     )
     every_epochs: CountOrNull = Field(
         default=None,
@@ -142,12 +136,10 @@ class CurvatureOptions(Options):
     @field_validator("policy")
     @classmethod
     def _check(cls, policy: str, info: ValidationInfo) -> str:
-        if policy in POLICIES and info.data.get("safety", 1.0) != 1.0:
-            raise refusal("must be mean_square or edge when safety is not 1")
-        if policy in POLICIES and info.data.get("adjust_momentum"):
-            raise refusal(
-                "must be mean_square or edge when adjust_momentum is true; others set momentum"
-            )
+        if policy not in LIMIT_POLICIES and info.data.get("safety", 1.0) != 1.0:
+            raise refusal("must be mean_square, edge or heavy_ball when safety is not 1")
+        if policy not in ("mean_square", "edge") and info.data.get("adjust_momentum"):
+            raise refusal("must be mean_square or edge when adjust_momentum is true")
         return policy
 
 
@@ -273,9 +265,10 @@ class TrainConfig(Options):
         optim = info.data.get("optim")
         if curvature.measure is False and optim is not None and optim.lr == "auto":
             raise refusal("measure must not be false when optim.lr is auto")
-        if curvature.policy in POLICIES and optim is not None and optim.name != "sgd":
+        if sets_momentum(curvature.policy) and optim is not None and optim.name != "sgd":
             words = (
-                f"policy must be mean_square or edge for {optim.name}; {curvature.policy} is sgd's"
+                f"policy must be mean_square, edge or cdat for {optim.name}; "
+                f"{curvature.policy} is sgd's"
             )
             raise refusal(words)
         return curvature
