@@ -759,14 +759,14 @@ def test_heavy_ball_is_polyak_s_pair_of_the_outliers_where_there_is_no_noise():
 
 
 def test_heavy_ball_s_rate_is_within_the_limit_of_small_batches():
-    """Batches of four: noise, not curvature, limits; both rates at Polyak's momentum."""
+    """Batches of one: noise, not curvature, limits; both rates are at Polyak's momentum."""
     model, _, scheduler, batches = spiked_problem()
-    options = {"batch_size": 4, "dataset_size": 4096, "tol": 1e-3}
+    options = {"batch_size": 1, "dataset_size": 4096, "tol": 1e-3}
     controller = controller_of(scheduler, MSE, policy="heavy_ball", **options)
     update = controller.maybe_update(model, batches)
     pair = heavy_ball(8.0, 0.5)
     limit = update.report.max_lr(
-        4, optimizer="sgd", momentum=update.momentum, rule="top-direction"
+        1, optimizer="sgd", momentum=update.momentum, rule="top-direction"
     ).value
     assert update.momentum == pytest.approx(pair.momentum, rel=1e-3)
     assert update.peak == pytest.approx(limit)
@@ -776,15 +776,15 @@ def test_heavy_ball_s_rate_is_within_the_limit_of_small_batches():
 def test_a_rate_moves_with_the_momentum_it_is_for():
     """Where momentum rises the peak falls at once, however slowly it may fall otherwise."""
     model, optimizer, scheduler, batches = spiked_problem()
-    options = {"batch_size": 4, "dataset_size": 4096, "every_steps": 1, "drop": 0.9}
+    options = {"batch_size": 1, "dataset_size": 4096, "every_steps": 1, "drop": 0.9}
     controller = controller_of(scheduler, MSE, policy="heavy_ball", **options)
     before = controller.maybe_update(model, batches)
     optimizer.param_groups[0]["momentum"] = 0.0  # by somebody else, and the limit there
-    slow = before.report.max_lr(4, optimizer="sgd", momentum=0.0, rule="top-direction").value
+    slow = before.report.max_lr(1, optimizer="sgd", momentum=0.0, rule="top-direction").value
     scheduler.set_peak(slow)
     after = controller.maybe_update(model, batches)
     assert after.momentum == pytest.approx(before.momentum, rel=0.1)
-    assert before.peak < 0.7 * slow
+    assert before.peak < 0.8 * slow
     assert after.peak < 1.1 * before.peak
 
 
