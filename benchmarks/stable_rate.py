@@ -49,7 +49,7 @@ FLOOR = 0.002  # least curvature followed, relative to the top: with 0.02 limits
 ROUNDING = 1e-6  # likewise, of those small enough to follow every direction
 EVERY = 1000  # parameters up to which every direction with any curvature is followed
 DIRECTIONS = {False: 120, True: 24}  # leading ones of larger networks; fewer with interaction
-POINTS = ("start", "middle")
+POINTS = {"start": 0, "middle": 150}  # steps of training before
 BATCHES = {False: (4, 16, 64, 256, 1024), True: (16, 64, 256)}  # likewise
 MOMENTA = {False: (0.0, 0.5, 0.9), True: (0.0, 0.9)}  # likewise
 SURVIVED = ((16, 0.0), (16, 0.9), (256, 0.0), (256, 0.9))  # (B, momentum) of part (c)
@@ -58,7 +58,6 @@ MEASURED = 40  # batches at most that a prediction is measured on, where samples
 LEADING = 256  # samples whose mean has the directions followed, where samples interact
 CHUNK = 8  # directions differentiated together: more take memory and save no time
 STEPS = 100  # of a run in part (c)
-MIDDLE = 150  # steps of training before the second point
 TASKS = {
     "digits": lambda size: load_data("digits", seed=0, image_size=size),
     "synthetic": lambda size: load_data(
@@ -75,9 +74,9 @@ MODELS = {
 
 
 class Problem:
-    """A network at one point of training, its data, and its Jacobians along given directions."""
+    """A network after some steps of training, its data, and its Jacobians along directions."""
 
-    def __init__(self, model, task, point):
+    def __init__(self, model, task, steps):
         size, kind, options = MODELS[model]
         torch.manual_seed(0)
         data = TASKS[task](size)
@@ -90,14 +89,14 @@ class Problem:
         # running averages are no part of what a training step sees, and vmap cannot write them
         replace_all_batch_norm_modules_(self.model)
         self.loss_fn = supervised(torch.nn.CrossEntropyLoss())
-        if point == "middle":
-            optimizer = torch.optim.SGD(self.model.parameters(), lr=0.03, momentum=0.9)
-            generator = torch.Generator().manual_seed(1)
-            for _ in range(MIDDLE):
-                rows = torch.randperm(SAMPLES, generator=generator)[:32]
-                optimizer.zero_grad()
-                self.loss_fn(self.model, (self.x[rows], self.y[rows])).backward()
-                optimizer.step()
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=0.03, momentum=0.9)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(steps):
+            rows = torch.randperm(SAMPLES, generator=generator)[:32]
+            optimizer.zero_grad()
+            self.loss_fn(self.model, (self.x[rows], self.y[rows])).backward()
+            optimizer.step()
+        optimizer.zero_grad()
         self.parameters = {k: v.detach().clone() for k, v in self.model.named_parameters()}
         self.buffers = {k: v.detach().clone() for k, v in self.model.named_buffers()}
         self.size = sum(v.numel() for v in self.parameters.values())
@@ -165,6 +164,12 @@ class Problem:
             roots = values.clamp(min=0).sqrt()[:, :, None] * vectors.transpose(1, 2)
             parts.append(roots.float() @ flat.detach())
         return torch.cat(parts)
+
+    def scale(self, batch_size, adam):
+        """``D^-1/2`` ``(P,)`` of Adam at ``batch_size``; ones for SGD."""
+        if not adam:
+            return torch.ones(self.size)
+        return (self.second_moment(batch_size).clamp(min=0).sqrt() + 1e-8).rsqrt()
 
     def second_moment(self, batch_size):
         """``E g_B^2`` ``(P,)`` of batches drawn without replacement."""
@@ -420,7 +425,7 @@ def predict_again(rows, names):
             continue
         if here != (row["problem"], row["point"]):
             here = row["problem"], row["point"]
-            problem, reports = Problem(*row["problem"].rsplit("-", 1), row["point"]), {}
+            problem, reports = Problem(*row["problem"].rsplit("-", 1), POINTS[row["point"]]), {}
         row |= predictions(problem, row, reports)
         print(*here, row["optimizer"], row["momentum"], row["batch"], flush=True)
 
@@ -450,15 +455,13 @@ def run(problem_name, points, finished, path):
             continue
         began = time.perf_counter()
         if problem is None or problem[0] != cell["point"]:
-            problem = cell["point"], Problem(model, task, cell["point"])
+            problem = cell["point"], Problem(model, task, POINTS[cell["point"]])
             quadratics, reports = {}, {}
         here, batch_size = problem[1], cell["batch"]
         adam = cell["optimizer"] == "adam"
         which = (adam, batch_size if adam or here.coupled else 0)
         if which not in quadratics:
-            metric = here.second_moment(batch_size).clamp(min=0).sqrt() + 1e-8
-            scale = metric.rsqrt() if adam else torch.ones(here.size)
-            quadratics = {which: Quadratic(here, batch_size, scale)}
+            quadratics = {which: Quadratic(here, batch_size, here.scale(batch_size, adam))}
         quadratic = quadratics[which]
         if not here.coupled:
             quadratic.resize(batch_size)
