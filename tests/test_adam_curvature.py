@@ -42,9 +42,15 @@ def test_the_noise_is_that_along_and_across():
     assert ADAM.total == 7.0
 
 
-@pytest.mark.parametrize(("size", "stretch"), [(1, 2.0), (4, 1.0), (16, 0.6875), (100, 0.5)])
-def test_the_metric_is_interpolated_in_the_root_of_the_batch_size(size, stretch):
-    """At 16 the root is 1/4, three eighths of the way from 1/10 to 1/2."""
+NOISES = [(1 / 16 - 1 / 100) ** 0.5, (1 / 4 - 1 / 100) ** 0.5]
+
+
+@pytest.mark.parametrize(
+    ("size", "stretch"),
+    [(1, 2.0), (4, 1.0), (16, 0.5 + 0.5 * NOISES[0] / NOISES[1]), (100, 0.5)],
+)
+def test_the_metric_is_interpolated_in_the_noise_of_a_batch(size, stretch):
+    """Its standard deviation, ``(1/B - 1/N)^1/2``; the data set has 100 samples, and no noise."""
     assert ADAM.stretch_at(size) == pytest.approx(stretch)
     seen = ADAM.projected_at(size)
     assert seen.values == pytest.approx(ADAM.projected.values / stretch)

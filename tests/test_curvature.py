@@ -741,11 +741,12 @@ def test_adam_without_a_step_takes_its_preconditioner_from_gradients(dataset_siz
         assert adam.largest == pytest.approx(top, rel=1e-8)
     else:
         assert 0.5 * top <= adam.largest < top  # corrected for being a batch
-    # How the preconditioner stretches along the top vector; interpolated on a grid of 15 sizes.
-    for size in (1, 4, 25, 100, 200):
+    # How the preconditioner stretches along the top vector; interpolated. Beyond the 200 samples
+    # measured the squares of some mean gradients come out negative and count as zero.
+    for size, precision in ((1, 0.02), (4, 0.02), (25, 0.02), (100, 0.03), (200, 0.1)):
         stretch = (at(size).sqrt() + 1e-8) / (at(25).sqrt() + 1e-8)
         want = float((vectors[:, -1].square() * stretch).sum())
-        assert adam.stretch_at(size) == pytest.approx(want, rel=0.02)
+        assert adam.stretch_at(size) == pytest.approx(want, rel=precision)
 
 
 def test_adam_s_metric_is_judged_by_halves_of_the_batches(monkeypatch):
@@ -762,10 +763,12 @@ def test_adam_s_metric_is_judged_by_halves_of_the_batches(monkeypatch):
     plain = measure(model, batch, 25, **options).adam
     monkeypatch.setattr("batchlr.adam_measurement.selection_bias", judge)
     judged = measure(model, batch, 25, **options).adam
-    numbers = np.arange(1, len(asked) + 1)
-    assert len(asked) == len(judged.batch_sizes) == 15
+    count = len(judged.batch_sizes)
+    places = [0, 2, 4, 6, 7]  # every other one and the last; straight lines between
+    assert (len(asked), count) == (5, 8)
+    numbers = np.interp(range(count), places, range(1, 6))
     assert judged.metric_errors == pytest.approx(numbers / 10)
-    assert plain.metric_errors == (0.0,) * 15
+    assert plain.metric_errors == (0.0,) * count
     factors = 1 + numbers / 100
     assert judged.metrics == pytest.approx(plain.metrics * factors[:, None, None], rel=1e-12)
 
@@ -776,7 +779,8 @@ def test_adam_s_metric_is_judged_by_halves_of_the_batches(monkeypatch):
     scale = every(25).sqrt() + 1e-8
     dense = scale[:, None].rsqrt() * dense_hessian(model, batch) * scale.rsqrt()
     top = torch.linalg.eigh(dense).eigenvectors[:, -1]
-    for size, (values, metrics) in zip(judged.batch_sizes, asked, strict=True):
+    for place, (values, metrics) in zip(places, asked, strict=True):
+        size = judged.batch_sizes[place]
         assert np.array_equal(values, judged.projected.values)
         assert len(metrics) == 2
         for at, metric in zip(halves, metrics, strict=True):
@@ -794,11 +798,11 @@ def test_adam_s_metric_is_measured_without_each_batch_in_turn(monkeypatch):
     scale = every(25).sqrt() + 1e-8
     dense = scale[:, None].rsqrt() * dense_hessian(model, batch) * scale.rsqrt()
     top = torch.linalg.eigh(dense).eigenvectors[:, -1]
-    assert adam.metrics_without.shape == (15, 8, *adam.projected.matrices.shape[1:])
+    assert adam.metrics_without.shape == (8, 8, *adam.projected.matrices.shape[1:])
     for left_out in range(8):
         rest = [number for number in range(8) if number != left_out]
         at = batch_second_moment(model, batch, 25, rest, 200)
-        for index in (0, 7, 14):
+        for index in (0, 2, 4, 7):
             seen = at(adam.batch_sizes[index]).sqrt() + 1e-8
             want = 1.25 * float((top.square() * seen / scale).sum())
             got = adam.metrics_without[index, left_out, 0, 0]
@@ -810,7 +814,7 @@ def test_few_batches_have_no_halves(num_batches):
     model, batch = train(network(), 1), first_digits(60)
     size = 60 // num_batches
     adam = measure(model, batch, size, optimizer="adam", **TOP).adam
-    assert adam.metric_errors == (0.0,) * 15
+    assert set(adam.metric_errors) == {0.0}
     assert adam.metrics_without is None
     here = adam.projected_at(size)
     assert float(here.values[0]) == pytest.approx(float(adam.projected.values[0]), rel=0.02)
@@ -954,8 +958,8 @@ def test_adam_with_a_large_eps_sees_the_hessian_over_it():
     optimizer = adam_after(5, model, batch, eps=1e6)
     report = measure(model, batch, 25, optimizer=optimizer, tol=1e-5)
     assert report.adam.largest == pytest.approx(report.largest / 1e6, rel=1e-5)
-    size = len(report.adam.projected.values)
-    assert report.adam.metrics == pytest.approx(np.tile(np.eye(size), (15, 1, 1)), abs=1e-5)
+    count, size = len(report.adam.batch_sizes), len(report.adam.projected.values)
+    assert report.adam.metrics == pytest.approx(np.tile(np.eye(size), (count, 1, 1)), abs=1e-5)
 
 
 def test_adam_with_unequal_groups_measures_both_metrics_at_once():

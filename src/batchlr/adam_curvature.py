@@ -30,7 +30,7 @@ class AdamCurvature:
     decoupled_decay: float  # AdamW's weight decay
     converged: bool
     source: Literal["state", "gradients"]  # of v: the optimizer's state, or batch gradients
-    batch_sizes: tuple[float, ...]  # (G,) ascending
+    batch_sizes: tuple[float, ...]  # (G,) ascending, the last that of the data set, N
     projected: ProjectedCurvature
     metrics: npt.NDArray[np.float64] = field(compare=False)  # (G, m, m)
     metric_errors: tuple[float, ...]  # (G,) relative error of the curvature through the metric
@@ -61,9 +61,14 @@ class AdamCurvature:
         return self.projected.leaving_out(population, metrics)
 
     def _at(self, table: npt.NDArray[np.float64], batch_size: float) -> npt.NDArray[np.float64]:
-        """``table``, interpolated in ``B^-1/2``: exact for gradients all noise, or all signal."""
-        roots = np.array(self.batch_sizes) ** -0.5
-        position = float(np.interp(-(batch_size**-0.5), -roots, range(len(roots))))
+        """``table``, interpolated in what noise a batch has: ``(1/B - 1/N)^1/2``.
+
+        Exact for gradients all noise, or all signal.
+        """
+        sizes = np.array(self.batch_sizes)
+        roots = np.sqrt(np.maximum(1 / sizes - 1 / sizes[-1], 0))
+        root = max(1 / batch_size - 1 / sizes[-1], 0.0) ** 0.5
+        position = float(np.interp(-root, -roots, range(len(roots))))
         below = min(int(position), len(self.batch_sizes) - 2)
         share = position - below
         metric: npt.NDArray[np.float64] = (1 - share) * table[below] + share * table[below + 1]

@@ -39,7 +39,7 @@ def measure_curvature(
     norm_mode: NormMode = "train",
     matrix: Matrix = "hessian",
     num_eigenpairs: int = 3,
-    tol: float = 1e-3,
+    tol: float = 1e-2,
     max_products: int = 100,
     num_small_batches: int = 16,
     clip_norm: float | None = None,
