@@ -70,7 +70,7 @@ def make_report(*, dataset_size=UNBOUNDED, adam=None, momentum=0.0):
 
 def make_adam(stretch_at, *, variance=VARIANCE, beta1=0.9):
     """Adam's curvature with ``D(B) / D(500)`` as given, tabulated finely."""
-    sizes = np.geomspace(1, UNBOUNDED, 401)
+    sizes = np.geomspace(1, UNBOUNDED, 2001)
     return AdamCurvature(
         largest=Measured(LARGEST, 0.0),
         parallel=Measured(0.25 * variance, 0.0),
