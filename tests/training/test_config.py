@@ -180,6 +180,21 @@ def test_an_unknown_name_lists_the_known_ones(write):
     ]
 
 
+def test_a_misspelt_name_does_not_hide_what_else_is_wrong(write):
+    text = "optim: {name: sgdd, lr: -1, momentum: 2}\ntrain: {epochs: 0}"
+    found = problems(write(text))
+    assert [line.split(": ")[1] for line in found] == [
+        "optim.name",
+        "optim.lr",
+        "optim.momentum",
+        "train.epochs",
+    ]
+    assert "did you mean 'sgd'?" in found[0]
+    assert [line.split(": ")[1] for line in problems(write("optim: {name: lion, lr: -1}"))] == [
+        "optim.name"  # nobody knows what was meant
+    ]
+
+
 @pytest.mark.parametrize("name", ["[1]", "{a: 1}", "", "sgdd", "3"])
 def test_a_name_that_is_none_is_refused_wherever_it_stands(write, name):
     shown = {"": "null", "{a: 1}": "{'a': 1}", "sgdd": "'sgdd'; did you mean 'sgd'?"}.get(

@@ -95,15 +95,31 @@ def problems_in(
 ) -> list[Problem]:
     """The schema's refusals of ``values`` in the user's terms."""
     problems = []
-    for details in error.errors(include_url=False):
+    for details in _all_errors(error):
         keys = _without_tag(details["loc"])
-        if details["type"] == "union_tag_invalid":
-            keys = (*keys, "name")
         message = _message(details, keys, values)
         asked_by = (keys[0], "name")  # what makes a missing key required
         at = asked_by if details["type"] == "missing" and asked_by in places else keys
         problems.append(Problem(place_of(at, places, whole), dotted(keys), message))
     return problems
+
+
+def _all_errors(error: ValidationError) -> Iterable[ErrorDetails]:
+    """With those of a section whose misspelt name has hidden them."""
+    for details in error.errors(include_url=False):
+        if details["type"] != "union_tag_invalid":
+            yield details
+            continue
+        section, given = str(details["loc"][0]), details["input"]
+        yield {**details, "loc": (section, given["name"], "name")}
+        choices = VARIANTS[section]
+        for meant in get_close_matches(str(given["name"]), choices, n=1):
+            try:
+                choices[meant].model_validate({**given, "name": meant})
+            except ValidationError as hidden:
+                for other in hidden.errors(include_url=False):
+                    if other["type"] != "extra_forbidden":  # it may belong to what was meant
+                        yield {**other, "loc": (section, meant, *other["loc"])}
 
 
 def _without_tag(location: Keys) -> Keys:
