@@ -14,9 +14,9 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src"
 LEVELS = [
     {"random_matrix", "learning_rates", "scaling_rules", "measured", "mean_square", "operators"}
-    | {"lr_bound", "cadence", "rate_filter", "spike_guard", "peak_bounds", "metric"}
+    | {"lr_bound", "cadence", "rate_filter", "spike_guard", "collapse", "snapshots", "peak_bounds", "metric"}
     | {"inner_products", "orthogonality"},
-    {"krylov_basis", "rayleigh_ritz"},
+    {"krylov_basis", "rayleigh_ritz", "safeguard"},
     {"lanczos_process"},
     {"lanczos", "dataclass_files", "policies", "projected_curvature", "outlying_directions"},
     {

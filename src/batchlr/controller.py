@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from batchlr.cadence import Cadence
+from batchlr.collapse import Same
 from batchlr.curvature import track_curvature
 from batchlr.curvature_report import CurvatureReport
 from batchlr.curvature_update import CurvatureUpdate
@@ -26,8 +27,8 @@ from batchlr.optimizer_state import Kind, get_momentum, set_momentum
 from batchlr.peak_bounds import PeakBounds
 from batchlr.policies import POLICIES, PolicyName
 from batchlr.rate_filter import RateFilter
+from batchlr.safeguard import EVENTS, Event, Safeguard
 from batchlr.schedulers import BatchAwareLR
-from batchlr.spike_guard import SpikeGuard
 from batchlr.tracker import CurvatureTracker
 
 logger = logging.getLogger("batchlr")
@@ -54,9 +55,9 @@ class CurvatureController:
 
     It measures where curvature moves (`Cadence`), each time starting from the last eigenvector;
     averages what it finds (`RateFilter`); moves the peak from a share of the first limit on in
-    bounded steps (`PeakBounds`); and, if it is shown the losses (`observe`), halves the rate when
-    they jump (`SpikeGuard`). When a measurement fails the last good rate is kept and the failure
-    reported.
+    bounded steps (`PeakBounds`); and, if it is shown the losses (`observe`), slows down when they
+    jump and goes back when the network is lost (`Safeguard`). When a measurement fails the last
+    good rate is kept and the failure reported.
 
     With one of the paper's policies a measurement is instead one Lanczos run of ``max_products``
     steps on the Hessian, and rate and momentum of the policy are applied as they are: no limit, no
@@ -92,6 +93,8 @@ class CurvatureController:
             batch twice as large, since training survives more noise (measured); or a key of
             `POLICIES`; those are for SGD and set its momentum.
         every_steps: measure before every so many steps, whatever the cost; None goes by need.
+        rollback: undo the steps that destroyed the network, where `observe` sees it; see
+            `Safeguard` for the memory it takes.
         generator: for start vectors; without one the seed is 0.
 
     Raises:
@@ -120,6 +123,7 @@ class CurvatureController:
         rule: Rule = "top-direction",
         policy: Policy = "edge",
         every_steps: int | None = None,
+        rollback: bool = True,
         generator: torch.Generator | None = None,
     ) -> None:
         self.bounds = PeakBounds(safety, start, growth, drop)
@@ -158,7 +162,9 @@ class CurvatureController:
         self.seconds = 0.0
         self._generator = default_generator(generator)
         self._filter = RateFilter()
-        self._guard = SpikeGuard()
+        self._steers = apply and policy in _STABLE
+        self._guard = Safeguard(scheduler.optimizer, rollback=rollback and self._steers)
+        self._anew = False  # the next limit counts as the first
         self._step = 0
         self._has_rate = False
         self._last: CurvatureReport | None = None
@@ -197,9 +203,11 @@ class CurvatureController:
         Raises:
             ArithmeticError: the very first measurement failed, so that there is no rate to apply.
         """
+        self._guard.watch(model)
         if not self.due:
             self._step += 1
             return None
+        self.rescue()
         made = batches() if callable(batches) else batches
         listed = [made] if isinstance(made, (tuple, dict, Tensor)) else list(made)
         before, products, seconds = self._filter.log_rate, self.num_products, self.seconds
@@ -222,21 +230,45 @@ class CurvatureController:
         self._step += 1
         return replace(update, overhead=self.overhead)
 
-    def observe(self, loss: Tensor) -> bool:
-        """Show the controller the loss ``()`` of a step; True if it has just backed off.
+    def observe(self, loss: Tensor, same: Same | None = None) -> Event | None:
+        """Show the controller the loss ``()`` of the step just made, its gradients still in place.
 
-        It looks at ten losses at a time, and waits for the device only then.
+        It looks at several steps at a time, and waits for the device only then.
+
+        Args:
+            loss: of the step, in several processes that of all.
+            same: of `agree`, where there are several.
+
+        Returns:
+            ``"slowed"``: the loss jumped, the rate is halved. ``"undone"``: the network was lost
+            and is what it was some steps ago, the rate is a quarter. ``"recovered"``: it has left
+            the plateau on which it was lost before, a full rate is measured. Mostly None.
         """
-        if self.policy not in _STABLE or not self.apply or not self._has_rate:
-            return False
-        before = self._guard.factor
-        spiked = self._guard.observe(loss)
-        if self._guard.factor != before:
-            self.scheduler.set_peak(self.scheduler.peak * self._guard.factor / before)
-        if spiked:
-            logger.warning("step %d: the loss jumped, the rate is halved", self._step)
-            self.cadence.look_soon(self._step - 1)
-        return spiked
+        return self._heed(lambda: self._guard.observe(loss, same))
+
+    def rescue(self, same: Same | None = None) -> Event | None:
+        """As `observe`, ahead of its time, if a loss shown since the last look has exploded.
+
+        For before something is done with the weights; `maybe_update` calls it before it measures.
+        Waits for the device.
+        """
+        return self._heed(lambda: self._guard.rescue(same))
+
+    def _heed(self, look: Callable[[], Event | None]) -> Event | None:
+        if not self._steers or not self._has_rate:
+            return None
+        before = self._guard.peak
+        event = look()
+        if self._guard.peak != before:
+            self.scheduler.set_peak(self.scheduler.peak * self._guard.peak / before)
+        if event is None:
+            return None
+        logger.warning("step %d: %s", self._step, EVENTS[event])
+        if event != "slowed":
+            self._filter.forget()
+        self._anew = self._anew or event == "recovered"
+        self.cadence.look_soon(self._step - 1)
+        return event
 
     def agree(self, same: Callable[[float], float]) -> None:
         """Take over the decisions of the first of several processes; call it after a measurement.
@@ -250,6 +282,7 @@ class CurvatureController:
         self.scheduler.set_peak(same(self.scheduler.peak))
         if self.sets_momentum:
             set_momentum(self.scheduler.optimizer, same(get_momentum(self.scheduler.optimizer)))
+        self._guard.free = same(self._guard.free)
         for part in (self.cadence, self._filter):
             part.load_state_dict(
                 {
@@ -275,6 +308,7 @@ class CurvatureController:
         self._filter.scale(factor)
         if self.apply:
             self.scheduler.rescale(factor, batch_size)
+            self._guard.rescale(factor)
         self.cadence.look_soon(self._step - 1)
 
     def _update(self, model: nn.Module, batches: list[Any]) -> CurvatureUpdate:
@@ -385,8 +419,10 @@ class CurvatureController:
         return replace(bound, batch_size=batch_size)
 
     def _apply(self, rate: float, momentum: float) -> None:
-        last = self.scheduler.peak if self._has_rate else None
-        self.scheduler.set_peak(self.bounds.peak(self._guard.factor * rate, last))
+        last = self.scheduler.peak if self._has_rate and not self._anew else None
+        self._anew = False
+        peak = self.bounds.peak(self._guard.factor * rate, last)
+        self.scheduler.set_peak(self._guard.limited(peak))
         if self.adjust_momentum:
             set_momentum(self.scheduler.optimizer, momentum)
 
@@ -426,6 +462,7 @@ class CurvatureController:
             "batch_size": self.batch_size,
             "last": None if self._last is None else dataclass_state(self._last),
             "has_rate": self._has_rate,
+            "anew": self._anew,
             "num_products": self.num_products,
             "seconds": self.seconds,
             "tracker": self._tracker.state_dict(),
@@ -442,6 +479,7 @@ class CurvatureController:
         last = state_dict["last"]
         self._last = None if last is None else dataclass_from_state(CurvatureReport, last)
         self._has_rate = state_dict["has_rate"]
+        self._anew = state_dict["anew"]
         self.num_products = state_dict["num_products"]
         self.seconds = state_dict["seconds"]
         self._tracker.load_state_dict(state_dict["tracker"])
