@@ -126,6 +126,7 @@ class CollapseDetector:
             setattr(self, name, value)
 
 
+@torch.no_grad()
 def _signs(loss: Tensor, gradients: Sequence[Tensor]) -> Tensor:
     """Loss, norm of the gradient, and share of tensors whose gradient is zero ``(3,)``."""
     loss = loss.detach().float()

@@ -419,7 +419,7 @@ class CurvatureController:
         return replace(bound, batch_size=batch_size)
 
     def _apply(self, rate: float, momentum: float) -> None:
-        last = self.scheduler.peak if self._has_rate and not self._anew else None
+        last = self._guard.free if self._has_rate and not self._anew else None
         self._anew = False
         peak = self.bounds.peak(self._guard.factor * rate, last)
         self.scheduler.set_peak(self._guard.limited(peak))

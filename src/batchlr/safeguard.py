@@ -153,6 +153,7 @@ class Safeguard:
         if self.plateau:
             if math.isnan(self.losses[0]):
                 self.losses = [loss, loss]
+                self.level = loss
             return
         assert self._model is not None
         self._sure, self._latest = self._latest, self._sure
@@ -172,7 +173,7 @@ class Safeguard:
         if self.plateau:
             if not self.attempts:
                 self.norm = self.detector.largest
-            self.held = _CUT * min(self.held, self.free)
+            self.held = _CUT * (self.held if self.attempts else self.free)
             self.ceiling = self.held
             self.detector.close = True
             self.spikes.factor = factor
