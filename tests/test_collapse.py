@@ -60,6 +60,14 @@ def test_a_loss_beyond_all_bounds_is_lost_at_any_time(loss):
             assert show(detector, [2.3, loss]) == [True]
 
 
+@pytest.mark.parametrize(("first", "loss"), [(2.3, 7.0), (0.01, 3.1), (-5.0, 16.0)])
+def test_so_is_a_mean_of_three_times_the_first_loss_or_of_three(first, loss):
+    for mean, lost in [(loss, True), (0.9 * loss, False)]:
+        detector = CollapseDetector()
+        show(detector, [first, first, first - 4.0, first - 4.0])
+        assert show(detector, [mean, mean]) == [lost]
+
+
 def test_a_gradient_that_overflows_alone_is_not():
     """Steps with such gradients are skipped by scalers of half precision."""
     detector = CollapseDetector()

@@ -118,6 +118,14 @@ def test_a_network_lost_before_the_first_look_goes_back_and_may_recover():
     assert run.steps(2.3, 2.3, 1.0) == ["recovered"]
 
 
+def test_who_knows_the_network_is_lost_can_say_so():
+    run = Run()
+    run.steps(*LEARNT)
+    assert run.guard.rescue(lost=True) == "undone"
+    assert run.weight == 6.0
+    assert run.guard.peak == 0.25
+
+
 def test_a_rescue_comes_before_the_look_only_if_need_be():
     run = Run()
     run.steps(*LEARNT, *[1.3] * 80)

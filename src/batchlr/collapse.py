@@ -17,6 +17,7 @@ _LEARNT = 0.1  # assumed: the loss has come down by this share
 _JUMP, _SURGE = 0.1, 3.0  # measured (docs/log.md): rise of the loss, factor of the gradient
 _SILENT = 0.5  # measured (docs/log.md): share of tensors without gradient in a dead network
 _EXPLODED = 100.0  # assumed: a loss this many times its first value, or 1, does not come back
+_WORSE = 3.0  # assumed: nor does the mean of a look
 
 
 @final
@@ -34,7 +35,8 @@ class Look:
 class CollapseDetector:
     """Looks at losses and gradients every few steps, and knows three kinds of collapse.
 
-    Explosion: a loss that is no finite number, or a hundred times the first. Before anything has
+    Explosion: a loss that is no finite number, or a hundred times the first, or three times in the
+    mean of a look (a first loss below 1 counts as 1). Before anything has
     been learnt, a jump: a loss a tenth above the first one in the same step as a gradient three
     times the largest before. And silence: in every step of a look most tensors of weights have a
     gradient of exactly zero, as behind units that have died, at a loss above half the first one.
@@ -93,12 +95,15 @@ class CollapseDetector:
         return Look(loss, norm, lost)
 
     def _exploded(self, loss: float) -> bool:
-        return not abs(loss) <= (
-            sys.float_info.max if self.first is None else _EXPLODED * max(abs(self.first), 1.0)
-        )
+        return not abs(loss) <= _EXPLODED * self._unit
+
+    @property
+    def _unit(self) -> float:
+        """The first loss, or 1; without one, so much that only what is not finite exceeds it."""
+        return sys.float_info.max / _EXPLODED if self.first is None else max(abs(self.first), 1.0)
 
     def _lost(self, rows: list[list[float]], mean: float, silent: bool) -> bool:
-        if any(self._exploded(row[0]) for row in rows):
+        if any(self._exploded(row[0]) for row in rows) or mean > _WORSE * self._unit:
             return True
         if self.first is None:
             return False

@@ -44,6 +44,7 @@ _COARSEST = 0.3  # assumed: no search is coarser
 _FIRST = 3  # measured (docs/log.md): the first search is that much coarser, its limit counts little
 _UNBOUNDED = 2**31  # stands for a data set of unknown size: without-replacement effects vanish
 _EDGE = 2  # measured against 1, 4 and 16: docs/log.md
+_ANEW = 0.5  # measured (docs/log.md): share of the first limit behind a plateau
 # In gradients of the measured samples: recording their graphs with all around it, a product, a
 # product through train-mode batch norm. Assumed, above what benchmarks/product_routes.py measures.
 _RECORDING, _PRODUCT, _COUPLED_PRODUCT = 3.0, 2.2, 3.5
@@ -246,13 +247,16 @@ class CurvatureController:
         """
         return self._heed(lambda: self._guard.observe(loss, same))
 
-    def rescue(self, same: Same | None = None) -> Event | None:
-        """As `observe`, ahead of its time, if a loss shown since the last look has exploded.
+    def rescue(self, same: Same | None = None, *, lost: bool = False) -> Event | None:
+        """Undo steps now if a loss shown since the last look has exploded; waits for the device.
 
         For before something is done with the weights; `maybe_update` calls it before it measures.
-        Waits for the device.
+
+        Args:
+            same: as that of `observe`.
+            lost: undo them in any case: the network is lost, by what only the caller has seen.
         """
-        return self._heed(lambda: self._guard.rescue(same))
+        return self._heed(lambda: self._guard.rescue(same, lost=lost))
 
     def _heed(self, look: Callable[[], Event | None]) -> Event | None:
         if not self._steers or not self._has_rate:
@@ -419,9 +423,10 @@ class CurvatureController:
         return replace(bound, batch_size=batch_size)
 
     def _apply(self, rate: float, momentum: float) -> None:
+        bounds = replace(self.bounds, start=_ANEW) if self._anew else self.bounds
         last = self._guard.free if self._has_rate and not self._anew else None
         self._anew = False
-        peak = self.bounds.peak(self._guard.factor * rate, last)
+        peak = bounds.peak(self._guard.factor * rate, last)
         self.scheduler.set_peak(self._guard.limited(peak))
         if self.adjust_momentum:
             set_momentum(self.scheduler.optimizer, momentum)

@@ -118,15 +118,20 @@ class Safeguard:
         self.free *= self.spikes.factor / before
         return event
 
-    def rescue(self, same: Same | None = None) -> Event | None:
-        """Look ahead of time if a loss not yet looked at has exploded; waits for the device."""
+    def rescue(self, same: Same | None = None, *, lost: bool = False) -> Event | None:
+        """Look ahead of time if a loss not yet looked at has exploded; waits for the device.
+
+        Args:
+            same: as that of `observe`.
+            lost: the caller knows that the network is lost.
+        """
         if self._model is None:
             return None
-        urgent = self.detector.urgent
+        urgent = lost or self.detector.urgent
         if same is not None:
             urgent = bool(same(float(urgent)))
         before = self.spikes.factor
-        event = self._judge(self.detector.look(same), before) if urgent else None
+        event = self._undo(before) if urgent else None
         self.free *= self.spikes.factor / before
         return event
 
@@ -139,7 +144,8 @@ class Safeguard:
             self.detector.close = False
             self._keep(look.loss)
             return "recovered" if lifted else None
-        if self.ceiling < math.inf and look.norm > 0:
+        if self.ceiling < math.inf and 0 < look.norm < math.inf:
+            self.norm = self.norm or look.norm  # zero if no look was quiet before the collapse
             self.ceiling = self.held * min(1.0, self.norm / look.norm)
         self._keep(look.loss)
         return None

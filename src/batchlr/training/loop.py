@@ -297,6 +297,12 @@ class _Run:
             DivergedError: the loss is not finite, so the weights are not worth a checkpoint.
         """
         result = evaluate(self.experiment)
+        controller = self.experiment.controller
+        if not math.isfinite(result.loss) and controller is not None:
+            event = controller.rescue(self.same, lost=True)
+            self.heed(event)
+            if event is not None:
+                result = evaluate(self.experiment)
         if not math.isfinite(result.loss):
             msg = f"the test loss became {result.loss:.4g}"
             raise DivergedError(msg)
