@@ -1,5 +1,6 @@
 """What counts as a lost network, and what does not."""
 
+import itertools
 import math
 
 import pytest
@@ -49,6 +50,15 @@ def test_once_something_is_learnt_jumps_are_no_collapse():
     detector = CollapseDetector()
     show(detector, [2.3, 2.3, 1.0, 1.0])
     assert show(detector, [2.6, 2.6], [50, 50]) == [False]
+
+
+def test_what_was_learnt_and_is_forgotten_for_good_is_lost():
+    detector = CollapseDetector()
+    show(detector, [2.3, 2.3, 2.0, 2.0])
+    assert show(detector, [2.3] * 4) == [False, False]
+    assert show(detector, [2.2, 2.2]) == [False]  # not for good
+    assert show(detector, [2.29] * 6) == [False, False, True]
+    assert show(CollapseDetector(), [2.3] * 20) == [False] * 10  # nothing to forget
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf, 231.0])
@@ -110,7 +120,7 @@ def test_without_gradients_losses_are_enough():
 def test_looks_grow_apart_with_the_run_and_can_be_made_close():
     detector = CollapseDetector()
     steps = [k for k in range(1, 200) if show(detector, [2.3])]
-    gaps = [b - a for a, b in zip(steps, steps[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(steps)]
     assert steps[:8] == [2, 4, 6, 8, 10, 12, 14, 16]
     assert gaps == sorted(gaps)
     assert gaps[-1] == 10

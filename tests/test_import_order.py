@@ -14,7 +14,16 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src"
 LEVELS = [
     {"random_matrix", "learning_rates", "scaling_rules", "measured", "mean_square", "operators"}
-    | {"lr_bound", "cadence", "rate_filter", "spike_guard", "collapse", "snapshots", "peak_bounds", "metric"}
+    | {
+        "lr_bound",
+        "cadence",
+        "rate_filter",
+        "spike_guard",
+        "collapse",
+        "snapshots",
+        "peak_bounds",
+        "metric",
+    }
     | {"inner_products", "orthogonality"},
     {"krylov_basis", "rayleigh_ritz", "safeguard"},
     {"lanczos_process"},

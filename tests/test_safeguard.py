@@ -1,4 +1,4 @@
-"""What the safeguard does about a lost network: where it goes back to, and at what rate it goes on."""
+"""Where the safeguard goes back to when a network is lost, and at what rate it goes on."""
 
 import io
 import math
@@ -63,6 +63,14 @@ def test_what_is_learnt_is_kept_from_before_the_last_quiet_look():
     assert run.guard.peak == 0.25
     run.steps(*[1.2] * 200)  # which comes back while it is quiet
     assert run.guard.peak == 1.0
+
+
+def test_a_network_that_has_forgotten_goes_back_to_before_it_forgot():
+    run = Run()
+    run.steps(*LEARNT)
+    assert run.steps(*[2.3] * 6) == ["undone"]
+    assert run.weight == 6.0
+    assert run.steps(*[1.3] * 4, *[2.3] * 9) == ["undone"]
 
 
 def test_the_ceiling_falls_as_gradients_outgrow_the_plateau_s():

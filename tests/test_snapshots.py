@@ -45,8 +45,10 @@ def assert_equal(one, other):
     for number in first:
         assert first[number].keys() == second[number].keys()
         for key, value in first[number].items():
-            assert torch.equal(value, second[number][key]) if torch.is_tensor(value) else (
-                value == second[number][key]
+            assert (
+                torch.equal(value, second[number][key])
+                if torch.is_tensor(value)
+                else (value == second[number][key])
             )
 
 

@@ -17,6 +17,7 @@ _LEARNT = 0.1  # assumed: the loss has come down by this share
 _JUMP, _SURGE = 0.1, 3.0  # measured (docs/log.md): rise of the loss, factor of the gradient
 _SILENT = 0.5  # measured (docs/log.md): share of tensors without gradient in a dead network
 _EXPLODED = 100.0  # assumed: a loss this many times its first value, or 1, does not come back
+_BACK, _SUNK = 0.03, 3  # assumed: so near the first loss again, for so many looks
 _WORSE = 3.0  # assumed: nor does the mean of a look
 
 
@@ -28,18 +29,20 @@ class Look:
     loss: float  # their mean
     norm: float  # of the last one's gradient
     lost: bool
+    sound: bool  # not back at the first loss after something was learnt
 
 
 @final
 @dataclass
 class CollapseDetector:
-    """Looks at losses and gradients every few steps, and knows three kinds of collapse.
+    """Looks at losses and gradients every few steps, and knows four kinds of collapse.
 
     Explosion: a loss that is no finite number, or a hundred times the first, or three times in the
     mean of a look (a first loss below 1 counts as 1). Before anything has
     been learnt, a jump: a loss a tenth above the first one in the same step as a gradient three
     times the largest before. And silence: in every step of a look most tensors of weights have a
-    gradient of exactly zero, as behind units that have died, at a loss above half the first one.
+    gradient of exactly zero, as behind units that have died, at a loss above half the first one. And
+    oblivion: once something was learnt, three looks in a row whose loss is the first one again.
 
     Looks are two steps apart at first, an eighth of the steps so far later on, ten at most; each
     waits for the device once. A step costs the norms of its gradients.
@@ -51,6 +54,7 @@ class CollapseDetector:
     largest: float = 0.0  # norm of a gradient up to the last look that was quiet
     sparse: bool = False  # most tensors had no gradient from the start
     learnt: bool = False  # the loss has come down
+    sunk: int = 0  # looks since it is back at the first
     pending: list[Tensor] = field(default_factory=list)  # (3,) each, see `_signs`
 
     def observe(
@@ -86,13 +90,18 @@ class CollapseDetector:
         norm = rows[-1][1]
         largest = max((row[1] for row in rows if math.isfinite(row[1])), default=0.0)
         silent = all(row[2] > _SILENT for row in rows)
+        self.sunk = self.sunk + 1 if self.learnt and self._back(loss) else 0
         lost = self._lost(rows, loss, silent)
         if same is not None:
             loss, norm, largest = same(loss), same(norm), same(largest)
             lost, silent = bool(same(float(lost))), bool(same(float(silent)))
+            self.sunk = int(same(self.sunk))
         if not lost:
             self._settle(loss, largest, silent)
-        return Look(loss, norm, lost)
+        return Look(loss, norm, lost, sound=self.sunk == 0)
+
+    def _back(self, loss: float) -> bool:
+        return self.first is not None and loss > self.first - _BACK * abs(self.first)
 
     def _exploded(self, loss: float) -> bool:
         return not abs(loss) <= _EXPLODED * self._unit
@@ -107,6 +116,9 @@ class CollapseDetector:
             return True
         if self.first is None:
             return False
+        if self.sunk >= _SUNK:
+            self.sunk = 0
+            return True
         if silent and not self.sparse and mean > self.first / 2:
             return True
         above = self.first + _JUMP * abs(self.first)

@@ -11,7 +11,8 @@ from batchlr.snapshots import Snapshot
 from batchlr.spike_guard import SpikeGuard
 
 _CUT = 0.25  # measured (docs/log.md): factor on the rate at each attempt
-_PROGRESS = 0.1  # assumed: an attempt has succeeded when the loss is down by this share
+import os
+_PROGRESS = float(os.environ.get("PROGRESS","0.1")) # 0.1  # assumed: an attempt has succeeded when the loss is down by this share
 _PATIENCE = 10  # assumed: or, once something is learnt, after so many quiet looks
 _ATTEMPTS = 8  # assumed: without success; then the run is left to itself
 
@@ -142,12 +143,12 @@ class Safeguard:
             lifted = self.ceiling < math.inf
             self.attempts, self.held, self.ceiling = 0, math.inf, math.inf
             self.detector.close = False
-            self._keep(look.loss)
+            self._keep(look)
             return "recovered" if lifted else None
         if self.ceiling < math.inf and 0 < look.norm < math.inf:
             self.norm = self.norm or look.norm  # zero if no look was quiet before the collapse
             self.ceiling = self.held * min(1.0, self.norm / look.norm)
-        self._keep(look.loss)
+        self._keep(look)
         return None
 
     def _succeeded(self, loss: float) -> bool:
@@ -155,16 +156,18 @@ class Safeguard:
         down = loss < self.level - _PROGRESS * abs(self.level)
         return down or (not self.plateau and self.quiet >= _PATIENCE)
 
-    def _keep(self, loss: float) -> None:
+    def _keep(self, look: Look) -> None:
         if self.plateau:
             if math.isnan(self.losses[0]):
-                self.losses = [loss, loss]
-                self.level = loss
+                self.losses = [look.loss, look.loss]
+                self.level = look.loss
+            return
+        if not look.sound:
             return
         assert self._model is not None
         self._sure, self._latest = self._latest, self._sure
         self._latest.take(self._model, self.optimizer)
-        self.losses = [self.losses[1], loss]
+        self.losses = [self.losses[1], look.loss]
 
     def _undo(self, factor: float) -> Event | None:
         assert self._model is not None
