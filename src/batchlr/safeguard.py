@@ -11,8 +11,7 @@ from batchlr.snapshots import Snapshot
 from batchlr.spike_guard import SpikeGuard
 
 _CUT = 0.25  # measured (docs/log.md): factor on the rate at each attempt
-import os
-_PROGRESS = float(os.environ.get("PROGRESS","0.1")) # 0.1  # assumed: an attempt has succeeded when the loss is down by this share
+_PROGRESS = 0.1  # assumed: an attempt has succeeded when the loss is down by this share
 _PATIENCE = 10  # assumed: or, once something is learnt, after so many quiet looks
 _ATTEMPTS = 8  # assumed: without success; then the run is left to itself
 
