@@ -99,9 +99,22 @@ def test_the_ceiling_is_lifted_when_the_loss_has_come_down():
     assert run.guard.peak == run.guard.free == 1.0
     assert run.guard.attempts == 0
     weight = run.weight
-    run.steps(2.0, 2.0, 2.0, 2.0)
+    run.steps(1.5, 1.5, 1.5, 1.5)
     assert run.steps(math.nan, math.nan) == ["undone"]
     assert run.weight >= weight  # and the plateau is left for good
+
+
+def test_what_is_learnt_but_soon_forgotten_is_tried_again_from_the_start():
+    run = Run()
+    run.steps(*PLATEAU, 2.3, math.nan, 2.3)
+    assert run.steps(2.05) == ["recovered"]
+    assert run.steps(*[2.3] * 6) == ["undone"]
+    assert run.weight == 0.0
+    assert run.guard.peak == 0.25**2
+    assert run.steps(2.05) == ["recovered"]
+    assert run.steps(*[2.05] * 20) == []  # as long again: now it will last
+    assert run.steps(*[2.3] * 30)[0] == "undone"
+    assert run.weight > 20
 
 
 def test_after_eight_attempts_in_vain_the_run_is_left_to_itself():

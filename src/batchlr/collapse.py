@@ -14,6 +14,7 @@ Same = Callable[[float], float]
 _OFTEN, _SELDOM = 2, 10  # assumed: steps between two looks, at least and at most
 _AGE = 8  # assumed: between those, the steps so far over this
 _LEARNT = 0.1  # assumed: the loss has come down by this share
+_SETTLED = 0.3  # assumed: by this share, or that other long ago, and it is not about to be lost
 _JUMP, _SURGE = 0.1, 3.0  # measured (docs/log.md): rise of the loss, factor of the gradient
 _SILENT = 0.5  # measured (docs/log.md): share of tensors without gradient in a dead network
 _EXPLODED = 100.0  # assumed: a loss this many times its first value, or 1, does not come back
@@ -30,6 +31,7 @@ class Look:
     norm: float  # of the last one's gradient
     lost: bool
     sound: bool  # not back at the first loss after something was learnt
+    settled: bool  # what was learnt will last
 
 
 @final
@@ -38,11 +40,11 @@ class CollapseDetector:
     """Looks at losses and gradients every few steps, and knows four kinds of collapse.
 
     Explosion: a loss that is no finite number, or a hundred times the first, or three times in the
-    mean of a look (a first loss below 1 counts as 1). Before anything has
-    been learnt, a jump: a loss a tenth above the first one in the same step as a gradient three
-    times the largest before. And silence: in every step of a look most tensors of weights have a
-    gradient of exactly zero, as behind units that have died, at a loss above half the first one. And
-    oblivion: once something was learnt, three looks in a row whose loss is the first one again.
+    mean of a look (a first loss below 1 counts as 1). A jump: before the loss has come down by a
+    tenth, a loss a tenth above the first one in the same step as a gradient three times the largest
+    before. Silence: in every step of a look most tensors of weights have a gradient of exactly
+    zero, as behind units that have died, at a loss above half the first one. Oblivion: once
+    something was learnt, three looks in a row whose loss is within 3 % of the first one, or worse.
 
     Looks are two steps apart at first, an eighth of the steps so far later on, ten at most; each
     waits for the device once. A step costs the norms of its gradients.
@@ -53,7 +55,7 @@ class CollapseDetector:
     first: float | None = None  # mean loss of the first look
     largest: float = 0.0  # norm of a gradient up to the last look that was quiet
     sparse: bool = False  # most tensors had no gradient from the start
-    learnt: bool = False  # the loss has come down
+    learnt: int = 0  # steps after which the loss had come down; 0 is not yet
     sunk: int = 0  # looks since it is back at the first
     pending: list[Tensor] = field(default_factory=list)  # (3,) each, see `_signs`
 
@@ -98,7 +100,12 @@ class CollapseDetector:
             self.sunk = int(same(self.sunk))
         if not lost:
             self._settle(loss, largest, silent)
-        return Look(loss, norm, lost, sound=self.sunk == 0)
+        return Look(loss, norm, lost, sound=self.sunk == 0, settled=self._settled(loss))
+
+    def _settled(self, loss: float) -> bool:
+        if not self.learnt or self.first is None:
+            return False
+        return loss < self.first - _SETTLED * abs(self.first) or self.steps >= 2 * self.learnt
 
     def _back(self, loss: float) -> bool:
         return self.first is not None and loss > self.first - _BACK * abs(self.first)
@@ -131,7 +138,8 @@ class CollapseDetector:
         if self.first is None:
             self.first, self.sparse = loss, silent
         self.largest = max(self.largest, largest)
-        self.learnt = self.learnt or loss < self.first - _LEARNT * abs(self.first)
+        if not self.learnt and loss < self.first - _LEARNT * abs(self.first):
+            self.learnt = self.steps
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and the signs not yet looked at."""

@@ -22,7 +22,7 @@ EVENTS = {
     "recovered": "the network has left the plateau on which it was lost before",
 }
 
-_NUMBERS = ("free", "held", "ceiling", "norm", "attempts", "quiet", "level")
+_NUMBERS = ("free", "held", "ceiling", "norm", "attempts", "early", "quiet", "level")
 
 
 @final
@@ -30,13 +30,14 @@ class Safeguard:
     """Halves the rate when the loss jumps, and undoes the steps that destroyed the network.
 
     What a jump is says `SpikeGuard`, what destroyed is `CollapseDetector`. A network that is lost
-    becomes what it was at a look which at least one more quiet look has followed; until something
-    is learnt, what it was at the very first. Weights, buffers and the optimizer's state go back;
+    becomes what it was at a look which at least one more quiet look has followed, or at the very
+    first, until the loss has come down by 30 %, or for as long again as it took to come down by a
+    tenth. Weights, buffers and the optimizer's state go back;
     data, schedule and random states go on. The rate is cut to a quarter, which `SpikeGuard` gives
     back while it is quiet.
 
-    On a plateau curvature says nothing about the rate that its end will bear, so while nothing is
-    learnt it is not given back: each attempt has a ceiling on the peak of a quarter of the last
+    On a plateau curvature says nothing about the rate that its end will bear, so a network back at
+    its start does not get its rate back: each attempt has a ceiling on the peak of a quarter of the last
     one's, and after each step the ceiling is lowered in proportion as the gradient exceeds the
     largest before the first collapse. It is lifted when the loss has come down by a tenth: from
     there on curvature is worth measuring, as if the run began anew.
@@ -60,6 +61,7 @@ class Safeguard:
         self.ceiling = math.inf  # at the last gradient
         self.norm = math.nan  # the plateau's largest gradient
         self.attempts = 0  # since the last success
+        self.early = True  # the snapshots are of the start
         self.quiet = 0  # looks since the last attempt
         self.level = math.nan  # loss of the snapshot gone back to
         self.losses = [math.nan, math.nan]  # at the two snapshots
@@ -75,11 +77,6 @@ class Safeguard:
     def peak(self) -> float:
         """The peak to train with; NaN before the first one is set."""
         return min(self.free, self.ceiling)
-
-    @property
-    def plateau(self) -> bool:
-        """Whether nothing has been learnt yet."""
-        return not self.detector.learnt
 
     def watch(self, model: nn.Module) -> None:
         """Remember whose weights to keep; takes a first snapshot."""
@@ -140,7 +137,7 @@ class Safeguard:
             return self._undo(factor)
         if self.attempts and self._succeeded(look.loss):
             lifted = self.ceiling < math.inf
-            self.attempts, self.held, self.ceiling = 0, math.inf, math.inf
+            self.attempts, self.ceiling = 0, math.inf
             self.detector.close = False
             self._keep(look)
             return "recovered" if lifted else None
@@ -153,15 +150,14 @@ class Safeguard:
     def _succeeded(self, loss: float) -> bool:
         self.quiet += 1
         down = loss < self.level - _PROGRESS * abs(self.level)
-        return down or (not self.plateau and self.quiet >= _PATIENCE)
+        return down or (not self.early and self.quiet >= _PATIENCE)
 
     def _keep(self, look: Look) -> None:
-        if self.plateau:
-            if math.isnan(self.losses[0]):
-                self.losses = [look.loss, look.loss]
-                self.level = look.loss
-            return
-        if not look.sound:
+        if math.isnan(self.losses[0]):
+            self.losses = [look.loss, look.loss]
+            self.level = look.loss
+        self.early = self.early and not look.settled
+        if self.early or not look.sound:
             return
         assert self._model is not None
         self._sure, self._latest = self._latest, self._sure
@@ -178,10 +174,12 @@ class Safeguard:
         self.losses = [self.level, self.level]
         self.detector.pending = []
         self.spikes.pending = []
-        if self.plateau:
-            if not self.attempts:
-                self.norm = self.detector.largest
-            self.held = _CUT * (self.held if self.attempts else self.free)
+        if self.early:
+            self.detector.learnt = 0
+            if self.held == math.inf:
+                self.norm, self.held = self.detector.largest, self.free
+            self.detector.largest = self.norm
+            self.held *= _CUT
             self.ceiling = self.held
             self.detector.close = True
             self.spikes.factor = factor
