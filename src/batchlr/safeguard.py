@@ -181,6 +181,7 @@ class Safeguard:
             self.detector.largest = self.norm
             self.held *= _CUT
             self.ceiling = self.held
+            self.free = max(self.free, self.held)  # what was learnt of the rate is undone, too
             self.detector.close = True
             self.spikes.factor = factor
         else:
