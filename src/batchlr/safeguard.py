@@ -30,21 +30,20 @@ class Safeguard:
     """Halves the rate when the loss jumps, and undoes the steps that destroyed the network.
 
     What a jump is says `SpikeGuard`, what destroyed is `CollapseDetector`. A network that is lost
-    becomes what it was at a look which at least one more quiet look has followed, or at the very
-    first, until the loss has come down by 30 %, or for as long again as it took to come down by a
-    tenth. Weights, buffers and the optimizer's state go back;
-    data, schedule and random states go on. The rate is cut to a quarter, which `SpikeGuard` gives
-    back while it is quiet.
+    becomes what it was at a look that at least one more quiet look has followed. Until the loss has
+    come down by 30 %, or for as long again as its first tenth took, it becomes what it was at the
+    start. Weights, buffers and the optimizer's state go back; data, schedule and random states go
+    on. The rate is cut to a quarter, which `SpikeGuard` gives back while it is quiet.
 
     On a plateau curvature says nothing about the rate that its end will bear, so a network back at
-    its start does not get its rate back: each attempt has a ceiling on the peak of a quarter of the last
-    one's, and after each step the ceiling is lowered in proportion as the gradient exceeds the
+    its start does not get its rate back: each attempt has a ceiling on the peak of a quarter of the
+    last one's, and after each step the ceiling is lowered in proportion as the gradient exceeds the
     largest before the first collapse. It is lifted when the loss has come down by a tenth: from
     there on curvature is worth measuring, as if the run began anew.
 
     Keeps two snapshots, also in its state: twice the memory of weights, buffers and optimizer state
     (four times the weights with SGD's momentum, six times with Adam). A step costs the norms of its
-    gradients, a look two more reads of that memory.
+    gradients, a look one copy of that memory.
 
     Args:
         optimizer: whose state goes back with the weights.
