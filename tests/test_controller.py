@@ -850,18 +850,86 @@ def test_a_jump_of_the_loss_halves_the_rate_and_asks_for_a_measurement():
     model, optimizer, scheduler, batches = problem
     controller = controller_of(scheduler, MSE, total_steps=1000)
     peak = controller.maybe_update(model, batches).peak
-    losses = [1.0] * 10 + [5.0] * 10
+    losses = [1.0] * 10 + [1.5] * 10
     spikes, measured = [], []
     for loss in losses:
         spikes.append(controller.observe(torch.tensor(loss)))
         measured.append(controller.maybe_update(model, batches) is not None)
-    assert spikes == [False] * 19 + [True]
+    assert spikes == [None] * 19 + ["slowed"]
     assert measured[18:] == [False, True]  # before the step that follows
     assert scheduler.peak == pytest.approx(peak / 2, rel=0.1)
     assert optimizer.param_groups[0]["lr"] == scheduler.peak
     for _ in range(40):  # quiet again
         controller.observe(torch.tensor(1.0))
     assert scheduler.peak == pytest.approx(peak, rel=0.1)
+
+
+def test_a_destroyed_network_goes_back_before_it_is_measured():
+    problem = linear_problem()
+    model, _, scheduler, batches = problem
+    controller = controller_of(scheduler, MSE, every_steps=1, total_steps=1000)
+    events = poisoned_run(controller, problem, range(22))
+    assert not any(events)
+    good = model.bias.detach().clone()
+    controller.observe(MSE(model, batches[0]))
+    update = controller.maybe_update(model, batches)
+    assert update.failure is None
+    assert model.weight.isfinite().all()
+    assert not torch.equal(model.bias, good)  # of some steps before
+    assert controller.rescue() is None
+
+
+@pytest.mark.parametrize("options", [{"apply": False}, {"policy": "paper_sgd"}])
+def test_a_controller_that_does_not_steer_keeps_no_snapshots(options):
+    problem = linear_problem()
+    controller = controller_of(problem[2], MSE, **options)
+    poisoned_run(controller, problem, range(30))
+    assert "sure" not in controller.state_dict()["guard"]
+    assert problem[0].weight.isnan().all()
+
+
+def test_behind_a_plateau_the_rate_starts_anew_at_half_the_limit():
+    model, _, scheduler, batches = linear_problem()
+    controller = controller_of(scheduler, MSE, total_steps=10_000, tol=1e-6)
+    limit = controller.maybe_update(model, batches).bound.value
+    start = model.weight.detach().clone()
+    events = []
+    for loss in [2.3, 2.3, 2.3, math.nan, 2.3, 2.3]:
+        with torch.no_grad():
+            model.weight.add_(0.1)
+        events.append(controller.observe(torch.tensor(loss)))
+        if loss != loss:
+            assert torch.equal(model.weight, start)
+            assert scheduler.peak == pytest.approx(limit / 4, rel=1e-9)
+    assert [event for event in events if event] == ["undone"]
+    assert controller.due
+    update = controller.maybe_update(model, batches)
+    assert update.bound.value > limit / 4
+    assert update.peak == pytest.approx(limit / 4, rel=1e-9)  # the ceiling
+    assert controller.observe(torch.tensor(1.0)) == "recovered"
+    assert controller.due
+    update = controller.maybe_update(model, batches)
+    assert update.peak == pytest.approx(update.bound.value / 2, rel=1e-6)
+
+
+def test_another_batch_size_moves_the_ceiling_too():
+    model, _, scheduler, batches = linear_problem()
+    controller = controller_of(scheduler, MSE, dataset_size=128)
+    controller.maybe_update(model, batches)
+    for loss in [2.3, 2.3, 2.3, math.nan]:
+        controller.observe(torch.tensor(loss))
+    before = scheduler.peak
+    controller.set_batch_size(4)
+    after = scheduler.peak
+    controller.observe(torch.tensor(2.3))
+    assert scheduler.peak == after < before
+
+
+def test_rollback_can_be_switched_off():
+    problem = linear_problem()
+    controller = controller_of(problem[2], MSE, rollback=False)
+    assert "undone" not in poisoned_run(controller, problem, range(40))
+    assert problem[0].weight.isnan().all()
 
 
 @pytest.mark.parametrize("options", [{"apply": False}, {"policy": "paper_sgd"}])
@@ -998,6 +1066,47 @@ def test_a_resumed_controller_goes_on_bit_for_bit(kind, cut):
     assert resumed_controller.num_products == controller.num_products
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("cut", [3, 12, 20, 21, 24])
+def test_a_controller_resumed_before_a_rollback_goes_back_to_the_same_bits(kind, cut):
+    def build():
+        problem = linear_problem(kind, shape=lambda o: CosineAnnealingLR(o, 60))
+        return problem, controller_of(problem[2], MSE, total_steps=60, max_overhead=5.0)
+
+    problem, controller = build()
+    before = poisoned_run(controller, problem, range(cut))
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in (*problem[:3], controller)], file)
+    expected = poisoned_run(controller, problem, range(cut, 60))
+    assert "undone" in before + expected
+    file.seek(0)
+    resumed, other = build()
+    for part, state in zip((*resumed[:3], other), torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    assert poisoned_run(other, resumed, range(cut, 60)) == expected
+    assert torch.equal(resumed[0].weight, problem[0].weight)
+    assert resumed[0].weight.isfinite().all()
+    assert resumed[2].peak == problem[2].peak
+
+
+def poisoned_run(controller, problem, steps):
+    """What `observe` returned in each step; step 21 leaves weights that are no numbers."""
+    model, optimizer, scheduler, batches = problem
+    events = []
+    for k in steps:
+        controller.maybe_update(model, batches)
+        optimizer.zero_grad()
+        loss = MSE(model, batches[k % len(batches)])
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        if k == 21:
+            with torch.no_grad():
+                model.weight.fill_(math.nan)
+        events.append(controller.observe(loss))
+    return events
+
+
 def isotropic_loss(model, batch):
     return 0.5 * (model.weight * batch).square().sum(1).mean()
 
@@ -1039,7 +1148,10 @@ def test_the_state_does_not_change_later():
     one, other = (s["limit"]["tracker"]["trails"]["largest"]["vector"] for s in (state, before))
     assert torch.equal(one, other)
     assert torch.equal(state["generator"], before["generator"])
-    plain = {k: v for k, v in before.items() if k not in ("limit", "generator")}
+    weights = [s["guard"]["sure"]["tensors"]["w.weight"] for s in (state, before)]
+    assert torch.equal(*weights)
+    apart = ("limit", "generator", "guard")
+    plain = {k: v for k, v in before.items() if k not in apart}
     assert {k: state[k] for k in plain} == plain
 
 

@@ -19,12 +19,14 @@ LEVELS = [
         "cadence",
         "rate_filter",
         "spike_guard",
+        "collapse",
+        "snapshots",
         "peak_bounds",
         "metric",
         "usable_curvature",
     }
     | {"inner_products", "orthogonality"},
-    {"krylov_basis", "rayleigh_ritz"},
+    {"krylov_basis", "rayleigh_ritz", "safeguard"},
     {"lanczos_process"},
     {"lanczos", "dataclass_files", "policies", "projected_curvature", "outlying_directions"},
     {

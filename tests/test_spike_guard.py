@@ -55,6 +55,11 @@ def test_a_loss_that_is_no_number_is_a_spike(loss):
     assert show(guard, 1.0, loss) == [False, True]
 
 
+def test_a_run_that_begins_without_numbers_is_judged_by_those_that_follow():
+    guard = SpikeGuard()
+    assert show(guard, float("nan"), 2.0, 1.9, 5.0) == [True, False, False, True]
+
+
 def test_the_state_goes_round_between_two_looks():
     guard, other = SpikeGuard(), SpikeGuard()
     show(guard, 2.0, 0.5)

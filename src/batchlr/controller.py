@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from batchlr.cadence import Cadence
+from batchlr.collapse import Same
 from batchlr.curvature_update import CurvatureUpdate
 from batchlr.lanczos import default_generator
 from batchlr.lr_bound import Rule
@@ -23,14 +24,15 @@ from batchlr.peak_bounds import PeakBounds
 from batchlr.policies import POLICIES, PolicyName
 from batchlr.policy_choice import LIMIT_POLICIES, Policy, check_policy, sets_momentum
 from batchlr.rate_filter import RateFilter
+from batchlr.safeguard import EVENTS, Event, Safeguard
 from batchlr.schedulers import BatchAwareLR
-from batchlr.spike_guard import SpikeGuard
 from batchlr.stability_limit import StabilityLimit, relative_error
 from batchlr.update_curvature import CdatEdge, update_curvature
 
 logger = logging.getLogger("batchlr")
 
 _UNBOUNDED = 2**31  # stands for a data set of unknown size: without-replacement effects vanish
+_ANEW = 0.5  # measured (docs/log.md): share of the first limit behind a plateau
 # In gradients of the measured samples: recording their graphs with all around it, a product, a
 # product through train-mode batch norm. Assumed, above what benchmarks/product_routes.py measures.
 _RECORDING, _PRODUCT, _COUPLED_PRODUCT = 3.0, 2.2, 3.5
@@ -42,9 +44,9 @@ class CurvatureController:
 
     It measures where curvature moves (`Cadence`), each time starting from the last eigenvector;
     averages what it finds (`RateFilter`); moves the peak from a share of the first limit on in
-    bounded steps (`PeakBounds`); and, if it is shown the losses (`observe`), halves the rate when
-    they jump (`SpikeGuard`). When a measurement fails the last good rate is kept and the failure
-    reported.
+    bounded steps (`PeakBounds`); and, if it is shown the losses (`observe`), slows down when they
+    jump and goes back when the network is lost (`Safeguard`). When a measurement fails the last
+    good rate is kept and the failure reported.
 
     With one of the paper's policies a measurement is instead one Lanczos run of ``max_products``
     steps on the Hessian, and rate and momentum of the policy are applied as they are: no limit, no
@@ -82,6 +84,8 @@ class CurvatureController:
             his rate and the limit at that momentum; ``"cdat"`` follows the edge along the
             optimizer's own step (Roulet et al. 2024); or a key of `POLICIES`, for SGD.
         every_steps: measure before every so many steps, whatever the cost; None goes by need.
+        rollback: undo the steps that destroyed the network, where `observe` sees it; see
+            `Safeguard` for the memory it takes.
         generator: for start vectors; without one the seed is 0.
 
     Raises:
@@ -110,6 +114,7 @@ class CurvatureController:
         rule: Rule = "top-direction",
         policy: Policy = "edge",
         every_steps: int | None = None,
+        rollback: bool = True,
         generator: torch.Generator | None = None,
     ) -> None:
         self.bounds = PeakBounds(safety, start, growth, drop)
@@ -135,7 +140,9 @@ class CurvatureController:
         self._learner_products = 0  # of policies that follow no limit
         self._generator = default_generator(generator)
         self._filter = RateFilter()
-        self._guard = SpikeGuard()
+        self._steers = apply and policy in LIMIT_POLICIES
+        self._guard = Safeguard(scheduler.optimizer, rollback=rollback and self._steers)
+        self._anew = False  # the next limit counts as the first
         self._cdat = CdatEdge()
         self._step = 0
         self._has_rate = False
@@ -196,9 +203,11 @@ class CurvatureController:
         Raises:
             ArithmeticError: the very first measurement failed, so that there is no rate to apply.
         """
+        self._guard.watch(model)
         if not self.due:
             self._step += 1
             return None
+        self.rescue()
         made = batches() if callable(batches) else batches
         listed = [made] if isinstance(made, (tuple, dict, Tensor)) else list(made)
         before, products, seconds = self._filter.log_rate, self.num_products, self.seconds
@@ -220,21 +229,48 @@ class CurvatureController:
         self._step += 1
         return replace(update, overhead=self.overhead)
 
-    def observe(self, loss: Tensor) -> bool:
-        """Show the controller the loss ``()`` of a step; True if it has just backed off.
+    def observe(self, loss: Tensor, same: Same | None = None) -> Event | None:
+        """Show the controller the loss ``()`` of the step just made, its gradients still in place.
 
-        It looks at ten losses at a time, and waits for the device only then.
+        It looks at several steps at a time, and waits for the device only then.
+
+        Args:
+            loss: of the step, in several processes that of all.
+            same: of `agree`, where there are several.
+
+        Returns:
+            ``"slowed"``: the loss jumped, the rate is halved. ``"undone"``: the network was lost
+            and is what it was some steps ago, the rate is a quarter. ``"recovered"``: it has left
+            the plateau on which it was lost before, a full rate is measured. Mostly None.
         """
-        if self.policy not in LIMIT_POLICIES or not self.apply or not self._has_rate:
-            return False
-        before = self._guard.factor
-        spiked = self._guard.observe(loss)
-        if self._guard.factor != before:
-            self.scheduler.set_peak(self.scheduler.peak * self._guard.factor / before)
-        if spiked:
-            logger.warning("step %d: the loss jumped, the rate is halved", self._step)
-            self.cadence.look_soon(self._step - 1)
-        return spiked
+        return self._heed(lambda: self._guard.observe(loss, same))
+
+    def rescue(self, same: Same | None = None, *, lost: bool = False) -> Event | None:
+        """Undo steps now if a loss shown since the last look has exploded; waits for the device.
+
+        For before something is done with the weights; `maybe_update` calls it before it measures.
+
+        Args:
+            same: as that of `observe`.
+            lost: undo them in any case: the network is lost, by what only the caller has seen.
+        """
+        return self._heed(lambda: self._guard.rescue(same, lost=lost))
+
+    def _heed(self, look: Callable[[], Event | None]) -> Event | None:
+        if not self._steers or not self._has_rate:
+            return None
+        before = self._guard.peak
+        event = look()
+        if self._guard.peak != before:
+            self.scheduler.set_peak(self.scheduler.peak * self._guard.peak / before)
+        if event is None:
+            return None
+        logger.warning("step %d: %s", self._step, EVENTS[event])
+        if event != "slowed":
+            self._filter.forget()
+        self._anew = self._anew or event == "recovered"
+        self.cadence.look_soon(self._step - 1)
+        return event
 
     def agree(self, same: Callable[[float], float]) -> None:
         """Take over the decisions of the first of several processes; call it after a measurement.
@@ -248,6 +284,7 @@ class CurvatureController:
         self.scheduler.set_peak(same(self.scheduler.peak))
         if self.sets_momentum:
             set_momentum(self.scheduler.optimizer, same(get_momentum(self.scheduler.optimizer)))
+        self._guard.free = same(self._guard.free)
         for part in (self.cadence, self._filter):
             part.load_state_dict(
                 {
@@ -273,6 +310,7 @@ class CurvatureController:
         self._filter.scale(factor)
         if self.apply:
             self.scheduler.rescale(factor, batch_size)
+            self._guard.rescale(factor)
         self.cadence.look_soon(self._step - 1)
 
     def _update(self, model: nn.Module, batches: list[Any]) -> CurvatureUpdate:
@@ -304,8 +342,11 @@ class CurvatureController:
                 self._filter.scale(change)
         rate = self._filter.update(self._step, bound.value, relative_error(bound))
         if self.apply:
-            last = self.scheduler.peak * change if self._has_rate else None
-            self.scheduler.set_peak(self.bounds.peak(self._guard.factor * rate, last))
+            bounds = replace(self.bounds, start=_ANEW) if self._anew else self.bounds
+            last = self._guard.free * change if self._has_rate and not self._anew else None
+            self._anew = False
+            peak = bounds.peak(self._guard.factor * rate, last)
+            self.scheduler.set_peak(self._guard.limited(peak))
             if self._limit.sets_momentum:
                 set_momentum(optimizer, bound.momentum)
         return replace(self._record(), bound=bound, report=report)
@@ -365,6 +406,7 @@ class CurvatureController:
             "limit": self._limit.state_dict(),
             "has_rate": self._has_rate,
             "learner_products": self._learner_products,
+            "anew": self._anew,
             "seconds": self.seconds,
             "generator": self._generator.get_state(),
         }
@@ -379,5 +421,6 @@ class CurvatureController:
         self._limit.load_state_dict(state_dict["limit"])
         self._has_rate = state_dict["has_rate"]
         self._learner_products = state_dict["learner_products"]
+        self._anew = state_dict["anew"]
         self.seconds = state_dict["seconds"]
         self._generator.set_state(state_dict["generator"].cpu())

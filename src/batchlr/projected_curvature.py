@@ -386,8 +386,8 @@ def _slow_bias(groups: int, share: float) -> float:
     """What a bias that goes with ``n^-1/2`` is of one the jackknife takes to go with ``1/n``.
 
     The largest of many noisy directions is chosen, and such a bias falls slower than ``1/n``. Of
-    ``c n^-1/2`` the jackknife sees ``(g - 1)((g/(g - 1))^1/2 - 1)``; all samples, of which ``share``
-    are measured, lack ``1 - share^1/2`` of it, where ``1 - share`` was taken off.
+    ``c n^-1/2`` the jackknife sees ``(g - 1)((g/(g - 1))^1/2 - 1)``; with all samples, of which
+    ``share`` are measured, ``1 - share^1/2`` of it is gone, where ``1 - share`` was taken off.
     """
     seen = (groups - 1) * (math.sqrt(groups / (groups - 1)) - 1)
     return 1 / (seen * (1 + math.sqrt(share)))

@@ -46,6 +46,10 @@ class RateFilter:
         self.step = step
         return self.rate
 
+    def forget(self) -> None:
+        """Believe the next measurement as if it were the first."""
+        self.variance = math.inf
+
     def scale(self, factor: float) -> None:
         """Carry the estimate over to a setting whose rates are ``factor`` times as large."""
         self.log_rate += math.log(factor)

@@ -39,12 +39,12 @@ class SpikeGuard:
         return self._look(float(losses.mean()), float(losses.std()) / _LOOK_EVERY**0.5)
 
     def _look(self, mean: float, error: float) -> bool:
-        if self.first is None:
+        if self.first is None and math.isfinite(mean):
             self.first, self.lowest, self.lowest_error = mean, mean, error
             return False
         noise = _SIGMAS * math.hypot(error, self.lowest_error)
-        spike = not mean <= self.lowest + max(_JUMP * abs(self.first), noise)
-        if spike:
+        jump = max(_JUMP * abs(self.first or 0.0), noise)
+        if not mean <= self.lowest + jump:
             self.factor /= 2
             return True
         if mean < self.lowest:

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 # What torchrun starts: the run, after which every rank leaves what it ended with.
 RANKS = """
-import json, sys
+import json, math, os, sys
 from pathlib import Path
 import torch
 from batchlr.cli import main
@@ -39,6 +39,16 @@ def leave(self, summary):
     (Path(out) / f"end-{rank}.json").write_text(json.dumps(end))
     report(self, summary)
 
+update = loop._Run.update_weights
+
+def poison(self, batch):
+    loss = update(self, batch)
+    if f"{self.experiment.processes.rank} {self.progress.step}" == os.environ.get("POISONED"):
+        with torch.no_grad():
+            next(iter(self.experiment.model.parameters())).fill_(math.nan)
+    return loss
+
+loop._Run.update_weights = poison
 loop._Run.report = leave
 loop._Run.draw = lambda self: None
 main(["train", config, *overrides, "--out", str(Path(out) / "run")])
@@ -155,3 +165,17 @@ def test_two_processes_resume_what_two_left(tmp_path, monkeypatch):
     torchrun(tmp_path, *common, "train.max_steps=2")
     torchrun(tmp_path, *common, "train.max_steps=4", "resume=auto")
     assert_one_run(tmp_path, run(tmp_path, *common, "train.max_steps=4", out="alone"))
+
+
+@pytest.mark.slow
+def test_all_processes_go_back_when_one_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setenv("POISONED", "1 4")  # the second process, after its fifth step
+    out = torchrun(tmp_path, "optim.lr=auto", "train.max_steps=9")
+    first, second = (torch.load(tmp_path / f"weights-{rank}.pt") for rank in (0, 1))
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name])
+        assert weight.isfinite().all()
+    ends = [strict_json((tmp_path / f"end-{rank}.json").read_text()) for rank in (0, 1)]
+    assert ends[0]["peaks"] == ends[1]["peaks"]
+    assert [line["loss"] is None for line in metrics(out)] == [step == 5 for step in range(9)]
+    assert summary(out)["diverged"] is False

@@ -472,6 +472,53 @@ def test_the_last_good_checkpoint_is_of_the_last_good_epoch(tmp_path, monkeypatc
     assert_same(state(tmp_path / "out"), state(run(tmp_path, "train.max_steps=6", out="six")))
 
 
+def poisoned(monkeypatch, *steps):
+    """Has the weights turn into no numbers in the given steps of every run."""
+    update = loop._Run.update_weights
+
+    def update_weights(self, batch):
+        loss = update(self, batch)
+        if self.progress.step in steps:
+            with torch.no_grad():
+                next(iter(self.experiment.model.parameters())).fill_(math.nan)
+        return loss
+
+    monkeypatch.setattr(loop._Run, "update_weights", update_weights)
+
+
+def test_a_network_destroyed_once_goes_back_and_is_trained_on(tmp_path, monkeypatch, capsys):
+    poisoned(monkeypatch, 4)
+    out = run(tmp_path, AUTO)
+    losses = [line["loss"] for line in metrics(out)]
+    bad = [step for step, loss in enumerate(losses) if loss is None]
+    assert bad == [5]
+    assert losses[-1] < losses[0]
+    assert summary(out)["diverged"] is False
+    assert math.isfinite(summary(out)["train_loss"])
+    assert "the network was lost and is what it was before" in capsys.readouterr().out
+    for name, weight in state(out)["model"].items():
+        assert weight.isfinite().all(), name
+
+
+def test_a_network_destroyed_in_the_last_step_of_an_epoch_is_tested_whole(tmp_path, monkeypatch):
+    poisoned(monkeypatch, 5)  # of three an epoch: no loss has shown it yet
+    out = run(tmp_path, AUTO)
+    assert summary(out)["diverged"] is False
+
+
+def test_a_network_destroyed_again_and_again_is_given_up(tmp_path, monkeypatch):
+    poisoned(monkeypatch, *range(60))
+    with pytest.raises(DivergedError, match="the training loss became nan"):
+        run(tmp_path, AUTO, "train.epochs=20")
+    assert summary(tmp_path / "out")["steps"] > 8
+
+
+def test_without_rollback_it_is_given_up_at_once(tmp_path, monkeypatch):
+    poisoned(monkeypatch, 4)
+    with pytest.raises(DivergedError, match="the training loss became nan in step 5"):
+        run(tmp_path, AUTO, "curvature.rollback=false")
+
+
 def test_a_last_step_that_spoils_the_weights_is_no_success(tmp_path):
     """Its own loss was fine; the test shows the damage, and no checkpoint keeps it."""
     with pytest.raises(DivergedError, match=r"the test loss became (nan|inf); .*step-00000000\.pt"):
@@ -536,9 +583,9 @@ def test_without_checkpoints_none_is_named(tmp_path):
 
 
 def test_a_measurement_that_fails_later_keeps_the_rate_and_says_so(tmp_path, monkeypatch, capsys):
-    from batchlr import controller
+    from batchlr import stability_limit
 
-    measure, calls = controller.track_curvature, []
+    measure, calls = stability_limit.track_curvature, []
 
     def failing(*args, **kwargs):
         calls.append(args)
@@ -546,7 +593,7 @@ def test_a_measurement_that_fails_later_keeps_the_rate_and_says_so(tmp_path, mon
             raise ArithmeticError("no eigenvalue today")
         return measure(*args, **kwargs)
 
-    monkeypatch.setattr(controller, "track_curvature", failing)
+    monkeypatch.setattr(stability_limit, "track_curvature", failing)
     first, second, *_ = metrics(run(tmp_path, AUTO, "train.max_steps=3"))
     assert second["failure"] == "no eigenvalue today"
     assert {second[key] for key in MEASURED} == {None}

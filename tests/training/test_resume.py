@@ -134,6 +134,29 @@ def test_a_run_interrupted_after_every_step_ends_with_the_same_bits(tmp_path, wh
     assert_same_end(run(tmp_path, *RUNS["batch norm, adam"], "resume=auto"), expected)
 
 
+@pytest.mark.parametrize("number", [3, 6, 8])
+def test_a_run_resumed_before_or_after_a_rollback_ends_with_the_same_bits(
+    tmp_path, monkeypatch, stop_at, number
+):
+    update = loop._Run.update_weights
+
+    def poisoned(self, batch):
+        loss = update(self, batch)
+        if self.progress.step == 7:
+            with torch.no_grad():
+                next(iter(self.experiment.model.parameters())).fill_(torch.nan)
+        return loss
+
+    monkeypatch.setattr(loop._Run, "update_weights", poisoned)
+    expected = run(tmp_path, *RUNS["batch norm, adam"], out="whole")
+    assert summary(expected)["diverged"] is False
+    assert any(line["loss"] is None for line in metrics(expected))
+    stop_at(number)
+    with pytest.raises(InterruptedRun):
+        run(tmp_path, *RUNS["batch norm, adam"])
+    assert_same_end(run(tmp_path, *RUNS["batch norm, adam"], "resume=auto"), expected)
+
+
 def test_a_termination_is_an_interruption(tmp_path, stop_at):
     stop_at(1, sent=signal.SIGTERM)
     with pytest.raises(InterruptedRun, match="at step 2;"):

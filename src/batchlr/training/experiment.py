@@ -276,6 +276,7 @@ def _controller(
         max_products=options.max_products,
         clip_norm=config.train.clip_norm,
         policy=options.policy,
+        rollback=options.rollback,
         every_steps=None if every is None else every * steps_per_epoch,
         generator=torch.Generator().manual_seed(config.seed),
     )

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from batchlr.collapse import Same
 from batchlr.curvature_update import CurvatureUpdate
 from batchlr.optimizer_state import get_momentum
+from batchlr.safeguard import EVENTS, Event
 from batchlr.training.checkpoint import latest_checkpoint, save_checkpoint
 from batchlr.training.config import TrainConfig
 from batchlr.training.console import RunConsole
@@ -95,6 +97,14 @@ class _Run:
         total = self.experiment.total_steps
         return total if limit is None else min(total, limit)
 
+    @property
+    def same(self) -> Same | None:
+        """The first process's number in all of them, if there are several."""
+        group = self.experiment.processes
+        if group.world_size == 1:
+            return None
+        return partial(group.same, device=self.experiment.device)
+
     def finish(self) -> dict[str, Any]:
         """Make all the steps that are left; returns the summary."""
         config, progress = self.experiment.config, self.progress
@@ -165,8 +175,9 @@ class _Run:
         update = self.measure()
         rate = float(experiment.scheduler.get_last_lr()[0])
         loss = self.update_weights(batch)
-        if experiment.controller is not None and experiment.controller.observe(loss):
-            self.console.say(f"step {progress.step}: the loss jumped, the rate is halved")
+        event = None
+        if experiment.controller is not None:
+            event = experiment.controller.observe(loss, self.same)
         entry = {
             "step": progress.step,
             "epoch": progress.epoch,
@@ -183,6 +194,7 @@ class _Run:
         progress.last_lr = rate
         progress.step += 1
         progress.batch += 1
+        self.heed(event)
         self.console.step()
         if len(self.log) >= _FLUSH_EVERY or progress.step == 1:
             self.check_losses()
@@ -199,9 +211,8 @@ class _Run:
         )
         if update is None:
             return None
-        if experiment.processes.world_size > 1:
-            same = partial(experiment.processes.same, device=experiment.device)
-            experiment.controller.agree(same)
+        if self.same is not None:
+            experiment.controller.agree(self.same)
             momentum = get_momentum(experiment.optimizer)
             update = replace(update, peak=experiment.scheduler.peak, momentum=momentum)
         if not self.updates:
@@ -244,18 +255,31 @@ class _Run:
         world = experiment.processes.world_size
         return experiment.processes.sum(total) / world
 
+    def heed(self, event: Event | None) -> None:
+        """Take note of what the controller did about the steps made so far."""
+        if event is None:
+            return
+        if event == "undone":
+            self.progress.undone = self.progress.step
+        self.console.say(f"step {self.progress.step - 1}: {EVENTS[event]}")
+
     def check_losses(self) -> None:
-        """Write the losses so far, and raise ArithmeticError if the run has diverged."""
-        progress = self.progress
+        """Write the losses so far, and raise ArithmeticError if the run has diverged.
+
+        Steps that the controller has undone are not held against it, nor counted in the mean.
+        """
+        progress, controller = self.progress, self.experiment.controller
+        if controller is not None:
+            self.heed(controller.rescue(self.same))
         losses = self.log.flush()
         for step, loss in enumerate(losses, start=progress.step - len(losses)):
-            if progress.first_loss is None:
+            if progress.first_loss is None and math.isfinite(loss):
                 progress.first_loss = loss
-            if not math.isfinite(loss) or loss > _DIVERGED * max(progress.first_loss, 1.0):
-                msg = (
-                    f"the training loss became {loss:.4g} in step {step} "
-                    f"(first loss {progress.first_loss:.4g})"
-                )
+            first = 1.0 if progress.first_loss is None else progress.first_loss
+            if not math.isfinite(loss) or loss > _DIVERGED * max(first, 1.0):
+                if step < progress.undone:
+                    continue
+                msg = f"the training loss became {loss:.4g} in step {step} (first loss {first:.4g})"
                 raise DivergedError(msg)
             progress.loss_sum += loss
 
@@ -273,6 +297,12 @@ class _Run:
             DivergedError: the loss is not finite, so the weights are not worth a checkpoint.
         """
         result = evaluate(self.experiment)
+        controller = self.experiment.controller
+        if not math.isfinite(result.loss) and controller is not None:
+            event = controller.rescue(self.same, lost=True)
+            self.heed(event)
+            if event is not None:
+                result = evaluate(self.experiment)
         if not math.isfinite(result.loss):
             msg = f"the test loss became {result.loss:.4g}"
             raise DivergedError(msg)

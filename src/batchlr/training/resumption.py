@@ -35,6 +35,7 @@ class Progress:
     batch: int = 0  # of that epoch, the next one
     loss_sum: float = 0.0  # over the batches of the epoch so far
     first_loss: float | None = None
+    undone: int = 0  # steps before this one are not judged by their losses: some were undone
     last_lr: float = math.nan  # of the last step made
     wall_seconds: float = 0.0
     result: dict[str, float] = field(default_factory=dict)  # of the last evaluation

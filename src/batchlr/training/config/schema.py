@@ -127,6 +127,11 @@ class CurvatureOptions(Options):
         description="epochs between two measurements (the paper used 1, 10 and 20); null = dense "
         "early, then by need (assumed)",
     )
+    rollback: Flag = Field(
+        default=True,
+        description="go back to an earlier network when training has destroyed it; keeps two "
+        "copies of weights and optimizer state (measured: docs/log.md)",
+    )
     fixed_samples: Flag = Field(
         default=False,
         description="measure on the same samples the whole run, as the paper did; false = fresh "

@@ -1,0 +1,163 @@
+"""Telling from losses and gradients that a step has destroyed the network."""
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+Same = Callable[[float], float]
+
+_OFTEN, _SELDOM = 2, 10  # assumed: steps between two looks, at least and at most
+_AGE = 8  # assumed: between those, the steps so far over this
+_LEARNT = 0.1  # assumed: the loss has come down by this share
+_SETTLED = 0.3  # assumed: by this share, or that other long ago, and it is not about to be lost
+_JUMP, _SURGE = 0.1, 3.0  # measured (docs/log.md): rise of the loss, factor of the gradient
+_SILENT = 0.5  # measured (docs/log.md): share of tensors without gradient in a dead network
+_EXPLODED = 100.0  # assumed: a loss this many times its first value, or 1, does not come back
+_BACK, _SUNK = 0.03, 3  # assumed: so near the first loss again, for so many looks
+_WORSE = 3.0  # assumed: nor does the mean of a look
+
+
+@final
+@dataclass(frozen=True)
+class Look:
+    """What the last steps showed."""
+
+    loss: float  # their mean
+    norm: float  # of the last one's gradient
+    lost: bool
+    sound: bool  # not back at the first loss after something was learnt
+    settled: bool  # what was learnt will last
+
+
+@final
+@dataclass
+class CollapseDetector:
+    """Looks at losses and gradients every few steps, and knows four kinds of collapse.
+
+    Explosion: a loss that is no finite number, or a hundred times the first, or three times in the
+    mean of a look (a first loss below 1 counts as 1). A jump: before the loss has come down by a
+    tenth, a loss a tenth above the first one in the same step as a gradient three times the largest
+    before. Silence: in every step of a look most tensors of weights have a gradient of exactly
+    zero, as behind units that have died, at a loss above half the first one. Oblivion: once
+    something was learnt, three looks in a row whose loss is within 3 % of the first one, or worse.
+
+    Looks are two steps apart at first, an eighth of the steps so far later on, ten at most; each
+    waits for the device once. A step costs the norms of its gradients.
+    """
+
+    steps: int = 0
+    close: bool = False  # look at every step
+    first: float | None = None  # mean loss of the first look
+    largest: float = 0.0  # norm of a gradient up to the last look that was quiet
+    sparse: bool = False  # most tensors had no gradient from the start
+    learnt: int = 0  # steps after which the loss had come down; 0 is not yet
+    sunk: int = 0  # looks since it is back at the first
+    pending: list[Tensor] = field(default_factory=list)  # (3,) each, see `_signs`
+
+    def observe(
+        self, loss: Tensor, gradients: Sequence[Tensor], same: Same | None = None
+    ) -> Look | None:
+        """Take note of a step.
+
+        Args:
+            loss: its loss ``()``.
+            gradients: it was made with.
+            same: returns what the first of several processes passed.
+
+        Returns:
+            What was seen, if it was time to look.
+        """
+        self.pending.append(_signs(loss, gradients))
+        self.steps += 1
+        apart = 1 if self.close else min(max(self.steps // _AGE, _OFTEN), _SELDOM)
+        return self.look(same) if len(self.pending) >= apart else None
+
+    @property
+    def urgent(self) -> bool:
+        """Whether a loss not yet looked at has exploded; waits for the device."""
+        return bool(self.pending) and any(
+            self._exploded(loss) for loss in torch.stack(self.pending)[:, 0].tolist()
+        )
+
+    def look(self, same: Same | None = None) -> Look:
+        """What the steps since the last look show."""
+        rows: list[list[float]] = torch.stack(self.pending).tolist()
+        self.pending = []
+        loss = sum(row[0] for row in rows) / len(rows)
+        norm = rows[-1][1]
+        largest = max((row[1] for row in rows if math.isfinite(row[1])), default=0.0)
+        silent = all(row[2] > _SILENT for row in rows)
+        self.sunk = self.sunk + 1 if self.learnt and self._back(loss) else 0
+        lost = self._lost(rows, loss, silent)
+        if same is not None:
+            loss, norm, largest = same(loss), same(norm), same(largest)
+            lost, silent = bool(same(float(lost))), bool(same(float(silent)))
+            self.sunk = int(same(self.sunk))
+        if not lost:
+            self._settle(loss, largest, silent)
+        return Look(loss, norm, lost, sound=self.sunk == 0, settled=self._settled(loss))
+
+    def _settled(self, loss: float) -> bool:
+        if not self.learnt or self.first is None:
+            return False
+        return loss < self.first - _SETTLED * abs(self.first) or self.steps >= 2 * self.learnt
+
+    def _back(self, loss: float) -> bool:
+        return self.first is not None and loss > self.first - _BACK * abs(self.first)
+
+    def _exploded(self, loss: float) -> bool:
+        return not abs(loss) <= _EXPLODED * self._unit
+
+    @property
+    def _unit(self) -> float:
+        """The first loss, or 1; without one, so much that only what is not finite exceeds it."""
+        return sys.float_info.max / _EXPLODED if self.first is None else max(abs(self.first), 1.0)
+
+    def _lost(self, rows: list[list[float]], mean: float, silent: bool) -> bool:
+        if any(self._exploded(row[0]) for row in rows) or mean > _WORSE * self._unit:
+            return True
+        if self.first is None:
+            return False
+        if self.sunk >= _SUNK:
+            self.sunk = 0
+            return True
+        if silent and not self.sparse and mean > self.first / 2:
+            return True
+        above = self.first + _JUMP * abs(self.first)
+        return not self.learnt and any(
+            loss > above and norm > _SURGE * self.largest for loss, norm, _ in rows
+        )
+
+    def _settle(self, loss: float, largest: float, silent: bool) -> None:
+        """Keep what a quiet look tells."""
+        if self.first is None:
+            self.first, self.sparse = loss, silent
+        self.largest = max(self.largest, largest)
+        if not self.learnt and loss < self.first - _LEARNT * abs(self.first):
+            self.learnt = self.steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers and the signs not yet looked at."""
+        return asdict(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        for name, value in state_dict.items():
+            setattr(self, name, value)
+
+
+@torch.no_grad()
+def _signs(loss: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+    """Loss, norm of the gradient, and share of tensors whose gradient is zero ``(3,)``."""
+    loss = loss.detach().float()
+    dense = [gradient for gradient in gradients if not gradient.is_sparse]
+    if not dense:
+        return torch.stack([loss, *loss.new_zeros(2)])
+    norms = torch._foreach_norm(dense)
+    each = torch.stack([norm.to(loss.device, torch.float32) for norm in norms])
+    return torch.stack([loss, each.norm(), (each == 0).float().mean()])

@@ -1,0 +1,212 @@
+"""What is done when training goes wrong: slow down, or go back and then slow down."""
+
+import math
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from batchlr.collapse import CollapseDetector, Look, Same
+from batchlr.snapshots import Snapshot
+from batchlr.spike_guard import SpikeGuard
+
+_CUT = 0.25  # measured (docs/log.md): factor on the rate at each attempt
+_PROGRESS = 0.1  # assumed: an attempt has succeeded when the loss is down by this share
+_PATIENCE = 10  # assumed: or, once something is learnt, after so many quiet looks
+_ATTEMPTS = 8  # assumed: without success; then the run is left to itself
+
+Event = Literal["slowed", "undone", "recovered"]
+EVENTS = {
+    "slowed": "the loss jumped, the rate is halved",
+    "undone": "the network was lost and is what it was before, the rate is a quarter",
+    "recovered": "the network has left the plateau on which it was lost before",
+}
+
+_NUMBERS = ("free", "held", "ceiling", "norm", "attempts", "early", "quiet", "level")
+
+
+@final
+class Safeguard:
+    """Halves the rate when the loss jumps, and undoes the steps that destroyed the network.
+
+    What a jump is says `SpikeGuard`, what destroyed is `CollapseDetector`. A network that is lost
+    becomes what it was at a look that at least one more quiet look has followed. Until the loss has
+    come down by 30 %, or for as long again as its first tenth took, it becomes what it was at the
+    start. Weights, buffers and the optimizer's state go back; data, schedule and random states go
+    on. The rate is cut to a quarter, which `SpikeGuard` gives back while it is quiet.
+
+    On a plateau curvature says nothing about the rate that its end will bear, so a network back at
+    its start does not get its rate back: each attempt has a ceiling on the peak of a quarter of the
+    last one's, and after each step the ceiling is lowered in proportion as the gradient exceeds the
+    largest before the first collapse. It is lifted when the loss has come down by a tenth: from
+    there on curvature is worth measuring, as if the run began anew.
+
+    Keeps two snapshots, also in its state: twice the memory of weights, buffers and optimizer state
+    (four times the weights with SGD's momentum, six times with Adam). A step costs the norms of its
+    gradients, a look one copy of that memory.
+
+    Args:
+        optimizer: whose state goes back with the weights.
+        rollback: False only slows down, sees losses only and keeps no snapshots.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, rollback: bool = True) -> None:
+        self.optimizer = optimizer
+        self.rollback = rollback
+        self.spikes = SpikeGuard()
+        self.detector = CollapseDetector()
+        self.free = math.nan  # the peak were there no ceiling
+        self.held = math.inf  # the ceiling of this attempt, at the gradients of the plateau
+        self.ceiling = math.inf  # at the last gradient
+        self.norm = math.nan  # the plateau's largest gradient
+        self.attempts = 0  # since the last success
+        self.early = True  # the snapshots are of the start
+        self.quiet = 0  # looks since the last attempt
+        self.level = math.nan  # loss of the snapshot gone back to
+        self.losses = [math.nan, math.nan]  # at the two snapshots
+        self._model: nn.Module | None = None
+        self._sure, self._latest = Snapshot(), Snapshot()
+
+    @property
+    def factor(self) -> float:
+        """On the rate, of jumps past."""
+        return self.spikes.factor
+
+    @property
+    def peak(self) -> float:
+        """The peak to train with; NaN before the first one is set."""
+        return min(self.free, self.ceiling)
+
+    def watch(self, model: nn.Module) -> None:
+        """Remember whose weights to keep; takes a first snapshot."""
+        if not self.rollback or self._model is model:
+            return
+        self._model = model
+        if not self._sure.fits(model):
+            for snapshot in (self._sure, self._latest):
+                snapshot.take(model, self.optimizer)
+
+    def limited(self, peak: float) -> float:
+        """``peak``, or the ceiling where that is lower."""
+        self.free = peak
+        return self.peak
+
+    def rescale(self, factor: float) -> None:
+        """Carry the rates over to a setting that bears ``factor`` times as much."""
+        self.free *= factor
+        self.held *= factor
+        self.ceiling *= factor
+
+    def observe(self, loss: Tensor, same: Same | None = None) -> Event | None:
+        """Take note of a step just made; what was done about it, or about one shortly before.
+
+        Args:
+            loss: of the step ``()``.
+            same: returns what the first of several processes passed.
+        """
+        before = self.spikes.factor
+        event: Event | None = "slowed" if self.spikes.observe(loss) else None
+        if self._model is not None:
+            gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
+            look = self.detector.observe(loss, gradients, same)
+            if look is not None:
+                event = self._judge(look, before) or event
+        self.free *= self.spikes.factor / before
+        return event
+
+    def rescue(self, same: Same | None = None, *, lost: bool = False) -> Event | None:
+        """Look ahead of time if a loss not yet looked at has exploded; waits for the device.
+
+        Args:
+            same: as that of `observe`.
+            lost: the caller knows that the network is lost.
+        """
+        if self._model is None:
+            return None
+        urgent = lost or self.detector.urgent
+        if same is not None:
+            urgent = bool(same(float(urgent)))
+        before = self.spikes.factor
+        event = self._undo(before) if urgent else None
+        self.free *= self.spikes.factor / before
+        return event
+
+    def _judge(self, look: Look, factor: float) -> Event | None:
+        if look.lost:
+            return self._undo(factor)
+        if self.attempts and self._succeeded(look.loss):
+            lifted = self.ceiling < math.inf
+            self.attempts, self.ceiling = 0, math.inf
+            self.detector.close = False
+            self._keep(look)
+            return "recovered" if lifted else None
+        if self.ceiling < math.inf and 0 < look.norm < math.inf:
+            self.norm = self.norm or look.norm  # zero if no look was quiet before the collapse
+            self.ceiling = self.held * min(1.0, self.norm / look.norm)
+        self._keep(look)
+        return None
+
+    def _succeeded(self, loss: float) -> bool:
+        self.quiet += 1
+        down = loss < self.level - _PROGRESS * abs(self.level)
+        return down or (not self.early and self.quiet >= _PATIENCE)
+
+    def _keep(self, look: Look) -> None:
+        if math.isnan(self.losses[0]):
+            self.losses = [look.loss, look.loss]
+            self.level = look.loss
+        self.early = self.early and not look.settled
+        if self.early or not look.sound:
+            return
+        assert self._model is not None
+        self._sure, self._latest = self._latest, self._sure
+        self._latest.take(self._model, self.optimizer)
+        self.losses = [self.losses[1], look.loss]
+
+    def _undo(self, factor: float) -> Event | None:
+        assert self._model is not None
+        if self.attempts >= _ATTEMPTS or not self._sure.fits(self._model):
+            return None
+        self._sure.restore(self._model, self.optimizer)
+        self._latest.take(self._model, self.optimizer)
+        self.level = self.losses[0]
+        self.losses = [self.level, self.level]
+        self.detector.pending = []
+        self.spikes.pending = []
+        if self.early:
+            self.detector.learnt = 0
+            if self.held == math.inf:
+                self.norm, self.held = self.detector.largest, self.free
+            self.detector.largest = self.norm
+            self.held *= _CUT
+            self.ceiling = self.held
+            self.free = max(self.free, self.held)  # what was learnt of the rate is undone, too
+            self.detector.close = True
+            self.spikes.factor = factor
+        else:
+            self.spikes.factor = _CUT * factor
+        self.attempts += 1
+        self.quiet = 0
+        return "undone"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers, lists and tensors."""
+        state = {name: getattr(self, name) for name in _NUMBERS} | {
+            "losses": list(self.losses),
+            "spikes": self.spikes.state_dict(),
+            "detector": self.detector.state_dict(),
+        }
+        if self.rollback:
+            state |= {"sure": self._sure.state_dict(), "latest": self._latest.state_dict()}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        for name in _NUMBERS:
+            setattr(self, name, state_dict[name])
+        self.losses = list(state_dict["losses"])
+        self.spikes.load_state_dict(state_dict["spikes"])
+        self.detector.load_state_dict(state_dict["detector"])
+        if self.rollback and "sure" in state_dict:
+            self._sure.load_state_dict(state_dict["sure"])
+            self._latest.load_state_dict(state_dict["latest"])

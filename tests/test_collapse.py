@@ -1,0 +1,164 @@
+"""What counts as a lost network, and what does not."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from batchlr.collapse import CollapseDetector
+
+
+def gradients(norm, silent=0, of=4):
+    """``of`` tensors, ``silent`` of them zero, whose norms together are ``norm``."""
+    loud = of - silent
+    each = norm / math.sqrt(loud) if loud else 0.0
+    return [torch.tensor([each, 0.0]) for _ in range(loud)] + [torch.zeros(3)] * silent
+
+
+def show(detector, losses, norms=None, silent=0):
+    """Whether each look taken in these steps found the network lost."""
+    norms = norms or [1.0] * len(losses)
+    looks = [
+        detector.observe(torch.tensor(loss), gradients(norm, silent))
+        for loss, norm in zip(losses, norms, strict=True)
+    ]
+    return [look.lost for look in looks if look is not None]
+
+
+def test_a_falling_loss_is_quiet_whatever_its_gradients():
+    detector = CollapseDetector()
+    assert show(detector, [2.3, 2.3, 2.0, 1.5], [1, 1, 20, 400]) == [False, False]
+    assert detector.learnt
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_on_a_plateau_loss_and_gradient_jump_together(scale):
+    for loss, norm, lost in [(2.7, 4.0, True), (2.7, 2.0, False), (2.4, 9.0, False)]:
+        detector = CollapseDetector()
+        show(detector, [2.3 * scale, 2.3 * scale], [scale, scale])
+        assert show(detector, [2.3 * scale, loss * scale], [scale, norm * scale]) == [lost]
+
+
+def test_a_gradient_that_grows_without_harm_counts_from_then_on():
+    detector = CollapseDetector()
+    show(detector, [2.3] * 4, [1, 1, 9, 9])
+    assert show(detector, [2.7, 2.7], [20, 20]) == [False]
+
+
+def test_once_something_is_learnt_jumps_are_no_collapse():
+    detector = CollapseDetector()
+    show(detector, [2.3, 2.3, 1.0, 1.0])
+    assert show(detector, [2.6, 2.6], [50, 50]) == [False]
+
+
+def test_what_was_learnt_and_is_forgotten_for_good_is_lost():
+    detector = CollapseDetector()
+    show(detector, [2.3, 2.3, 2.0, 2.0])
+    assert show(detector, [2.3] * 4) == [False, False]
+    assert show(detector, [2.2, 2.2]) == [False]  # not for good
+    assert show(detector, [2.29] * 6) == [False, False, True]
+    assert show(CollapseDetector(), [2.3] * 20) == [False] * 10  # nothing to forget
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf, 231.0])
+def test_a_loss_beyond_all_bounds_is_lost_at_any_time(loss):
+    for earlier in ([], [2.3, 2.3], [2.3, 2.3, 1.0, 1.0]):
+        detector = CollapseDetector()
+        show(detector, earlier)
+        if earlier or not math.isfinite(loss):
+            assert show(detector, [2.3, loss]) == [True]
+
+
+@pytest.mark.parametrize(("first", "loss"), [(2.3, 7.0), (0.01, 3.1), (-5.0, 16.0)])
+def test_so_is_a_mean_of_three_times_the_first_loss_or_of_three(first, loss):
+    for mean, lost in [(loss, True), (0.9 * loss, False)]:
+        detector = CollapseDetector()
+        show(detector, [first, first, first - 4.0, first - 4.0])
+        assert show(detector, [mean, mean]) == [lost]
+
+
+def test_a_gradient_that_overflows_alone_is_not():
+    """Steps with such gradients are skipped by scalers of half precision."""
+    detector = CollapseDetector()
+    assert show(detector, [2.3, 2.3, 2.3, 2.3], [math.inf, 1, math.nan, 1]) == [False, False]
+    assert detector.largest == pytest.approx(1.0)
+
+
+def test_most_weights_without_gradient_are_a_dead_network():
+    detector = CollapseDetector()
+    show(detector, [2.3, 2.3])
+    assert show(detector, [2.3, 2.3], silent=2) == [False]  # half of four
+    assert show(detector, [2.3, 2.3], silent=3) == [True]
+    assert show(detector, [2.3, 2.3], silent=4) == [True]
+
+
+def test_one_step_without_gradient_is_chance():
+    detector = CollapseDetector()
+    show(detector, [2.3, 2.3])
+    detector.observe(torch.tensor(2.3), gradients(1.0, silent=4))
+    assert not detector.observe(torch.tensor(2.3), gradients(1.0)).lost
+
+
+def test_a_loss_fitted_to_zero_has_no_gradient_either():
+    detector = CollapseDetector()
+    show(detector, [2.3, 2.3, 0.5, 0.5])
+    assert show(detector, [0.0, 0.0], silent=4) == [False]
+
+
+def test_a_network_silent_from_the_start_is_meant_to_be():
+    detector = CollapseDetector()
+    assert show(detector, [2.3] * 6, silent=3) == [False] * 3
+
+
+def test_without_gradients_losses_are_enough():
+    detector = CollapseDetector()
+    looks = [detector.observe(torch.tensor(loss), []) for loss in (2.3, 2.3, 2.3, math.nan)]
+    assert [look.lost for look in looks if look] == [False, True]
+
+
+def test_looks_grow_apart_with_the_run_and_can_be_made_close():
+    detector = CollapseDetector()
+    steps = [k for k in range(1, 200) if show(detector, [2.3])]
+    gaps = [b - a for a, b in itertools.pairwise(steps)]
+    assert steps[:8] == [2, 4, 6, 8, 10, 12, 14, 16]
+    assert gaps == sorted(gaps)
+    assert gaps[-1] == 10
+    detector.close = True
+    assert len(show(detector, [2.3] * 5)) == 5
+
+
+def test_what_is_not_yet_looked_at_can_be_urgent():
+    detector = CollapseDetector()
+    show(detector, [2.3] * 160)
+    assert not detector.urgent
+    detector.observe(torch.tensor(2.3), gradients(1.0))
+    assert not detector.urgent
+    detector.observe(torch.tensor(math.nan), gradients(1.0))
+    assert detector.urgent
+    assert detector.look().lost
+
+
+def test_processes_see_what_the_first_sees():
+    first, second = CollapseDetector(), CollapseDetector()
+    said = []
+    for loss, other in [(2.3, 2.3), (2.3, 2.4), (1.0, math.nan), (1.0, math.nan)]:
+        one = first.observe(torch.tensor(loss), gradients(1.0), lambda v: said.append(v) or v)
+        two = second.observe(torch.tensor(other), gradients(2.0), lambda _: said.pop(0))
+        assert one == two
+        assert said == []
+    assert (first.first, first.largest, first.learnt) == (second.first, second.largest, 4)
+
+
+def test_the_state_goes_round_between_two_looks():
+    detector, other = CollapseDetector(), CollapseDetector()
+    show(detector, [2.3] * 5)
+    other.load_state_dict(detector.state_dict())
+    assert show(detector, [9.0], [9.0]) == show(other, [9.0], [9.0]) == [True]
+
+
+def test_losses_keep_no_graph():
+    detector = CollapseDetector()
+    weight = torch.ones((), requires_grad=True)
+    detector.observe(weight * 2, [torch.ones(2, requires_grad=True)])
+    assert not detector.pending[0].requires_grad

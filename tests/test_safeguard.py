@@ -1,0 +1,213 @@
+"""Where the safeguard goes back to when a network is lost, and at what rate it goes on."""
+
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from batchlr.safeguard import Safeguard
+
+
+class Run:
+    """A weight that counts its steps, and a gradient norm and loss of the test's choice."""
+
+    def __init__(self, peak=1.0, **options):
+        self.model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+        nn.init.zeros_(self.model.weight)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0, momentum=0.9)
+        self.guard = Safeguard(self.optimizer, **options)
+        self.guard.watch(self.model)
+        self.guard.limited(peak)
+
+    @property
+    def weight(self):
+        return self.model.weight.item()
+
+    def step(self, loss, norm=1.0):
+        self.model.weight.grad = torch.full_like(self.model.weight, norm)
+        with torch.no_grad():
+            self.model.weight.add_(1.0)
+        return self.guard.observe(torch.tensor(loss))
+
+    def steps(self, *losses, norm=1.0):
+        return [event for loss in losses if (event := self.step(loss, norm))]
+
+
+PLATEAU = [2.3] * 4
+LEARNT = [2.3, 2.3, 1.5, 1.5, 1.4, 1.4, 1.3, 1.3]
+
+
+def test_a_quiet_run_is_left_alone():
+    run = Run()
+    assert run.steps(*LEARNT) == []
+    assert run.weight == len(LEARNT)
+    assert run.guard.peak == 1.0
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 1e4])
+def test_on_a_plateau_it_goes_back_to_the_start_under_a_ceiling(loss):
+    run = Run()
+    assert run.steps(*PLATEAU, 2.3, loss) == ["undone"]
+    assert run.weight == 0.0
+    assert run.guard.peak == 0.25
+    assert run.guard.limited(0.1) == 0.1  # a lower limit applies
+    assert run.guard.limited(7.0) == 0.25
+
+
+def test_what_is_learnt_is_kept_from_before_the_last_quiet_look():
+    run = Run()
+    assert run.steps(*LEARNT, 1.2, math.nan) == ["undone"]
+    assert run.weight == 6.0  # looks after 2, 4, 6 and 8 steps; the one after 6 had a quiet one
+    assert run.guard.peak == 0.25
+    run.steps(*[1.2] * 200)  # which comes back while it is quiet
+    assert run.guard.peak == 1.0
+
+
+def test_a_network_that_has_forgotten_goes_back_to_before_it_forgot():
+    run = Run()
+    run.steps(*LEARNT)
+    assert run.steps(*[2.3] * 6) == ["undone"]
+    assert run.weight == 6.0
+    assert run.steps(*[1.3] * 4, *[2.3] * 9) == ["undone"]
+
+
+def test_the_ceiling_falls_as_gradients_outgrow_the_plateau_s():
+    run = Run()
+    run.steps(*PLATEAU, norm=2.0)
+    run.steps(math.nan, math.nan)
+    for norm, want in [(2.0, 0.25), (1.0, 0.25), (8.0, 0.0625), (4.0, 0.125)]:
+        run.step(2.3, norm)
+        assert run.guard.peak == pytest.approx(want, rel=1e-6)
+
+
+def test_each_attempt_has_a_quarter_of_the_last_one_s_ceiling():
+    run = Run()
+    run.steps(*PLATEAU)
+    for attempt in range(1, 4):
+        assert run.steps(2.3, math.nan) == ["undone"]
+        assert run.weight == 0.0
+        assert run.guard.limited(9.0) == 0.25**attempt
+
+
+def test_the_ceiling_is_lifted_when_the_loss_has_come_down():
+    run = Run()
+    run.steps(*PLATEAU, 2.3, math.nan)
+    assert run.steps(2.3, 2.1, 2.08) == []
+    assert run.steps(2.05) == ["recovered"]
+    assert run.guard.peak == run.guard.free == 1.0
+    assert run.guard.attempts == 0
+    weight = run.weight
+    run.steps(1.5, 1.5, 1.5, 1.5)
+    assert run.steps(math.nan, math.nan) == ["undone"]
+    assert run.weight >= weight  # and the plateau is left for good
+
+
+def test_what_is_learnt_but_soon_forgotten_is_tried_again_from_the_start():
+    run = Run()
+    run.steps(*PLATEAU, 2.3, math.nan, 2.3)
+    assert run.steps(2.05) == ["recovered"]
+    assert run.steps(*[2.3] * 6) == ["undone"]
+    assert run.weight == 0.0
+    assert run.guard.peak == 0.25**2
+    assert run.steps(2.05) == ["recovered"]
+    assert run.steps(*[2.05] * 20) == []  # as long again: now it will last
+    assert run.steps(*[2.3] * 30)[0] == "undone"
+    assert run.weight > 20
+
+
+def test_after_eight_attempts_in_vain_the_run_is_left_to_itself():
+    run = Run()
+    events = run.steps(*PLATEAU, *[math.nan] * 30)
+    assert events.count("undone") == 8
+    assert run.step(math.nan) is None
+    assert run.weight > 8
+
+
+def test_attempts_long_past_do_not_count():
+    run = Run()
+    run.steps(*LEARNT)
+    for _ in range(12):
+        assert run.steps(*[1.3] * 150, *[math.nan] * 10)[-1] == "undone"
+
+
+def test_a_network_lost_before_the_first_look_goes_back_and_may_recover():
+    run = Run()
+    assert run.steps(math.nan, math.nan) == ["undone"]
+    assert (run.weight, run.guard.peak) == (0.0, 0.25)
+    assert run.steps(2.3, 2.3, 1.0) == ["recovered"]
+
+
+def test_who_knows_the_network_is_lost_can_say_so():
+    run = Run()
+    run.steps(*LEARNT)
+    assert run.guard.rescue(lost=True) == "undone"
+    assert run.weight == 6.0
+    assert run.guard.peak == 0.25
+
+
+def test_a_rescue_comes_before_the_look_only_if_need_be():
+    run = Run()
+    run.steps(*LEARNT, *[1.3] * 80)
+    run.steps(1.3, 1.3)
+    assert run.guard.rescue() is None
+    pending = len(run.guard.detector.pending)
+    assert pending > 0
+    run.step(math.nan)
+    assert len(run.guard.detector.pending) == pending + 1
+    assert run.guard.rescue() == "undone"
+    assert run.guard.rescue() is None
+
+
+def test_without_rollback_it_only_slows_down():
+    run = Run(rollback=False)
+    assert run.steps(*[2.3] * 10, *[math.nan] * 10) == ["slowed"]
+    assert run.weight == 20.0
+    assert run.guard.peak == 0.5
+    assert "sure" not in run.guard.state_dict()
+    assert run.guard.rescue() is None
+
+
+def test_an_undone_jump_is_not_counted_as_a_jump_too():
+    run = Run()
+    run.steps(*LEARNT, *[1.3] * 4)
+    assert run.steps(*[1.3] * 6, 1.3, 1e6) == ["undone"]  # the twentieth step, a look of both
+    assert run.guard.spikes.pending == []
+    assert run.guard.peak == 0.25
+
+
+def test_other_weights_cannot_be_gone_back_to():
+    run = Run()
+    run.steps(*PLATEAU)
+    run.model.register_buffer("late", torch.zeros(1))
+    assert run.steps(2.3, math.nan) == []
+    run.guard.watch(nn.Linear(1, 1))  # another model is watched from now on
+    assert run.guard._sure.fits(nn.Linear(1, 1))
+
+
+def test_rates_scale_with_the_batch_size():
+    run = Run()
+    run.steps(*PLATEAU, 2.3, math.nan)
+    run.guard.rescale(3.0)
+    assert run.guard.peak == 0.75
+    run.step(2.3, norm=2.0)
+    assert run.guard.peak == pytest.approx(0.375, rel=1e-6)
+
+
+@pytest.mark.parametrize("cut", [3, 6, 9, 14])
+def test_the_state_goes_round_at_any_time(cut):
+    losses = [*PLATEAU, 2.3, math.nan, 2.3, 9.0, 2.3, 2.0, 2.0, 1.9, 1.9, math.nan, math.nan, 1.9]
+    one, two = Run(), Run()
+    for loss in losses[:cut]:
+        one.step(loss, norm=1.0 + loss if math.isfinite(loss) else 1.0)
+    file = io.BytesIO()
+    parts = (one.model, one.optimizer, one.guard)
+    torch.save([part.state_dict() for part in parts], file)
+    file.seek(0)
+    states = torch.load(file, weights_only=True)
+    for part, state in zip((two.model, two.optimizer, two.guard), states, strict=True):
+        part.load_state_dict(state)
+    for loss in losses[cut:]:
+        assert one.step(loss) == two.step(loss)
+        assert (one.weight, one.guard.peak) == (two.weight, two.guard.peak)
