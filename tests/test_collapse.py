@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,7 +37,7 @@ def test_a_falling_loss_is_quiet_whatever_its_gradients():
 def test_on_a_plateau_loss_and_gradient_jump_together(scale):
     for loss, norm, lost in [(2.7, 4.0, True), (2.7, 2.0, False), (2.4, 9.0, False)]:
         detector = CollapseDetector()
-        show(detector, [2.3 * scale, 2.3 * scale], [scale, scale])
+        show(detector, [2.3 * scale] * 6, [scale] * 6)
         assert show(detector, [2.3 * scale, loss * scale], [scale, norm * scale]) == [lost]
 
 
@@ -74,8 +75,39 @@ def test_a_loss_beyond_all_bounds_is_lost_at_any_time(loss):
 def test_so_is_a_mean_of_three_times_the_first_loss_or_of_three(first, loss):
     for mean, lost in [(loss, True), (0.9 * loss, False)]:
         detector = CollapseDetector()
-        show(detector, [first, first, first - 4.0, first - 4.0])
+        show(detector, [first, first] + [first - 4.0] * 4)
         assert show(detector, [mean, mean]) == [lost]
+
+
+def test_before_the_noise_is_known_a_jump_is_none():
+    detector = CollapseDetector()
+    show(detector, [2.3] * 4)
+    assert show(detector, [2.3, 2.7], [1.0, 4.0]) == [False]
+
+
+@pytest.mark.parametrize("spread", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_alone_is_never_a_collapse(spread, seed):
+    """Losses of single samples about a constant mean, and gradients as large as they are."""
+    rng = np.random.default_rng(seed)
+    shape = 1 / spread**2
+    losses = rng.gamma(shape, 1 / shape, size=400)
+    assert not any(show(CollapseDetector(), losses.tolist(), (losses**0.5).tolist()))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_a_slow_regression_on_noise_is_none(batch_size):
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        truth, weights = 0.3 * rng.normal(size=10), np.zeros(10)
+        detector = CollapseDetector()
+        for _ in range(200):
+            x = rng.normal(size=(batch_size, 10))
+            residual = x @ weights - x @ truth - rng.normal(size=batch_size)
+            gradient = 2 * x.T @ residual / batch_size
+            weights -= 0.002 * gradient
+            look = detector.observe(torch.tensor((residual**2).mean()), [torch.tensor(gradient)])
+            assert look is None or not look.lost
 
 
 def test_a_gradient_that_overflows_alone_is_not():
@@ -152,8 +184,10 @@ def test_processes_see_what_the_first_sees():
 
 def test_the_state_goes_round_between_two_looks():
     detector, other = CollapseDetector(), CollapseDetector()
-    show(detector, [2.3] * 5)
-    other.load_state_dict(detector.state_dict())
+    show(detector, [2.3] * 7)
+    state = detector.state_dict()
+    other.load_state_dict(state)
+    assert other.pending is not state["pending"]
     assert show(detector, [9.0], [9.0]) == show(other, [9.0], [9.0]) == [True]
 
 

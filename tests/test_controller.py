@@ -728,9 +728,6 @@ def test_a_resumed_policy_goes_on_bit_for_bit(cut):
     assert torch.equal(resumed[0].weight, problem[0].weight)
 
 
-# --- losses and batch sizes -----------------------------------------------------------------------
-
-
 # --- heavy ball, and the edge along the step -----------------------------------------------------
 
 
@@ -843,6 +840,9 @@ def test_a_resumed_run_of_either_goes_on_bit_for_bit(policy):
     whole, cut = run(None), run(3)
     assert torch.equal(whole[0], cut[0])
     assert whole[1:] == cut[1:]
+
+
+# --- losses and batch sizes -----------------------------------------------------------------------
 
 
 def test_a_jump_of_the_loss_halves_the_rate_and_asks_for_a_measurement():
@@ -1140,10 +1140,10 @@ def vector_of(controller):
 def test_the_state_does_not_change_later():
     problem = linear_problem()
     controller = controller_of(problem[2], MSE)
-    updates_of(controller, problem, 3)
+    poisoned_run(controller, problem, range(3))
     state = controller.state_dict()
     before = copy.deepcopy(state)
-    updates_of(controller, problem, 6)
+    poisoned_run(controller, problem, range(6))
     assert state.keys() == before.keys()
     one, other = (s["limit"]["tracker"]["trails"]["largest"]["vector"] for s in (state, before))
     assert torch.equal(one, other)
@@ -1153,6 +1153,28 @@ def test_the_state_does_not_change_later():
     apart = ("limit", "generator", "guard")
     plain = {k: v for k, v in before.items() if k not in apart}
     assert {k: state[k] for k in plain} == plain
+
+
+def test_who_shows_no_losses_pays_for_no_snapshots():
+    problem = linear_problem()
+    controller = controller_of(problem[2], MSE)
+    updates_of(controller, problem, 2)
+    assert "sure" in controller.state_dict()["guard"]
+    updates_of(controller, problem, 1)
+    assert "sure" not in controller.state_dict()["guard"]
+
+
+def test_a_cadence_of_one_s_own_is_broken_for_what_has_happened():
+    problem = linear_problem()
+    controller = controller_of(problem[2], MSE, every_steps=500)
+    poisoned_run(controller, problem, range(21))
+    assert not controller.due
+    events = iter(lambda: poisoned_run(controller, problem, [21]), ["undone"])
+    assert len(list(events)) < 10
+    model, _, _, batches = problem
+    assert controller.due
+    assert controller.maybe_update(model, batches).failure is None
+    assert not controller.due
 
 
 # --- refusals ------------------------------------------------------------------------------------

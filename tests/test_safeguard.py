@@ -35,7 +35,7 @@ class Run:
         return [event for loss in losses if (event := self.step(loss, norm))]
 
 
-PLATEAU = [2.3] * 4
+PLATEAU = [2.3] * 8
 LEARNT = [2.3, 2.3, 1.5, 1.5, 1.4, 1.4, 1.3, 1.3]
 
 
@@ -96,7 +96,8 @@ def test_the_ceiling_is_lifted_when_the_loss_has_come_down():
     run.steps(*PLATEAU, 2.3, math.nan)
     assert run.steps(2.3, 2.1, 2.08) == []
     assert run.steps(2.05) == ["recovered"]
-    assert run.guard.peak == run.guard.free == 1.0
+    assert run.guard.peak == run.guard.free == 0.25  # until another limit is measured
+    assert run.guard.limited(1.0) == 1.0
     assert run.guard.attempts == 0
     weight = run.weight
     run.steps(1.5, 1.5, 1.5, 1.5)
@@ -112,7 +113,7 @@ def test_what_is_learnt_but_soon_forgotten_is_tried_again_from_the_start():
     assert run.weight == 0.0
     assert run.guard.peak == 0.25**2
     assert run.steps(2.05) == ["recovered"]
-    assert run.steps(*[2.05] * 20) == []  # as long again: now it will last
+    assert run.steps(*[2.05] * 40) == []  # as long again: now it will last
     assert run.steps(*[2.3] * 30)[0] == "undone"
     assert run.weight > 20
 
@@ -179,11 +180,29 @@ def test_an_undone_jump_is_not_counted_as_a_jump_too():
 
 def test_other_weights_cannot_be_gone_back_to():
     run = Run()
-    run.steps(*PLATEAU)
+    run.steps(*PLATEAU[:4])
     run.model.register_buffer("late", torch.zeros(1))
     assert run.steps(2.3, math.nan) == []
-    run.guard.watch(nn.Linear(1, 1))  # another model is watched from now on
-    assert run.guard._sure.fits(nn.Linear(1, 1))
+
+
+def test_another_network_goes_back_to_its_own_weights():
+    run = Run()
+    run.steps(*LEARNT)
+    run.model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    nn.init.constant_(run.model.weight, 100.0)
+    run.optimizer.param_groups[0]["params"] = list(run.model.parameters())
+    run.guard.watch(run.model)
+    assert run.steps(*PLATEAU, 2.3, math.nan)[-1] == "undone"
+    assert run.weight == 100.0
+
+
+def test_what_nobody_shows_losses_to_holds_no_weights():
+    run = Run()
+    assert run.guard.unused
+    run.guard.stop()
+    assert run.guard.state_dict().keys().isdisjoint({"sure", "latest"})
+    assert run.steps(*PLATEAU, 2.3, math.nan)[-1] == "slowed"
+    assert run.weight == 10.0
 
 
 def test_rates_scale_with_the_batch_size():

@@ -15,6 +15,10 @@ OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {}),
     "heavy ball": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
     "nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    "nesterov, foreach": (
+        torch.optim.SGD,
+        {"momentum": 0.9, "nesterov": True, "foreach": True},
+    ),
     "adam": (torch.optim.Adam, {"eps": 1e-3}),
     "adamw": (torch.optim.AdamW, {"weight_decay": 0.1, "amsgrad": True}),
     "rmsprop": (torch.optim.RMSprop, {"momentum": 0.5, "centered": True}),
@@ -60,7 +64,9 @@ def test_the_trial_step_is_the_next_step_and_touches_nothing(name, steps, ratio)
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     loss = MSE(model, whole)
     gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, model.parameters())])
+    kept = gradient.clone()
     step = trial_step(model, optimizer, gradient)
+    assert torch.equal(gradient, kept)
     after = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     assert str(after) == str(before)
     start = flat(model)

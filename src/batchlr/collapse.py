@@ -20,6 +20,8 @@ _SILENT = 0.5  # measured (docs/log.md): share of tensors without gradient in a 
 _EXPLODED = 100.0  # assumed: a loss this many times its first value, or 1, does not come back
 _BACK, _SUNK = 0.03, 3  # assumed: so near the first loss again, for so many looks
 _WORSE = 3.0  # assumed: nor does the mean of a look
+_KNOWN = 3  # assumed: degrees of freedom from which on the noise of losses is known
+_SIGMAS, _LITTLE = 5.0, 4.0  # measured (docs/log.md): standard errors beyond which is no noise
 
 
 @final
@@ -45,6 +47,11 @@ class CollapseDetector:
     before. Silence: in every step of a look most tensors of weights have a gradient of exactly
     zero, as behind units that have died, at a loss above half the first one. Oblivion: once
     something was learnt, three looks in a row whose loss is within 3 % of the first one, or worse.
+    What compares losses does so beyond their noise, pooled from the scatter within quiet looks: a
+    jump, oblivion and a mean of three times are told from the third quiet look on.
+
+    A gradient that training clips cannot jump, and one that is gone before `observe` tells nothing;
+    losses then have to do alone.
 
     Looks are two steps apart at first, an eighth of the steps so far later on, ten at most; each
     waits for the device once. A step costs the norms of its gradients.
@@ -52,6 +59,8 @@ class CollapseDetector:
 
     steps: int = 0
     close: bool = False  # look at every step
+    squares: float = 0.0  # of losses about the means of their looks, the quiet ones
+    freedom: int = 0  # degrees of freedom of that sum
     first: float | None = None  # mean loss of the first look
     largest: float = 0.0  # norm of a gradient up to the last look that was quiet
     sparse: bool = False  # most tensors had no gradient from the start
@@ -72,7 +81,8 @@ class CollapseDetector:
         Returns:
             What was seen, if it was time to look.
         """
-        self.pending.append(_signs(loss, gradients))
+        sign = _signs(loss, gradients)
+        self.pending = [*(other.to(sign.device) for other in self.pending), sign]
         self.steps += 1
         apart = 1 if self.close else min(max(self.steps // _AGE, _OFTEN), _SELDOM)
         return self.look(same) if len(self.pending) >= apart else None
@@ -92,14 +102,16 @@ class CollapseDetector:
         norm = rows[-1][1]
         largest = max((row[1] for row in rows if math.isfinite(row[1])), default=0.0)
         silent = all(row[2] > _SILENT for row in rows)
-        self.sunk = self.sunk + 1 if self.learnt and self._back(loss) else 0
+        squares = sum((row[0] - loss) ** 2 for row in rows)
+        self.sunk = self.sunk + 1 if self.learnt and self._back(loss, squares, len(rows)) else 0
         lost = self._lost(rows, loss, silent)
         if same is not None:
-            loss, norm, largest = same(loss), same(norm), same(largest)
+            loss, norm, largest, squares = (same(v) for v in (loss, norm, largest, squares))
             lost, silent = bool(same(float(lost))), bool(same(float(silent)))
             self.sunk = int(same(self.sunk))
         if not lost:
-            self._settle(loss, largest, silent)
+            self._settle(loss, largest, silent, len(rows))
+            self.squares, self.freedom = self.squares + squares, self.freedom + len(rows) - 1
         return Look(loss, norm, lost, sound=self.sunk == 0, settled=self._settled(loss))
 
     def _settled(self, loss: float) -> bool:
@@ -107,11 +119,23 @@ class CollapseDetector:
             return False
         return loss < self.first - _SETTLED * abs(self.first) or self.steps >= 2 * self.learnt
 
-    def _back(self, loss: float) -> bool:
-        return self.first is not None and loss > self.first - _BACK * abs(self.first)
+    @property
+    def _noise(self) -> float:
+        """What a single loss may be off by: standard errors, more while they are little known."""
+        if not self.freedom:
+            return 0.0
+        errors = _SIGMAS * (1 + _LITTLE / self.freedom)
+        return errors * math.sqrt(self.squares / self.freedom)
+
+    def _back(self, loss: float, squares: float, count: int) -> bool:
+        """By more than the scatter of this look itself, which in a dead network is small."""
+        if self.first is None:
+            return False
+        own = _SIGMAS * math.sqrt(squares / (count - 1) / count) if count > 1 else self._noise
+        return loss > self.first - _BACK * abs(self.first) + own
 
     def _exploded(self, loss: float) -> bool:
-        return not abs(loss) <= _EXPLODED * self._unit
+        return not abs(loss) <= _EXPLODED * self._unit + self._noise
 
     @property
     def _unit(self) -> float:
@@ -119,26 +143,32 @@ class CollapseDetector:
         return sys.float_info.max / _EXPLODED if self.first is None else max(abs(self.first), 1.0)
 
     def _lost(self, rows: list[list[float]], mean: float, silent: bool) -> bool:
-        if any(self._exploded(row[0]) for row in rows) or mean > _WORSE * self._unit:
+        if any(self._exploded(row[0]) for row in rows):
             return True
         if self.first is None:
             return False
+        known, noise = self.freedom >= _KNOWN, self._noise
+        if known and mean > _WORSE * self._unit + noise / math.sqrt(len(rows)):
+            return True
         if self.sunk >= _SUNK:
             self.sunk = 0
             return True
         if silent and not self.sparse and mean > self.first / 2:
             return True
-        above = self.first + _JUMP * abs(self.first)
-        return not self.learnt and any(
-            loss > above and norm > _SURGE * self.largest for loss, norm, _ in rows
+        above = self.first + max(_JUMP * abs(self.first), noise)
+        return (
+            known
+            and not self.learnt
+            and any(loss > above and norm > _SURGE * self.largest for loss, norm, _ in rows)
         )
 
-    def _settle(self, loss: float, largest: float, silent: bool) -> None:
+    def _settle(self, loss: float, largest: float, silent: bool, count: int) -> None:
         """Keep what a quiet look tells."""
         if self.first is None:
             self.first, self.sparse = loss, silent
         self.largest = max(self.largest, largest)
-        if not self.learnt and loss < self.first - _LEARNT * abs(self.first):
+        down = _LEARNT * abs(self.first) + self._noise / math.sqrt(count)
+        if not self.learnt and loss < self.first - down:
             self.learnt = self.steps
 
     def state_dict(self) -> dict[str, Any]:
@@ -148,7 +178,7 @@ class CollapseDetector:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         for name, value in state_dict.items():
-            setattr(self, name, value)
+            setattr(self, name, list(value) if name == "pending" else value)
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ from batchlr.update_curvature import CdatEdge, update_curvature
 logger = logging.getLogger("batchlr")
 
 _UNBOUNDED = 2**31  # stands for a data set of unknown size: without-replacement effects vanish
+_SHOWN = 2  # assumed: steps after which nobody will show the losses who has not yet
 _ANEW = 0.5  # measured (docs/log.md): share of the first limit behind a plateau
 # In gradients of the measured samples: recording their graphs with all around it, a product, a
 # product through train-mode batch norm. Assumed, above what benchmarks/product_routes.py measures.
@@ -143,6 +144,7 @@ class CurvatureController:
         self._steers = apply and policy in LIMIT_POLICIES
         self._guard = Safeguard(scheduler.optimizer, rollback=rollback and self._steers)
         self._anew = False  # the next limit counts as the first
+        self._asked = False  # something happened since the last measurement
         self._cdat = CdatEdge()
         self._step = 0
         self._has_rate = False
@@ -179,7 +181,7 @@ class CurvatureController:
     def due(self) -> bool:
         """Whether the next `maybe_update` measures."""
         if self.every_steps is not None:
-            return self._step % self.every_steps == 0
+            return self._asked or self._step % self.every_steps == 0
         return self.cadence.due(self._step)
 
     @property
@@ -188,7 +190,10 @@ class CurvatureController:
         return self.cadence.spent / max(1, self._step)
 
     def maybe_update(
-        self, model: nn.Module, batches: Sequence[Any] | Callable[[], Sequence[Any]]
+        self,
+        model: nn.Module,
+        batches: Sequence[Any] | Callable[[], Sequence[Any]],
+        same: Same | None = None,
     ) -> CurvatureUpdate | None:
         """Measure if due; call it once before every optimizer step.
 
@@ -196,6 +201,7 @@ class CurvatureController:
             model: at the weights the step starts from.
             batches: one batch ``(x, y)``, a list of disjoint batches, or a function that makes the
                 list, called only when a measurement is due.
+            same: as that of `observe`.
 
         Returns:
             What was measured and applied, or None if nothing was due.
@@ -203,11 +209,14 @@ class CurvatureController:
         Raises:
             ArithmeticError: the very first measurement failed, so that there is no rate to apply.
         """
-        self._guard.watch(model)
+        self.watch(model)
+        if self._step == _SHOWN and self._guard.unused:
+            self._guard.stop()
         if not self.due:
             self._step += 1
             return None
-        self.rescue()
+        self._asked = False
+        self.rescue(same)
         made = batches() if callable(batches) else batches
         listed = [made] if isinstance(made, (tuple, dict, Tensor)) else list(made)
         before, products, seconds = self._filter.log_rate, self.num_products, self.seconds
@@ -228,6 +237,10 @@ class CurvatureController:
         )
         self._step += 1
         return replace(update, overhead=self.overhead)
+
+    def watch(self, model: nn.Module) -> None:
+        """Remember ``model`` as it is, to go back to; the first `maybe_update` does it, else."""
+        self._guard.watch(model)
 
     def observe(self, loss: Tensor, same: Same | None = None) -> Event | None:
         """Show the controller the loss ``()`` of the step just made, its gradients still in place.
@@ -269,6 +282,7 @@ class CurvatureController:
         if event != "slowed":
             self._filter.forget()
         self._anew = self._anew or event == "recovered"
+        self._asked = True
         self.cadence.look_soon(self._step - 1)
         return event
 
@@ -284,7 +298,8 @@ class CurvatureController:
         self.scheduler.set_peak(same(self.scheduler.peak))
         if self.sets_momentum:
             set_momentum(self.scheduler.optimizer, same(get_momentum(self.scheduler.optimizer)))
-        self._guard.free = same(self._guard.free)
+        for name in ("free", "held", "ceiling", "norm"):
+            setattr(self._guard, name, same(getattr(self._guard, name)))
         for part in (self.cadence, self._filter):
             part.load_state_dict(
                 {
@@ -407,6 +422,7 @@ class CurvatureController:
             "has_rate": self._has_rate,
             "learner_products": self._learner_products,
             "anew": self._anew,
+            "asked": self._asked,
             "seconds": self.seconds,
             "generator": self._generator.get_state(),
         }
@@ -422,5 +438,6 @@ class CurvatureController:
         self._has_rate = state_dict["has_rate"]
         self._learner_products = state_dict["learner_products"]
         self._anew = state_dict["anew"]
+        self._asked = state_dict["asked"]
         self.seconds = state_dict["seconds"]
         self._generator.set_state(state_dict["generator"].cpu())

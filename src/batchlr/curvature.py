@@ -23,7 +23,7 @@ from batchlr.spectral_edges import EdgeSearch, SpectralEdges, followed_edges
 from batchlr.trace import estimate_trace
 from batchlr.tracker import CurvatureTracker
 
-_FEWEST_SMALL = 4  # assumed: fewer of them have no error to speak of
+_FEWEST_SMALL = 4  # assumed: fewer of them are too few to estimate an error from
 _SMALL_BATCH = 4  # assumed: small enough to lie below most critical sizes, and batch norm's 2
 _UNKNOWN = Measured(math.nan)
 _TRACE_PROBES = 4  # assumed: it only feeds laws given for comparison
@@ -72,7 +72,7 @@ def measure_curvature(
         tol: relative residual at which Lanczos stops.
         max_products: of one Lanczos run.
         num_small_batches: batches of 4 whose largest eigenvalues lead the law for small batches,
-            at most, and no more than a quarter of the samples; 0 leaves them out.
+            at most; together they take a quarter of the samples or are four. 0 leaves them out.
         clip_norm: at which training clips the gradient's norm, if it does; the report's rates then
             say whether it is active at the batches' size. It changes no number.
         generator: for start vectors and subsamples; without one the seed is 0.

@@ -18,11 +18,11 @@ _ATTEMPTS = 8  # assumed: without success; then the run is left to itself
 Event = Literal["slowed", "undone", "recovered"]
 EVENTS = {
     "slowed": "the loss jumped, the rate is halved",
-    "undone": "the network was lost and is what it was before, the rate is a quarter",
+    "undone": "the network was lost and is what it was before, to go on at a lower rate",
     "recovered": "the network has left the plateau on which it was lost before",
 }
 
-_NUMBERS = ("free", "held", "ceiling", "norm", "attempts", "early", "quiet", "level")
+_NUMBERS = ("rollback", "free", "held", "ceiling", "norm", "attempts", "early", "quiet", "level")
 
 
 @final
@@ -81,10 +81,25 @@ class Safeguard:
         """Remember whose weights to keep; takes a first snapshot."""
         if not self.rollback or self._model is model:
             return
-        self._model = model
-        if not self._sure.fits(model):
+        if self._model is not None:  # another network: nothing is known of it
+            self.detector = CollapseDetector()
+            self.early, self.attempts, self.ceiling, self.held = True, 0, math.inf, math.inf
+            self.losses = [math.nan, math.nan]
+        if self._model is not None or not self._sure.fits(model):
             for snapshot in (self._sure, self._latest):
                 snapshot.take(model, self.optimizer)
+        self._model = model
+
+    def stop(self) -> None:
+        """Do without rollback from now on, and free its memory."""
+        self.rollback, self.ceiling, self._model = False, math.inf, None
+        self._sure, self._latest = Snapshot(), Snapshot()
+        self.detector = CollapseDetector()
+
+    @property
+    def unused(self) -> bool:
+        """Whether no loss was ever shown."""
+        return self.detector.steps == 0
 
     def limited(self, peak: float) -> float:
         """``peak``, or the ceiling where that is lower."""
@@ -136,6 +151,7 @@ class Safeguard:
             return self._undo(factor)
         if self.attempts and self._succeeded(look.loss):
             lifted = self.ceiling < math.inf
+            self.free = self.peak  # until the next limit is measured
             self.attempts, self.ceiling = 0, math.inf
             self.detector.close = False
             self._keep(look)
@@ -165,7 +181,11 @@ class Safeguard:
 
     def _undo(self, factor: float) -> Event | None:
         assert self._model is not None
-        if self.attempts >= _ATTEMPTS or not self._sure.fits(self._model):
+        if self.attempts >= _ATTEMPTS:
+            self.free = self.peak
+            self.stop()
+            return None
+        if not self._sure.fits(self._model):
             return None
         self._sure.restore(self._model, self.optimizer)
         self._latest.take(self._model, self.optimizer)

@@ -21,10 +21,6 @@ class Snapshot:
         self._tensors: dict[str, Tensor] = {}
         self._values: dict[str, Any] = {}  # what an optimizer keeps that is no tensor
 
-    def __bool__(self) -> bool:
-        """Whether there is anything to go back to."""
-        return bool(self._tensors)
-
     def take(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Remember the present."""
         state = _optimizer_state(optimizer)
@@ -79,9 +75,9 @@ class Snapshot:
                     state[key] = value.to(device, copy=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, and numbers."""
+        """Tensors, copied to the CPU, and numbers."""
         return {
-            "tensors": {name: tensor.clone() for name, tensor in self._tensors.items()},
+            "tensors": {name: t.to("cpu", copy=True) for name, t in self._tensors.items()},
             "values": dict(self._values),
         }
 

@@ -31,7 +31,8 @@ class SpikeGuard:
 
     def observe(self, loss: Tensor) -> bool:
         """Take note of a step's loss ``()``; True if it completes a spike."""
-        self.pending.append(loss.detach())
+        loss = loss.detach()
+        self.pending = [*(other.to(loss.device) for other in self.pending), loss]
         if len(self.pending) < _LOOK_EVERY:
             return False
         losses = torch.stack(self.pending).double()
@@ -59,4 +60,4 @@ class SpikeGuard:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         for name, value in state_dict.items():
-            setattr(self, name, value)
+            setattr(self, name, list(value) if name == "pending" else value)

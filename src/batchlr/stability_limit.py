@@ -158,13 +158,15 @@ class StabilityLimit:
             optimizer=self._optimizer,
             norm_mode=self._norm_mode,
         )
-        measure = stochastic_lanczos_quadrature(
-            point.matrix,
-            num_steps=min(self._max_products, point.matrix.shape[0]),
-            num_probes=1,
-            generator=self._generator,
-        )
-        self.num_products += point.operator.num_products
+        try:
+            measure = stochastic_lanczos_quadrature(
+                point.matrix,
+                num_steps=min(self._max_products, point.matrix.shape[0]),
+                num_probes=1,
+                generator=self._generator,
+            )
+        finally:
+            self.num_products += point.operator.num_products
         largest, smallest = usable_edges(
             measure.nodes.tolist(),
             measure.weights.tolist(),

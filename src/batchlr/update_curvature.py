@@ -126,9 +126,11 @@ def trial_step(model: nn.Module, optimizer: torch.optim.Optimizer, gradient: Ten
     copies = {}
     for weight, part in zip(weights, gradients, strict=True):
         copies[weight] = weight.detach().clone()
-        copies[weight].grad = part.view_as(weight).to(weight.dtype)
+        copies[weight].grad = part.view_as(weight).to(weight.dtype, copy=True)  # steps change it
     rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
-    trial = copy.copy(optimizer)
+    trial = copy.copy(optimizer)  # which leaves attributes of its own behind
+    own = {name: value for name, value in vars(optimizer).items() if name != "step"}
+    trial.__dict__ = own | vars(trial)  # `step` may be a scheduler's, for the original
     trial.param_groups = [
         {
             **group,

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,8 @@ class _Run:
             self.last_step, progress.step, progress=config.log.progress, enabled=first
         )
         self.updates: list[CurvatureUpdate] = []
+        if experiment.controller is not None:
+            experiment.controller.watch(experiment.model)
         if progress.step:
             self.console.say(f"resumed after step {progress.step} of {self.last_step}")
 
@@ -97,7 +99,7 @@ class _Run:
         total = self.experiment.total_steps
         return total if limit is None else min(total, limit)
 
-    @property
+    @cached_property
     def same(self) -> Same | None:
         """The first process's number in all of them, if there are several."""
         group = self.experiment.processes
@@ -147,7 +149,8 @@ class _Run:
         result = self.evaluate()
         train_loss = progress.result["train_loss"]
         peak = self.experiment.scheduler.peak
-        progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+        progress.loss_sum, progress.counted = 0.0, 0
         self.console.epoch(
             progress.epoch, config.train.epochs, train_loss, result, self.updates, peak
         )
@@ -207,7 +210,7 @@ class _Run:
         if experiment.controller.due:
             self.check_losses()  # do not measure where training has already failed
         update = experiment.controller.maybe_update(
-            experiment.model, experiment.measurement_batches
+            experiment.model, experiment.measurement_batches, self.same
         )
         if update is None:
             return None
@@ -266,7 +269,8 @@ class _Run:
     def check_losses(self) -> None:
         """Write the losses so far, and raise ArithmeticError if the run has diverged.
 
-        Steps that the controller has undone are not held against it, nor counted in the mean.
+        Exploded losses of steps that the controller has undone are not held against it, nor counted
+        in the mean.
         """
         progress, controller = self.progress, self.experiment.controller
         if controller is not None:
@@ -282,6 +286,7 @@ class _Run:
                 msg = f"the training loss became {loss:.4g} in step {step} (first loss {first:.4g})"
                 raise DivergedError(msg)
             progress.loss_sum += loss
+            progress.counted += 1
 
     def asked_to_stop(self) -> bool:
         """Whether to stop now; processes agree on it now and then, for it costs a message."""
@@ -306,11 +311,11 @@ class _Run:
         if not math.isfinite(result.loss):
             msg = f"the test loss became {result.loss:.4g}"
             raise DivergedError(msg)
-        mean = self.progress.loss_sum / max(1, self.progress.batch)
+        mean = self.progress.loss_sum / max(1, self.progress.counted)
         self.progress.result = {
             "test_accuracy": result.accuracy,
             "test_loss": result.loss,
-            "train_loss": mean if self.progress.batch else math.nan,
+            "train_loss": mean if self.progress.counted else math.nan,
         }
         return result
 

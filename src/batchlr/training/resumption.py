@@ -34,6 +34,7 @@ class Progress:
     epoch: int = 0  # the one being made
     batch: int = 0  # of that epoch, the next one
     loss_sum: float = 0.0  # over the batches of the epoch so far
+    counted: int = 0  # of them, whose losses are in the sum
     first_loss: float | None = None
     undone: int = 0  # steps before this one are not judged by their losses: some were undone
     last_lr: float = math.nan  # of the last step made
