@@ -148,7 +148,7 @@ class CurvatureController:
         self._cdat = CdatEdge()
         self._step = 0
         self._has_rate = False
-        self._limit = StabilityLimit(
+        self.limit = StabilityLimit(
             scheduler.optimizer,
             batch_size=scheduler.batch_size if batch_size is None else batch_size,
             dataset_size=_UNBOUNDED if dataset_size is None else dataset_size,
@@ -165,17 +165,17 @@ class CurvatureController:
     @property
     def batch_size(self) -> int | None:
         """Trained with; None until it is seen, if nobody said it."""
-        return self._limit.batch_size
+        return self.limit.batch_size
 
     @property
     def num_products(self) -> int:
         """Matrix-vector products of all measurements."""
-        return self._limit.num_products + self._learner_products
+        return self.limit.num_products + self._learner_products
 
     @property
     def sets_momentum(self) -> bool:
         """Whether momentum is the controller's, too."""
-        return self.apply and (self._limit.sets_momentum or sets_momentum(self.policy))
+        return self.apply and (self.limit.sets_momentum or sets_momentum(self.policy))
 
     @property
     def due(self) -> bool:
@@ -316,12 +316,12 @@ class CurvatureController:
         Raises:
             ValueError: ``batch_size`` is not in [1, dataset_size], or nothing was measured yet.
         """
-        last, size = self._limit.last, self._limit.batch_size
+        last, size = self.limit.last, self.limit.batch_size
         if last is None or size is None:
             msg = "nothing was measured yet: change the batch size after the first step"
             raise ValueError(msg)
-        factor = self._limit.bound(last, batch_size).value / self._limit.bound(last, size).value
-        self._limit.batch_size = batch_size
+        factor = self.limit.bound(last, batch_size).value / self.limit.bound(last, size).value
+        self.limit.batch_size = batch_size
         self._filter.scale(factor)
         if self.apply:
             self.scheduler.rescale(factor, batch_size)
@@ -348,10 +348,10 @@ class CurvatureController:
 
     def _stay_stable(self, model: nn.Module, batches: list[Any]) -> CurvatureUpdate:
         """The largest stable rate of the batch size trained with."""
-        report, bound = self._limit.measure(model, self.loss_fn, batches)
+        report, bound = self.limit.measure(model, self.loss_fn, batches)
         optimizer, change = self.scheduler.optimizer, 1.0
-        if self._limit.sets_momentum:  # rates known so far were for the momentum so far
-            before = self._limit.bound(report, bound.batch_size, get_momentum(optimizer))
+        if self.limit.sets_momentum:  # rates known so far were for the momentum so far
+            before = self.limit.bound(report, bound.batch_size, get_momentum(optimizer))
             change = bound.value / before.value
             if self._has_rate:
                 self._filter.scale(change)
@@ -362,7 +362,7 @@ class CurvatureController:
             self._anew = False
             peak = bounds.peak(self._guard.factor * rate, last)
             self.scheduler.set_peak(self._guard.limited(peak))
-            if self._limit.sets_momentum:
+            if self.limit.sets_momentum:
                 set_momentum(optimizer, bound.momentum)
         return replace(self._record(), bound=bound, report=report)
 
@@ -400,7 +400,7 @@ class CurvatureController:
 
     def _cost(self, update: CurvatureUpdate, batches: list[Any]) -> float:
         """Of a measurement, in gradients of one training batch."""
-        report = update.report or self._limit.last  # the last one's, after a failure
+        report = update.report or self.limit.last  # the last one's, after a failure
         product = _COUPLED_PRODUCT if report is not None and report.coupled else _PRODUCT
         samples = sum(count_samples(batch) for batch in batches)
         gradients = (_RECORDING + product * update.num_products) * samples
@@ -418,7 +418,7 @@ class CurvatureController:
             "filter": self._filter.state_dict(),
             "guard": self._guard.state_dict(),
             "cdat": self._cdat.state_dict(),
-            "limit": self._limit.state_dict(),
+            "limit": self.limit.state_dict(),
             "has_rate": self._has_rate,
             "learner_products": self._learner_products,
             "anew": self._anew,
@@ -434,7 +434,7 @@ class CurvatureController:
         self._filter.load_state_dict(state_dict["filter"])
         self._guard.load_state_dict(state_dict["guard"])
         self._cdat.load_state_dict(state_dict["cdat"])
-        self._limit.load_state_dict(state_dict["limit"])
+        self.limit.load_state_dict(state_dict["limit"])
         self._has_rate = state_dict["has_rate"]
         self._learner_products = state_dict["learner_products"]
         self._anew = state_dict["anew"]

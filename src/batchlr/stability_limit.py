@@ -70,13 +70,13 @@ class StabilityLimit:
         self.last: CurvatureReport | None = None
         self.num_products = 0
         self._optimizer = optimizer
-        self._dataset_size = dataset_size
+        self.dataset_size = dataset_size
         self._policy = policy
-        self._adjust_momentum = adjust_momentum
+        self.adjust_momentum = adjust_momentum
         self._norm_mode: NormMode = norm_mode
-        self._tol = tol
-        self._max_products = max_products
-        self._clip_norm = clip_norm
+        self.tol = tol
+        self.max_products = max_products
+        self.clip_norm = clip_norm
         self._rule: Rule = rule
         self._generator = generator
         self._ratio: float | None = None  # of the usable edges, smallest over largest
@@ -85,7 +85,7 @@ class StabilityLimit:
     @property
     def sets_momentum(self) -> bool:
         """Whether the limit is one at a momentum yet to be set."""
-        return self._adjust_momentum or self._policy == "heavy_ball"
+        return self.adjust_momentum or self._policy == "heavy_ball"
 
     def measure(
         self, model: nn.Module, loss_fn: LossFunction, batches: list[Any]
@@ -140,7 +140,7 @@ class StabilityLimit:
         if self._policy == "heavy_ball":
             assert self._ratio is not None  # every measurement starts by finding it
             return min(_MOST_MOMENTUM, heavy_ball(1.0, self._ratio).momentum)
-        if not self._adjust_momentum:
+        if not self.adjust_momentum:
             return None
         inverse = report.inverse_effective_batch_size(batch_size)
         if report.adam is None:
@@ -161,7 +161,7 @@ class StabilityLimit:
         try:
             measure = stochastic_lanczos_quadrature(
                 point.matrix,
-                num_steps=min(self._max_products, point.matrix.shape[0]),
+                num_steps=min(self.max_products, point.matrix.shape[0]),
                 num_probes=1,
                 generator=self._generator,
             )
@@ -176,9 +176,9 @@ class StabilityLimit:
 
     def _new_tracker(self) -> CurvatureTracker:
         return CurvatureTracker(
-            tol=self._tol,
-            max_products=min(_WARM_PRODUCTS, self._max_products),
-            max_run=self._max_products,
+            tol=self.tol,
+            max_products=min(_WARM_PRODUCTS, self.max_products),
+            max_run=self.max_products,
             explore_every=1,
             with_noise=True,
             generator=self._generator,
@@ -191,7 +191,7 @@ class StabilityLimit:
         if any(vector.numel() != size for vector in self._tracker.vectors):
             self._tracker = self._new_tracker()  # layers were frozen, or set free
         self._tracker.tol = self._tolerance()
-        self._tracker.max_run = min(self._max_products, _LONGEST[bool(self._tracker.vectors)])
+        self._tracker.max_run = min(self.max_products, _LONGEST[bool(self._tracker.vectors)])
         before = self._tracker.num_products
         try:
             report = track_curvature(
@@ -199,10 +199,10 @@ class StabilityLimit:
                 model,
                 loss_fn,
                 batches,
-                dataset_size=self._dataset_size,
+                dataset_size=self.dataset_size,
                 optimizer=self._optimizer,
                 norm_mode=self._norm_mode,
-                clip_norm=self._clip_norm,
+                clip_norm=self.clip_norm,
             )
         except ArithmeticError:
             self.num_products += self._tracker.num_products - before
@@ -213,9 +213,9 @@ class StabilityLimit:
     def _tolerance(self) -> float:
         """As fine as asked, but not much finer than the few samples allow."""
         if self.last is None or self.batch_size is None:
-            return min(_FIRST * self._tol, max(self._tol, _COARSEST))
+            return min(_FIRST * self.tol, max(self.tol, _COARSEST))
         error = relative_error(self.bound(self.last, self.batch_size))
-        return min(max(self._tol, _FINENESS * error), max(self._tol, _COARSEST))
+        return min(max(self.tol, _FINENESS * error), max(self.tol, _COARSEST))
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers, lists and tensors; the generator is its owner's."""

@@ -181,15 +181,16 @@ def test_the_controller_gets_its_options(tmp_path):
         "adjust_momentum: true, norm_mode: eval}",
     ).controller
     assert (controller.cadence.max_overhead, controller.cadence.total_steps) == (0.3, 12)
-    assert (controller.batch_size, controller.dataset_size) == (400, 1437)
-    assert (controller.tol, controller.max_products, controller.bounds.growth) == (0.2, 7, 1.2)
-    assert (controller.bounds.safety, controller.adjust_momentum) == (0.5, True)
+    limit = controller.limit
+    assert (limit.batch_size, limit.dataset_size) == (400, 1437)
+    assert (limit.tol, limit.max_products, controller.bounds.growth) == (0.2, 7, 1.2)
+    assert (controller.bounds.safety, limit.adjust_momentum) == (0.5, True)
     assert controller.norm_mode == "eval"
-    assert controller.clip_norm is None
+    assert limit.clip_norm is None
 
 
 def test_the_controller_knows_of_clipping(tmp_path):
-    assert built(tmp_path, "optim.lr=auto", "train.clip_norm=0.5").controller.clip_norm == 0.5
+    assert built(tmp_path, "optim.lr=auto", "train.clip_norm=0.5").controller.limit.clip_norm == 0.5
 
 
 def test_the_controller_gets_its_policy_and_cadence(tmp_path):
