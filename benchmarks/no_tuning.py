@@ -181,8 +181,12 @@ def main():
     parser.add_argument("--batches", nargs="+", type=int, default=list(EPOCHS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", choices=("auto", "fixed"))
+    parser.add_argument("--policy", help="of `auto`, if not the default; asks for an --out")
     parser.add_argument("--table", action="store_true", help="print what there is and stop")
     options = parser.parse_args()
+    if options.policy and options.out == RESULTS:
+        parser.error("--policy needs an --out of its own: the results are of the default policy")
+    curvature = {"policy": options.policy} if options.policy else None
     torch.set_num_threads(1)
     rows = load(options.out)
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -192,7 +196,7 @@ def main():
             kind = "auto" if cell["rate"] == "auto" else "fixed"
             if key(cell) in rows or options.only not in (None, kind):
                 continue
-            row = run(cell)
+            row = run(cell, curvature if kind == "auto" else None)
             rows[key(row)] = row
             with options.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")

@@ -215,8 +215,8 @@ class CurvatureController:
         if not self.due:
             self._step += 1
             return None
-        self._asked = False
         self.rescue(same)
+        self._asked = False
         made = batches() if callable(batches) else batches
         listed = [made] if isinstance(made, (tuple, dict, Tensor)) else list(made)
         before, products, seconds = self._filter.log_rate, self.num_products, self.seconds
@@ -253,8 +253,8 @@ class CurvatureController:
 
         Returns:
             ``"slowed"``: the loss jumped, the rate is halved. ``"undone"``: the network was lost
-            and is what it was some steps ago, the rate is a quarter. ``"recovered"``: it has left
-            the plateau on which it was lost before, a full rate is measured. Mostly None.
+            and is what it was some steps ago, to go on at a lower rate. ``"recovered"``: it has
+            left the plateau on which it was lost before, the rate is measured anew. Mostly None.
         """
         return self._heed(lambda: self._guard.observe(loss, same))
 
