@@ -34,7 +34,7 @@ ADAM = AdamCurvature(
         leak_smallest=Measured(0.0, 0.0),
     ),
     metrics=STRETCHES[:, None, None] * np.eye(2),
-    metric_errors=(0.0,) * 3,
+    optimism=(1.0,) * 3,
 )
 
 

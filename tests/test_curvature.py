@@ -726,7 +726,7 @@ def batch_second_moment(model, batch, batch_size, numbers, dataset_size):
 
 @pytest.mark.parametrize("dataset_size", [200, 5000])
 def test_adam_without_a_step_takes_its_preconditioner_from_gradients(dataset_size, monkeypatch):
-    monkeypatch.setattr("batchlr.adam_measurement.selection_bias", lambda *_: (1.0, 0.0))
+    monkeypatch.setattr("batchlr.adam_measurement.selection_bias", lambda *_: 1.0)
     model, batch = train(network(), 1), first_digits(200)
     report = measure(model, batch, 25, optimizer="adam", dataset_size=dataset_size, **TOP)
     at = batch_second_moment(model, batch, 25, range(8), dataset_size)
@@ -750,16 +750,16 @@ def test_adam_without_a_step_takes_its_preconditioner_from_gradients(dataset_siz
 
 
 def test_adam_s_metric_is_judged_by_halves_of_the_batches(monkeypatch):
-    """Even and odd ones; what is found multiplies the metric, its error is the metric's."""
+    """Even and odd ones; what is found multiplies the metric."""
     asked = []
 
     def judge(values, metrics):
         asked.append((values, metrics))
-        return 1 + len(asked) / 100, len(asked) / 10
+        return 1 + len(asked) / 100
 
     model, batch = train(network(), 1), first_digits(200)
     options = {"optimizer": "adam", **TOP}
-    monkeypatch.setattr("batchlr.adam_measurement.selection_bias", lambda *_: (1.0, 0.0))
+    monkeypatch.setattr("batchlr.adam_measurement.selection_bias", lambda *_: 1.0)
     plain = measure(model, batch, 25, **options).adam
     monkeypatch.setattr("batchlr.adam_measurement.selection_bias", judge)
     judged = measure(model, batch, 25, **options).adam
@@ -767,9 +767,9 @@ def test_adam_s_metric_is_judged_by_halves_of_the_batches(monkeypatch):
     places = [0, 2, 4, 6, 7]  # every other one and the last; straight lines between
     assert (len(asked), count) == (5, 8)
     numbers = np.interp(range(count), places, range(1, 6))
-    assert judged.metric_errors == pytest.approx(numbers / 10)
-    assert plain.metric_errors == (0.0,) * count
     factors = 1 + numbers / 100
+    assert judged.optimism == pytest.approx(factors)
+    assert plain.optimism == (1.0,) * count
     assert judged.metrics == pytest.approx(plain.metrics * factors[:, None, None], rel=1e-12)
 
     every, *halves = (
@@ -790,7 +790,7 @@ def test_adam_s_metric_is_judged_by_halves_of_the_batches(monkeypatch):
 
 def test_adam_s_metric_is_measured_without_each_batch_in_turn(monkeypatch):
     """Its factor for having been chosen stays: it is the whole's."""
-    monkeypatch.setattr("batchlr.adam_measurement.selection_bias", lambda *_: (1.25, 0.0))
+    monkeypatch.setattr("batchlr.adam_measurement.selection_bias", lambda *_: 1.25)
     model, batch = train(network(), 1), first_digits(200)
     options = {"optimizer": "adam", **TOP}
     adam = measure(model, batch, 25, **options).adam
@@ -814,7 +814,7 @@ def test_few_batches_have_no_halves(num_batches):
     model, batch = train(network(), 1), first_digits(60)
     size = 60 // num_batches
     adam = measure(model, batch, size, optimizer="adam", **TOP).adam
-    assert set(adam.metric_errors) == {0.0}
+    assert set(adam.optimism) == {1.0}
     assert adam.metrics_without is None
     here = adam.projected_at(size)
     assert float(here.values[0]) == pytest.approx(float(adam.projected.values[0]), rel=0.02)

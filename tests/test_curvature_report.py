@@ -53,7 +53,7 @@ ADAM = AdamCurvature(
         leak_largest=Measured(400.0, 20.0),
     ),
     metrics=in_two_directions(STRETCH),
-    metric_errors=(0.0,) * len(SIZES),
+    optimism=(1.0,) * len(SIZES),
 )
 
 # Variances of a sample that agree with `make_report`: 60 along the top, 100 across, kappa = 80.
@@ -591,19 +591,16 @@ def test_the_default_s_interval_has_the_freedom_of_its_eight_groups(
 
 
 @pytest.mark.parametrize("batch_size", [100, 200, 5000])
-def test_the_error_of_adam_s_metric_counts(batch_size):
-    """Between the sizes of the table it is interpolated in the logarithm of the size."""
-    errors = tuple(0.1 * math.log(size) for size in SIZES)
+def test_an_interval_of_adam_reaches_back_to_the_metric_uncorrected(batch_size):
+    """Between the sizes of the table the correction is interpolated in the size's logarithm."""
+    factors = tuple(1 + 0.1 * math.log(size) for size in SIZES)
     sure, unsure = (
-        make_report(adam=replace(ADAM, metric_errors=e)).max_lr(batch_size, optimizer="adam")
-        for e in ((0.0,) * len(SIZES), errors)
+        make_report(adam=replace(ADAM, optimism=f)).max_lr(batch_size, optimizer="adam")
+        for f in ((1.0,) * len(SIZES), factors)
     )
-    assert unsure.value == sure.value
-    quantile = student.ppf(0.95, 7)
-    squares = [(math.log(limit.high / limit.value) / quantile) ** 2 for limit in (sure, unsure)]
-    error = math.sqrt(squares[1] - squares[0])
-    assert error == pytest.approx(0.1 * math.log(batch_size), rel=1e-3)
-    alone = replace(make_report(), adam=replace(ADAM, metric_errors=errors))
+    assert (unsure.value, unsure.high) == (sure.value, sure.high)
+    assert sure.low / unsure.low == pytest.approx(1 + 0.1 * math.log(batch_size), rel=1e-9)
+    alone = replace(make_report(), adam=replace(ADAM, optimism=factors))
     assert alone.max_lr(batch_size) == make_report().max_lr(batch_size)  # of Adam's alone
 
 
@@ -856,7 +853,7 @@ def test_a_damaged_report_is_refused_by_name(how, tmp_path):
     path = tmp_path / "report.json"
     make_report().save(path)
     how(path)
-    with pytest.raises(ValueError, match=r"report\.json is not a CurvatureReport of format 4: "):
+    with pytest.raises(ValueError, match=r"report\.json is not a CurvatureReport of format 5: "):
         CurvatureReport.load(path)
 
 

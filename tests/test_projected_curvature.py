@@ -478,6 +478,15 @@ def test_what_is_left_out_of_the_metric_counts_too():
     assert rate.error == pytest.approx(want, rel=1e-6)
 
 
+def test_what_is_left_out_of_the_metric_corrects_nothing():
+    """Its chance is taken off elsewhere; the curvatures here are all alike and have no bias."""
+    batches = as_batches(np.full((16, 1, 1), 4.0), 10)
+    rests = batches.leaving_out(math.inf, [np.full((1, 1), 1 - 0.1 * k) for k in range(8)])
+    rate = limit_of(batches, population=math.inf, without=rests)
+    assert rate.error > 0.1
+    assert rate.ends == (rate.lr, rate.lr)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.25])
 def test_the_interval_s_ends_are_the_rate_before_and_after_the_largest_correction(share):
     """That of a bias which goes with ``n^-1/2``, of which the jackknife of 8 groups sees 0.483."""

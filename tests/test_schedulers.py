@@ -299,7 +299,7 @@ ADAM = AdamCurvature(
     batch_sizes=(1.0, 100.0, 10_000.0),
     projected=projected_curvature([50.0], {(0, 0): 2500.0}),
     metrics=np.array([10.0, 1.0, 0.5]).reshape(-1, 1, 1),
-    metric_errors=(0.0,) * 3,
+    optimism=(1.0,) * 3,
 )
 
 

@@ -83,7 +83,7 @@ def make_adam(stretch_at, *, variance=VARIANCE, beta1=0.9):
         batch_sizes=tuple(sizes),
         projected=projected_curvature([LARGEST], {(0, 0): variance}, **BATCHES),
         metrics=np.array([stretch_at(size) for size in sizes]).reshape(-1, 1, 1),
-        metric_errors=(0.0,) * len(sizes),
+        optimism=(1.0,) * len(sizes),
     )
 
 

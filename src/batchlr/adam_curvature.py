@@ -1,5 +1,6 @@
 """The curvature Adam sees, ``D^-1/2 H D^-1/2``, at any batch size."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -33,7 +34,7 @@ class AdamCurvature:
     batch_sizes: tuple[float, ...]  # (G,) ascending, the last that of the data set, N
     projected: ProjectedCurvature
     metrics: npt.NDArray[np.float64] = field(compare=False)  # (G, m, m)
-    metric_errors: tuple[float, ...]  # (G,) relative error of the curvature through the metric
+    optimism: tuple[float, ...]  # (G,) the factor of `selection_bias` that ``metrics`` hold
     optimizer: Literal["adam", "rmsprop"] = "adam"  # whose v it is
     # (G, groups, m, m), the same without each group of batches in turn; None if not measured
     metrics_without: npt.NDArray[np.float64] | None = field(default=None, compare=False)
@@ -46,6 +47,10 @@ class AdamCurvature:
     def stretch_at(self, batch_size: float) -> float:
         """``D(B)/D(batch_size)`` along the top eigenvector, its Rayleigh quotient."""
         return float(self._at(self.metrics, batch_size)[0, 0])
+
+    def optimism_at(self, batch_size: float) -> float:
+        """The factor in ``metrics`` at ``batch_size``; between those known, by its logarithm."""
+        return float(np.interp(math.log(batch_size), np.log(self.batch_sizes), self.optimism))
 
     def projected_at(self, batch_size: float) -> ProjectedCurvature:
         """The matrices under the preconditioner of another batch size."""

@@ -75,9 +75,9 @@ class AdamMeasurement:
         point, count = self._point, len(self._point.batches)
         sizes = _grid(point.dataset_size)
         metrics = np.stack([self._on_axes(self._stretched(size), edges.axes) for size in sizes])
-        errors, without = np.zeros(len(sizes)), None
+        optimism, without = np.ones(len(sizes)), None
         if with_doubt and count >= MIN_GROUPS:
-            optimism, errors, without = self._doubt(sizes, metrics, edges)
+            optimism, without = self._doubt(sizes, metrics, edges)
             metrics = metrics * optimism[:, None, None]
         optimizer = point.optimizer
         return AdamCurvature(
@@ -93,20 +93,20 @@ class AdamMeasurement:
             batch_sizes=tuple(sizes),
             projected=edges.projected,
             metrics=metrics,
-            metric_errors=tuple(errors.tolist()),
+            optimism=tuple(optimism.tolist()),
             metrics_without=without,
         )
 
     def _doubt(
         self, sizes: list[float], metrics: Array, edges: SpectralEdges
-    ) -> tuple[Array, Array, Array]:
+    ) -> tuple[Array, Array]:
         """What chance put into ``metrics`` ``(G, m, m)``, by halves and groups of the batches.
 
         It is small and moves slowly with the size, so every other size is enough.
 
         Returns:
-            The `selection_bias` ``(G,)``, its error ``(G,)``, and the metrics, corrected, without
-            each group ``(G, groups, m, m)``.
+            The `selection_bias` ``(G,)``, and the metrics, corrected, without each group
+            ``(G, groups, m, m)``.
         """
         count = len(self._point.batches)
         halves = [self._moments_of(range(first, count, 2)) for first in (0, 1)]
@@ -125,9 +125,9 @@ class AdamMeasurement:
             ]
             biases.append(selection_bias(edges.projected.values, parts[:2]))
             changes.append(np.stack(parts[2:]) - metrics[place])
-        optimism, errors = _spread(places, np.array(biases), len(sizes)).T
+        optimism = _spread(places, np.array(biases), len(sizes))
         without = metrics[:, None] + _spread(places, np.stack(changes), len(sizes))
-        return optimism, errors, without * optimism[:, None, None, None]
+        return optimism, without * optimism[:, None, None, None]
 
     def _moments_of(self, numbers: Sequence[int] | None) -> GradientMoments:
         return gradient_moments(

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from batchlr.adam_curvature import AdamCurvature
 from batchlr.curvature_noise import CurvatureNoise
 from batchlr.dataclass_files import load_dataclass, save_dataclass
@@ -17,7 +15,7 @@ from batchlr.measured import Measured
 from batchlr.projected_curvature import MAX_GROUPS, ProjectedCurvature, RateEstimate
 
 _RULES = ("mean-square", "top-direction", "paper")
-_FORMAT = 4
+_FORMAT = 5
 _MIN_BATCHES = 4  # assumed: below it the standard error of a variance says little
 
 
@@ -259,13 +257,10 @@ class CurvatureReport:
             )
 
         rate = rate_at(batch_size, with_error=True)
-        metric_error = float(
-            np.interp(math.log(batch_size), np.log(adam.batch_sizes), adam.metric_errors)
-        )
         low, high = self._around(batch_size)
         exponent = math.log(rate_at(high).lr / rate_at(low).lr) / math.log(high / low)
-        error = math.hypot(rate.error, metric_error)
-        return Rate(rate.lr, error, exponent, 1 - rate.lr / rate.noiseless, rate.ends)
+        ends = rate.ends[0] / adam.optimism_at(batch_size), rate.lr
+        return Rate(rate.lr, rate.error, exponent, 1 - rate.lr / rate.noiseless, ends)
 
     def _top_direction(self, batch_size: float, optimizer: str, momentum: float) -> Rate:
         inverse = self.inverse_effective_batch_size(batch_size)

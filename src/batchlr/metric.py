@@ -17,8 +17,8 @@ def diagonalise(matrix: Array, metric: Array) -> tuple[Array, Array]:
     return found[::-1].copy(), whitened @ turned[:, ::-1]
 
 
-def selection_bias(values: Array, metrics: Sequence[Array]) -> tuple[float, float]:
-    """By how much a top eigenvalue is too large because its metric was estimated, and the error.
+def selection_bias(values: Array, metrics: Sequence[Array]) -> float:
+    """By how much a top eigenvalue is too large because its metric was estimated.
 
     The top direction is the one where the metric came out too small by chance. Two estimates from
     halves of the data show how much: the eigenvalue found with one, judged by the other. What the
@@ -29,17 +29,16 @@ def selection_bias(values: Array, metrics: Sequence[Array]) -> tuple[float, floa
         metrics: two ``(m, m)``, or none if nothing is known.
 
     Returns:
-        The factor, at least 1, and its standard error in the logarithm.
+        The factor, at least 1.
     """
     if len(metrics) != 2 or not values.max() > 0:
-        return 1.0, 0.0
+        return 1.0
     logs = []
     for here, there in (metrics, metrics[::-1]):
         if np.linalg.eigvalsh(here)[0] <= 0:
-            return 1.0, 0.0
+            return 1.0
         found, axes = diagonalise(np.diag(values), here)
         axis = axes[:, 0]
         judged = float(axis @ (values * axis)) / float(axis @ there @ axis)
         logs.append(math.log(found[0] / judged))
-    optimism = max(0.0, sum(logs) / 2) / 2
-    return math.exp(optimism), max(optimism, abs(logs[0] - logs[1]) / 4)
+    return math.exp(max(0.0, sum(logs) / 2) / 2)

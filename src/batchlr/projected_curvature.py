@@ -226,7 +226,8 @@ class ProjectedCurvature:
             largest: the top eigenvalue of the mean over the whole data set.
             population: ``N``, the samples that batches are drawn from.
             with_error: False saves the jackknife behind the error and the correction for bias.
-            without: what `leaving_out` gives; the caller's if its metric varies too.
+            without: what `leaving_out` gives in metrics that vary too, for the error. The bias is
+                that in one metric: what chance in the metric does is the caller's to take off.
 
         Raises:
             ValueError: there is no positive curvature.
@@ -287,18 +288,23 @@ class ProjectedCurvature:
         if doubt == 0:
             return 0.0, 0.0
         owed = 1 - largest / float(self.values[0])
-        logs = []
-        for rest in self.leaving_out(population) if without is None else without:
-            more = 1 + (sum(self.samples) / sum(rest.samples) - 1) / doubt
-            top = float(rest.values[0]) * (1 - min(owed * more, _MOST_OWED))
-            top = max(top, _LEAST_TOP * largest)
-            there = mean_square_lr(dynamics, rest._spread(inverse, top), near=lr)
-            logs.append(math.log(there / lr))
-        mean, size = sum(logs) / len(logs), len(logs)
-        variance = (size - 1) / size * sum((value - mean) ** 2 for value in logs)
-        missing = _doubt(sum(self.samples), population)
-        bias = max(-_MOST_BIAS, min(missing * (size - 1) * mean, 0.0))
-        return bias, math.sqrt(doubt * variance)
+
+        def changes(rests: Sequence[ProjectedCurvature]) -> Array:
+            """Of ``ln lr``, group by group."""
+            logs = []
+            for rest in rests:
+                more = 1 + (sum(self.samples) / sum(rest.samples) - 1) / doubt
+                top = float(rest.values[0]) * (1 - min(owed * more, _MOST_OWED))
+                top = max(top, _LEAST_TOP * largest)
+                there = mean_square_lr(dynamics, rest._spread(inverse, top), near=lr)
+                logs.append(math.log(there / lr))
+            return np.array(logs)
+
+        here = changes(self.leaving_out(population))
+        size, missing = len(here), _doubt(sum(self.samples), population)
+        bias = max(-_MOST_BIAS, min(missing * (size - 1) * float(here.mean()), 0.0))
+        varied = here if without is None else changes(without)
+        return bias, math.sqrt(doubt * (size - 1) * float(varied.var()))
 
     def leaving_out(
         self, population: float, metrics: Sequence[Array] | None = None
