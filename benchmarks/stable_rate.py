@@ -19,6 +19,7 @@ the loop of (c) are the library's. Finished cells are kept in the results file a
 """
 
 import argparse
+import copy
 import json
 import math
 import time
@@ -55,7 +56,8 @@ MOMENTA = {False: (0.0, 0.5, 0.9), True: (0.0, 0.9)}  # likewise
 SURVIVED = ((16, 0.0), (16, 0.9), (256, 0.0), (256, 0.9))  # (B, momentum) of part (c)
 COUPLED = ("vgg_bn", "preresnet")  # batch norm in train mode: samples of a batch interact
 MEASURED = 40  # batches at most that a prediction is measured on, where samples interact
-LEADING = 256  # samples whose mean has the directions followed, where samples interact
+LEADING = 768  # samples whose mean has the directions followed, where samples interact
+OWN = 40  # and leading directions of single batches: some curve along one of their own
 CHUNK = 8  # directions differentiated together: more take memory and save no time
 STEPS = 100  # of a run in part (c)
 TASKS = {
@@ -207,7 +209,7 @@ def random_batches(batch_size, count, seed=2):
 
 def count_for(batch_size):
     """Batches that stand for the population where samples interact."""
-    return max(12, min(64, 2048 // batch_size))
+    return max(32, min(192, 6144 // batch_size))
 
 
 class Quadratic:
@@ -241,20 +243,48 @@ class Quadratic:
 
     def _from_batches(self, problem, scale):
         groups = random_batches(self.batch_size, count_for(self.batch_size))
-        some = groups[: max(2, LEADING // self.batch_size)]
+        some = groups[: LEADING // self.batch_size]
         generator = torch.Generator().manual_seed(0)
         count = DIRECTIONS[True]
         axes = torch.randn(problem.size, count, generator=generator)
         for _ in range(2):  # the dynamics are restricted to the result exactly
             axes = scale[:, None] * torch.linalg.qr(axes)[0]
             axes = scale[:, None] * sum(problem.ggn_block(rows, axes) for rows in some)
-        axes = scale[:, None] * torch.linalg.qr(axes)[0]
+        axes = torch.cat([axes / axes.norm(dim=0), *self._own(problem, scale, generator)], 1)
+        axes, count = scale[:, None] * torch.linalg.qr(axes)[0], axes.shape[1]
         matrices = []
         for rows in groups:
             f = problem.factors(rows, axes).reshape(-1, count)
             matrices.append(f.T @ f / len(rows))
         rotation = self._leading(np.mean(matrices, 0), FLOOR)
         self.matrices = np.stack([rotation.T @ m @ rotation for m in matrices])
+
+    def _own(self, problem, scale, generator):
+        """The `OWN` strongest of the leading directions of each batch of one epoch ``(P, 1)``."""
+        found = []
+        epoch = torch.randperm(SAMPLES, generator=generator).split(self.batch_size)
+        each = max(1, round(OWN / len(epoch)))
+        for rows in epoch:
+            axes = torch.randn(problem.size, each + 2, generator=generator)
+            for _ in range(4):
+                axes = scale[:, None] * torch.linalg.qr(axes)[0]
+                axes = scale[:, None] * problem.ggn_block(rows, axes)
+            axes = torch.linalg.qr(axes)[0]
+            f = problem.factors(rows, scale[:, None] * axes).reshape(-1, each + 2)
+            values, rotation = np.linalg.eigh(f.T @ f / len(rows))
+            leading = axes @ torch.from_numpy(rotation[:, -each:]).float()
+            found += zip(values[-each:], leading.T, strict=True)
+        found.sort(key=lambda pair: -pair[0])
+        return [axis[:, None] for _, axis in found[:OWN]]
+
+    def halves(self):
+        """The same from every other batch: how far the limit depends on the batches drawn."""
+        for first in (0, 1):
+            half, part = copy.copy(self), self.matrices[first::2]
+            rotation = half._leading(part.mean(0), FLOOR)
+            half.matrices = np.stack([rotation.T @ m @ rotation for m in part])
+            half.moment = None
+            yield half
 
     def resize(self, batch_size):
         """Speak for batches of another size; samples must not interact."""
@@ -467,6 +497,10 @@ def run(problem_name, points, finished, path):
             quadratic.resize(batch_size)
         row = dict(cell, directions=len(quadratic.values), curvature=quadratic.values[-1])
         row["mean_square"] = mean_square_limit(quadratic, cell["momentum"], adam)
+        if here.coupled:
+            row["halves"] = [
+                mean_square_limit(half, cell["momentum"], adam) for half in quadratic.halves()
+            ]
         row["typical"] = typical_limit(quadratic, cell["momentum"], adam)
         row |= predictions(here, cell, reports)
         # batch norm survives rates far above the limit, so that many runs are needed to find it
