@@ -24,7 +24,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 # The cheapest SGD, auto and Adam recipe, and an ImageNet one; each of the others takes longer.
 QUICK = {"vgg16_swa", "preresnet110_auto", "vgg16_adamw_b128", "vgg16_ssgdmn", "resnet50_tv"}
 SIZES = ["batch.global_size=4", "train.max_steps=2", "train.device=cpu"]
-MEASURED_SIZES = ["curvature.samples=8", "curvature.max_products=4"]
+MEASURED_SIZES = ["curvature.samples=4", "curvature.max_products=4"]
 
 
 def recipes(folder):
@@ -119,7 +119,8 @@ def test_a_grid_of_the_paper_measures(name, out, tmp_path, request, monkeypatch)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_demo_runs_with_a_published_policy(policy, out):
     path = CONFIGS / "demo" / "digits_vgg.yaml"
-    overrides = [f"curvature.policy={policy}", "curvature.samples=32", "train.max_steps=3"]
+    overrides = [f"curvature.policy={policy}", "curvature.samples=8", "train.max_steps=3"]
+    overrides.append("model.width=0.03")
     result = CliRunner().invoke(app, ["train", str(path), *overrides, "--out", str(out)])
     assert result.exit_code == 0, result.output
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
