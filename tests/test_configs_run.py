@@ -24,7 +24,8 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 # The cheapest SGD, auto and Adam recipe, and an ImageNet one; each of the others takes longer.
 QUICK = {"vgg16_swa", "preresnet110_auto", "vgg16_adamw_b128", "vgg16_ssgdmn", "resnet50_tv"}
 SIZES = ["batch.global_size=4", "train.max_steps=2", "train.device=cpu"]
-MEASURED_SIZES = ["curvature.samples=4", "curvature.max_products=4"]
+MEASURED_SIZES = ["curvature.samples=8", "curvature.max_products=4"]
+QUICKLY_MEASURED_SIZES = ["curvature.samples=4", "curvature.max_products=2"]
 
 
 def recipes(folder):
@@ -52,7 +53,8 @@ def assert_two_steps(path, out, overrides):
         "paper_momentum",
         "paper_momentum_as_published",
     }
-    measured = MEASURED_SIZES[:1] if whole else MEASURED_SIZES
+    measured = QUICKLY_MEASURED_SIZES if path.stem in QUICK else MEASURED_SIZES
+    measured = measured[:1] if whole else measured
     sizes = [*SIZES, *overrides, *(measured if automatic else [])]
     result = CliRunner().invoke(app, ["train", str(path), *sizes, "--out", str(out)])
     assert result.exit_code == 0, result.output
