@@ -5,9 +5,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
-# Two workers of one thread each; a file stays on one worker, for its tests may share what they made.
+# Two workers of one thread each, on half of the tests in their order, for a file's tests may share
+# what they made; who is done first takes over half of what the other one has left.
 PARALLEL := OMP_NUM_THREADS=1
-WORKERS := -n 2 --dist loadfile
+WORKERS := -n 2 --dist worksteal
 LAW := $(sort $(wildcard benchmarks/*.py))
 PARTS ?= product_cost top_eigenvalue slq_cost density_error memory report_cost tracking scaling
 BENCH_ARGS ?=

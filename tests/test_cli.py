@@ -1,6 +1,7 @@
 """What the command line parses, prints and exits with; the work itself is replaced by fakes."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -281,19 +282,27 @@ def test_main_takes_arguments_and_exits(tmp_path, capsys):
     assert "none.yaml: cannot read" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "start",
-    [["-m", "batchlr", "train"], [str(ROOT / "scripts" / "train.py")]],
-    ids=["module", "script"],
-)
-def test_the_package_and_the_script_start_the_same_command(tmp_path, start):
+REFUSAL = "1 problem in the configuration:\n  none.yaml: cannot read: No such file or directory\n"
+
+
+def test_a_script_starts_its_command(tmp_path):
     answer = subprocess.run(
-        [sys.executable, *start, "none.yaml"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, ROOT / "scripts" / "train.py", "none.yaml"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
-    assert answer.returncode == 2
-    assert answer.stderr == (
-        "1 problem in the configuration:\n  none.yaml: cannot read: No such file or directory\n"
-    )
+    assert (answer.returncode, answer.stderr) == (2, REFUSAL)
+
+
+def test_the_package_starts_the_same_command(tmp_path, monkeypatch, capsys):
+    """As ``python -m batchlr`` does, in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["batchlr", "train", "none.yaml"])
+    monkeypatch.delitem(sys.modules, "batchlr.__main__", raising=False)
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("batchlr", run_name="__main__")
+    assert (caught.value.code, capsys.readouterr().err) == (2, REFUSAL)
 
 
 @pytest.mark.parametrize("command", ["train", "lr", "spectrum", "sweep"])

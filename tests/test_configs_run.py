@@ -25,6 +25,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 QUICK = {"vgg16_swa", "preresnet110_auto", "vgg16_adamw_b128", "vgg16_ssgdmn", "resnet50_tv"}
 SIZES = ["batch.global_size=4", "train.max_steps=2", "train.device=cpu"]
 MEASURED_SIZES = ["curvature.samples=8", "curvature.max_products=4"]
+QUICKLY_MEASURED_SIZES = ["curvature.samples=4", "curvature.max_products=2"]
 
 
 def recipes(folder):
@@ -52,7 +53,8 @@ def assert_two_steps(path, out, overrides):
         "paper_momentum",
         "paper_momentum_as_published",
     }
-    measured = MEASURED_SIZES[:1] if whole else MEASURED_SIZES
+    measured = QUICKLY_MEASURED_SIZES if path.stem in QUICK else MEASURED_SIZES
+    measured = measured[:1] if whole else measured
     sizes = [*SIZES, *overrides, *(measured if automatic else [])]
     result = CliRunner().invoke(app, ["train", str(path), *sizes, "--out", str(out)])
     assert result.exit_code == 0, result.output
@@ -119,7 +121,8 @@ def test_a_grid_of_the_paper_measures(name, out, tmp_path, request, monkeypatch)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_demo_runs_with_a_published_policy(policy, out):
     path = CONFIGS / "demo" / "digits_vgg.yaml"
-    overrides = [f"curvature.policy={policy}", "curvature.samples=32", "train.max_steps=3"]
+    overrides = [f"curvature.policy={policy}", "curvature.samples=8", "train.max_steps=3"]
+    overrides.append("model.width=0.03")
     result = CliRunner().invoke(app, ["train", str(path), *overrides, "--out", str(out)])
     assert result.exit_code == 0, result.output
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

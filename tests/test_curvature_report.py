@@ -947,10 +947,10 @@ def coverage(repetitions, seed):
 
 
 def test_most_intervals_from_a_subsample_hold_the_rate_of_all_the_data():
-    shares = coverage(repetitions=40, seed=0)
-    # Over 450 repetitions 87 % (82 % to 94 % by batch size and momentum); 40 tell it to 6 %.
-    assert np.mean(list(shares.values())) >= 0.75
-    assert min(shares.values()) >= 0.60
+    shares = coverage(repetitions=16, seed=0)
+    # Over 450 repetitions 87 % (82 % to 94 % by batch size and momentum); 16 tell it to 9 %.
+    assert np.mean(list(shares.values())) >= 0.70
+    assert min(shares.values()) >= 0.55
 
 
 @pytest.mark.slow
@@ -996,10 +996,18 @@ def default_coverage(repetitions, seed):
 
 
 def test_most_default_intervals_hold_the_exact_limit_in_many_directions():
-    shares = default_coverage(repetitions=60, seed=0)
-    # Nominally 90 %; 60 repetitions tell a share to 4 %.
-    assert np.mean(list(shares.values())) >= 0.78
-    assert min(shares.values()) >= 0.65
+    shares = default_coverage(repetitions=16, seed=0)
+    # Nominally 90 %; 16 repetitions tell a share to 8 %.
+    assert np.mean(list(shares.values())) >= 0.74
+    assert min(shares.values()) >= 0.60
+
+
+@pytest.mark.slow
+def test_nearly_nine_in_ten_default_intervals_hold_the_exact_limit_in_many_directions():
+    shares = default_coverage(repetitions=200, seed=1)
+    # 200 repetitions tell a share to 2 %.
+    assert np.mean(list(shares.values())) >= 0.83
+    assert min(shares.values()) >= 0.78
 
 
 # --- and is it where training stops being stable? ------------------------------------------------
@@ -1045,15 +1053,20 @@ def test_second_moments_shrink_just_below_the_rate_and_grow_above(seed, momentum
     assert second_moment_radius(x.numpy(), 1.08 * limit, momentum, batch_size) > 1
 
 
+@functools.cache
+def least_squares_sample_by_sample():
+    """The same features, and a report whose batches are single samples."""
+    x, _ = least_squares()
+    model = nn.Linear(5, 1, bias=False, dtype=torch.float64)
+    zeros = torch.zeros(256, 1, dtype=torch.float64)
+    options = {"batch_size": 1, "optimizer": "sgd", "max_products": 5, "tol": 1e-9}
+    return x, measure_curvature(model, half_mse, [(x, zeros)], **options)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("batch_size", [1, 4, 64, 250])
 def test_from_every_sample_the_rate_is_the_exact_limit(batch_size, momentum):
-    x = least_squares()[0]
-    model = nn.Linear(5, 1, bias=False, dtype=torch.float64)
-    zeros = torch.zeros(256, 1, dtype=torch.float64)
-    report = measure_curvature(
-        model, half_mse, [(x, zeros)], batch_size=1, optimizer="sgd", max_products=5, tol=1e-9
-    )
+    x, report = least_squares_sample_by_sample()
     limit = report.max_lr(batch_size, momentum=momentum).value
     exact = exact_least_squares_limit(x.numpy(), momentum, batch_size)
     assert limit == pytest.approx(exact, rel=1e-6)  # the search and the bisection

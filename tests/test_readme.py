@@ -6,13 +6,15 @@ as a reader would.
 - ``python``: executed. A top-level ``print(...)  # -> text`` must print exactly ``text``.
 - ``bash``, ``console``: one plain command a line (in ``console``, after ``$ ``; other lines are
   output). ``make`` must name a target of the Makefile; ``pip install``, ``git clone`` and ``cd``
-  are taken on trust; ``batchlr``, ``python -m batchlr`` and ``torchrun`` are run, and succeed.
-  Training is cut to two steps, which is the only change.
+  are taken on trust; ``batchlr``, ``python -m batchlr`` and ``torchrun`` are run, and succeed:
+  ``batchlr`` by calling what it is installed as, the others as programs. What would take long is
+  made smaller (``SMALLER``), unless the page says how large, which is the only change.
 - ``yaml``: parsed; a whole configuration (it has a ``model``) must load.
 """
 
 import ast
 import contextlib
+import importlib.metadata
 import io
 import re
 import shlex
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import textwrap
 import tokenize
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,14 @@ DISPLAYED = {"text", "json", "bibtex", "mermaid"}  # shown, not run
 MAKE_TARGETS = re.findall(
     r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
 )
-TRAINING = {"train", "sweep", "scripts/train.py", "scripts/sweep.py"}
+TWO_STEPS = ["train.max_steps=2", "curvature.samples=16"]
+SMALLER = {  # by the word that a command line has
+    "train": TWO_STEPS,
+    "scripts/train.py": TWO_STEPS,
+    "lr": ["model.width=0.25"],
+    "spectrum": ["spectrum.steps=10", "spectrum.probes=1"],
+    "sweep": ["--steps=5", "curvature.samples=16"],
+}
 SHELL_SYNTAX = {"|", "||", ";", "&", ">", ">>", "<"}
 
 
@@ -117,38 +127,72 @@ def commands(block: Block) -> list[list[str]]:
     return found
 
 
-def runnable(command: list[str]) -> list[str]:
-    """The same command for this interpreter, or nothing where it is not to be run."""
+@dataclass(frozen=True)
+class Answer:
+    code: int
+    said: str
+
+
+def call_batchlr(words: list[str], _: Path) -> Answer:
+    """As the installed ``batchlr`` does, in this process, whose imports are made."""
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="batchlr")
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+        try:
+            script.load()(words)
+        except SystemExit as end:
+            return Answer(end.code or 0, said.getvalue())
+    raise AssertionError("batchlr came back without an exit code")
+
+
+def start_module(words: list[str], folder: Path) -> Answer:
+    answer = subprocess.run(
+        [sys.executable, "-m", *words],
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=240,  # assumed: below the time limit of a test, so that the output is shown
+    )
+    return Answer(answer.returncode, answer.stdout + answer.stderr)
+
+
+def runnable(
+    command: list[str],
+) -> tuple[Callable[[list[str], Path], Answer], list[str]] | None:
+    """How to run a command with which words, or nothing where it is not to be run."""
     match command:
         case ["make", *words]:
             unknown = [word for word in words if "=" not in word and word not in MAKE_TARGETS]
             assert not unknown, f"the Makefile has no target {unknown}"
-            return []
+            return None
         case ["pip", "install", *_] | ["git", "clone", *_] | ["cd", _]:
-            return []
-        case ["batchlr", *words] | ["python", "-m", "batchlr", *words]:
-            module = "batchlr"
-        case ["torchrun", *words]:
-            module = "torch.distributed.run"
+            return None
+        case ["batchlr", *words]:
+            run = call_batchlr
+        case ["python", "-m", "batchlr", *arguments]:
+            run, words = start_module, ["batchlr", *arguments]
+        case ["torchrun", *arguments]:
+            run, words = start_module, ["torch.distributed.run", *arguments]
         case _:
             message = f"not a command this page may use: {shlex.join(command)}"
             raise AssertionError(message)
-    shorter = ["train.max_steps=2"] if TRAINING & set(words) else []
-    return [sys.executable, "-m", module, *words, *shorter]
+    return run, [*words, *smaller(words)]
+
+
+def smaller(words: list[str]) -> list[str]:
+    """Sizes to add to a command line: those that it does not say itself."""
+    said = {word.partition("=")[0] for word in words}
+    sizes = [size for name, sizes in SMALLER.items() if name in said for size in sizes]
+    return [size for size in sizes if size.partition("=")[0] not in said]
 
 
 def run_shell(block: Block, folder: Path) -> None:
-    for command in filter(None, map(runnable, commands(block))):
-        answer = subprocess.run(
-            command,
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=240,  # assumed: below the time limit of a test, so that the output is shown
-        )
-        said = answer.stdout + answer.stderr
-        assert answer.returncode == 0, f"{shlex.join(command)} -> {answer.returncode}\n{said}"
+    for command in commands(block):
+        if (found := runnable(command)) is None:
+            continue
+        run, words = found
+        answer = run(words, folder)
+        assert answer.code == 0, f"{shlex.join(command)} -> {answer.code}\n{answer.said}"
 
 
 def load_yaml(block: Block, folder: Path) -> None:
@@ -231,6 +275,13 @@ def test_a_kept_promise_passes(tmp_path):
     read("```python\nx = 0.1 + 0.2\n```\n\n```python\nprint(f'{x:.2f}')  # -> 0.30\n```", tmp_path)
 
 
+def test_sizes_that_the_page_says_stay():
+    words = ["train", "a.yaml", "curvature.samples=64"]
+    assert smaller(words) == ["train.max_steps=2"]
+    assert smaller(["sweep", "a.yaml", "--steps", "9"]) == ["curvature.samples=16"]
+    assert smaller(["config", "show", "lr.yaml"]) == []
+
+
 @pytest.mark.parametrize(
     ("page", "complaint"),
     [
@@ -238,6 +289,8 @@ def test_a_kept_promise_passes(tmp_path):
         ("```python\nfor x in [1]:\n    print(x)  # -> 1\n```", "top-level print"),
         ("```bash\nrm -r runs\n```", "not a command this page may use"),
         ("```bash\nbatchlr env | head\n```", "not a plain command"),
+        ("```bash\nbatchlr env && batchlr config check none.yaml\n```", "none.yaml -> 2"),
+        ("```bash\nbatchlr trian none.yaml\n```", r"-> 2\n(.*\n)*.*trian"),
         ("```bash\nmake world\n```", "no target"),
         ("```\nx = 1\n```", "name the block's language"),
     ],

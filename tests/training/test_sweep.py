@@ -209,7 +209,10 @@ FEW = {"batch_sizes": (16, 64), "optimizers": ("sgd",), "steps": 8}
 
 @pytest.fixture
 def training(monkeypatch):
-    """Counts the searches and the measurements that a sweep makes; the searches are faked."""
+    """Counts the searches and the measurements that a sweep makes; the searches are faked.
+
+    Measurements take few products: how they are asked for is the sweep's, how good they are not.
+    """
     calls = SimpleNamespace(searched=[], measured=[])
     measure = module.measure_curvature
 
@@ -219,7 +222,7 @@ def training(monkeypatch):
 
     def measured(model, loss_fn, batches, **options):
         calls.measured.append((len(batches), len(batches[0][0]), options))
-        return measure(model, loss_fn, batches, **options)
+        return measure(model, loss_fn, batches, **options | {"max_products": 3})
 
     monkeypatch.setattr(module, "largest_survivable_lr", search)
     monkeypatch.setattr(module, "measure_curvature", measured)
