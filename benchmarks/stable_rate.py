@@ -5,8 +5,10 @@ matrix (null and negative curvature never shrink), in all its directions or, for
 than a thousand weights, its leading ones:
 
 (a) mean-square: the rate at which the second moment of the perturbation stops shrinking, from the
-    exact covariance of the per-sample matrices (of many batches where samples interact);
-(b) typical: the rate at which its mean log-growth reaches zero, simulated on random batches;
+    exact covariance of the per-sample matrices. Where batch norm in train mode makes the samples of
+    a batch interact there are none: cloned replicas on random batches, in all directions;
+(b) typical: the rate at which its mean log-growth reaches zero, simulated on random batches (not
+    where samples interact);
 (c) survivable: the largest rate at which real training from the same weights does not diverge.
 
 The reference for (a) and (b) is built here from autograd and scipy alone; only the prediction and
@@ -15,16 +17,17 @@ the loop of (c) are the library's. Finished cells are kept in the results file a
     python benchmarks/stable_rate.py                      # everything: hours
     python benchmarks/stable_rate.py --only mlp-digits    # one problem, a few minutes
     python benchmarks/stable_rate.py --again              # predictions by the library as it is now
+    python benchmarks/stable_rate.py --replicas           # how far they are from the exact limits
     python benchmarks/stable_rate.py --table
 """
 
 import argparse
-import copy
 import json
 import math
 import time
 from pathlib import Path
 
+import cloned_replicas
 import numpy as np
 import torch
 from scipy.optimize import brentq
@@ -49,16 +52,15 @@ SAMPLES = 1280  # the data set of every problem; all of them are measured for th
 FLOOR = 0.002  # least curvature followed, relative to the top: with 0.02 limits rise by up to 30 %
 ROUNDING = 1e-6  # likewise, of those small enough to follow every direction
 EVERY = 1000  # parameters up to which every direction with any curvature is followed
-DIRECTIONS = {False: 120, True: 24}  # leading ones of larger networks; fewer with interaction
+DIRECTIONS = 120  # leading ones of larger networks
 POINTS = {"start": 0, "middle": 150}  # steps of training before
 BATCHES = {False: (4, 16, 64, 256, 1024), True: (16, 64, 256)}  # likewise
 MOMENTA = {False: (0.0, 0.5, 0.9), True: (0.0, 0.9)}  # likewise
 SURVIVED = ((16, 0.0), (16, 0.9), (256, 0.0), (256, 0.9))  # (B, momentum) of part (c)
 COUPLED = ("vgg_bn", "preresnet")  # batch norm in train mode: samples of a batch interact
 MEASURED = 40  # batches at most that a prediction is measured on, where samples interact
-LEADING = 768  # samples whose mean has the directions followed, where samples interact
-OWN = 40  # and leading directions of single batches: some curve along one of their own
-CHUNK = 8  # directions differentiated together: more take memory and save no time
+GRADIENTS = 64  # of batches, for the mean square of their gradients where samples interact
+CHUNK = 16  # products differentiated together: more take memory and save no time
 STEPS = 100  # of a run in part (c)
 TASKS = {
     "digits": lambda size: load_data("digits", seed=0, image_size=size),
@@ -117,38 +119,19 @@ class Problem:
             start += value.numel()
         return parts
 
-    def flatten(self, parts):
-        """``(k, P)`` of batched pieces, the inverse of `unflatten` for each."""
-        return torch.cat([parts[name].flatten(1) for name in self.parameters], 1)
+    def products(self, scale):
+        """``(rows (R, B), w (R, P)) -> (R, P)``: each ``w`` with the matrix of its own batch."""
 
-    def push(self, rows, axes):
-        """Softmax outputs ``p`` ``(n, 10)``, the tangents ``J V`` ``(k, n, 10)``, and ``J'``."""
-        function = self.outputs(self.x[rows])
-        logits, pull = vjp(function, self.parameters)
+        def product(x, w):
+            function = self.outputs(x)
+            logits, tangent = jvp(function, (self.parameters,), (self.unflatten(w),))
+            p = torch.softmax(logits, 1)
+            inner = p * tangent - p * (p * tangent).sum(1, keepdim=True)
+            (pulled,) = vjp(function, self.parameters)[1](inner / len(x))
+            return torch.cat([pulled[name].reshape(-1) for name in self.parameters])
 
-        def along(axis):
-            return jvp(function, (self.parameters,), (self.unflatten(axis),))[1]
-
-        return torch.softmax(logits, 1), vmap(along, in_dims=1, chunk_size=CHUNK)(axes), pull
-
-    def ggn_block(self, rows, axes):
-        """``G V`` ``(P, k)`` of the mean loss over ``rows``."""
-        p, tangents, pull = self.push(rows, axes)
-        inner = p * tangents - p * (p * tangents).sum(2, keepdim=True)
-        (pulled,) = vmap(pull, chunk_size=CHUNK)(inner / len(rows))
-        return self.flatten(pulled).T
-
-    def factors(self, rows, axes):
-        """``R_i J_i V`` ``(len(rows), 10, k)``, with ``R_i' R_i`` the loss's Hessian in the logits.
-
-        The product of a sample's factor with its transpose is the sample's matrix on the axes.
-        """
-        p, tangents, _ = self.push(rows, axes)
-        p, tangents = p.double(), tangents.double()
-        inner = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
-        values, vectors = torch.linalg.eigh(inner)
-        roots = values.clamp(min=0).sqrt()[:, :, None] * vectors.transpose(1, 2)
-        return (roots @ tangents.permute(1, 2, 0)).numpy()
+        each = vmap(product, chunk_size=CHUNK)
+        return lambda rows, w: scale * each(self.x[rows], scale * w)
 
     def root_jacobian(self):
         """``R_i J_i`` of every sample ``(SAMPLES, 10, P)``, float32."""
@@ -177,7 +160,7 @@ class Problem:
         """``E g_B^2`` ``(P,)`` of batches drawn without replacement."""
         if self.coupled:
             squares = torch.zeros(self.size)
-            groups = random_batches(batch_size, count_for(batch_size))
+            groups = random_batches(batch_size, GRADIENTS)
             for rows in groups:
                 function = self.outputs(self.x[rows])
 
@@ -207,27 +190,15 @@ def random_batches(batch_size, count, seed=2):
     return [torch.randperm(SAMPLES, generator=generator)[:batch_size] for _ in range(count)]
 
 
-def count_for(batch_size):
-    """Batches that stand for the population where samples interact."""
-    return max(32, min(192, 6144 // batch_size))
-
-
 class Quadratic:
-    """Mean curvature and its batch-to-batch fluctuations on the leading directions."""
+    """Mean curvature and its fluctuations on the leading directions, where it is a sum of samples'."""
 
     def __init__(self, problem, batch_size, scale):
-        self.batch_size, self.coupled = batch_size, problem.coupled
-        self.matrices = self.factors = self.inverse = self._pool = None
+        self.batch_size, self._pool = batch_size, None
         self.moment = None  # the last one that grew, to start the next search from
-        if self.coupled:
-            self._from_batches(problem, scale)
-        else:
-            self._from_samples(problem, scale)
-
-    def _from_samples(self, problem, scale):
         jacobian = problem.root_jacobian() * scale
         flat = jacobian.reshape(-1, problem.size)
-        count, floor = DIRECTIONS[False], FLOOR
+        count, floor = DIRECTIONS, FLOOR
         if problem.size <= EVERY:
             count, floor = problem.size, ROUNDING
         generator = torch.Generator().manual_seed(0)
@@ -241,53 +212,8 @@ class Quadratic:
         self.factors = (factors @ rotation).astype(np.float32)
         self.inverse = 1 / self.batch_size - 1 / SAMPLES
 
-    def _from_batches(self, problem, scale):
-        groups = random_batches(self.batch_size, count_for(self.batch_size))
-        some = groups[: LEADING // self.batch_size]
-        generator = torch.Generator().manual_seed(0)
-        count = DIRECTIONS[True]
-        axes = torch.randn(problem.size, count, generator=generator)
-        for _ in range(2):  # the dynamics are restricted to the result exactly
-            axes = scale[:, None] * torch.linalg.qr(axes)[0]
-            axes = scale[:, None] * sum(problem.ggn_block(rows, axes) for rows in some)
-        axes = torch.cat([axes / axes.norm(dim=0), *self._own(problem, scale, generator)], 1)
-        axes, count = scale[:, None] * torch.linalg.qr(axes)[0], axes.shape[1]
-        matrices = []
-        for rows in groups:
-            f = problem.factors(rows, axes).reshape(-1, count)
-            matrices.append(f.T @ f / len(rows))
-        rotation = self._leading(np.mean(matrices, 0), FLOOR)
-        self.matrices = np.stack([rotation.T @ m @ rotation for m in matrices])
-
-    def _own(self, problem, scale, generator):
-        """The `OWN` strongest of the leading directions of each batch of one epoch ``(P, 1)``."""
-        found = []
-        epoch = torch.randperm(SAMPLES, generator=generator).split(self.batch_size)
-        each = max(1, round(OWN / len(epoch)))
-        for rows in epoch:
-            axes = torch.randn(problem.size, each + 2, generator=generator)
-            for _ in range(4):
-                axes = scale[:, None] * torch.linalg.qr(axes)[0]
-                axes = scale[:, None] * problem.ggn_block(rows, axes)
-            axes = torch.linalg.qr(axes)[0]
-            f = problem.factors(rows, scale[:, None] * axes).reshape(-1, each + 2)
-            values, rotation = np.linalg.eigh(f.T @ f / len(rows))
-            leading = axes @ torch.from_numpy(rotation[:, -each:]).float()
-            found += zip(values[-each:], leading.T, strict=True)
-        found.sort(key=lambda pair: -pair[0])
-        return [axis[:, None] for _, axis in found[:OWN]]
-
-    def halves(self):
-        """The same from every other batch: how far the limit depends on the batches drawn."""
-        for first in (0, 1):
-            half, part = copy.copy(self), self.matrices[first::2]
-            rotation = half._leading(part.mean(0), FLOOR)
-            half.matrices = np.stack([rotation.T @ m @ rotation for m in part])
-            half.moment = None
-            yield half
-
     def resize(self, batch_size):
-        """Speak for batches of another size; samples must not interact."""
+        """Speak for batches of another size."""
         if batch_size != self.batch_size:
             self._pool = None
         self.batch_size, self.inverse = batch_size, 1 / batch_size - 1 / SAMPLES
@@ -302,9 +228,6 @@ class Quadratic:
     def spread(self, moment):
         """``E D X D`` of a batch's deviation ``D`` from the mean."""
         values = self.values
-        if self.coupled:
-            d = self.matrices - np.diag(values)
-            return (d @ moment @ d).sum(0) / (len(d) - 1)
         f, k = self.factors, len(values)
         flat = f.reshape(-1, k)
         inner = (flat @ moment.astype(np.float32)).reshape(f.shape) @ f.transpose(0, 2, 1)
@@ -314,8 +237,6 @@ class Quadratic:
 
     def step(self, generator, w):
         """``G_B w`` of a random batch, ``w`` ``(k, replicas)``."""
-        if self.coupled:
-            return self.matrices[generator.integers(len(self.matrices))] @ w
         if self.batch_size <= 64:  # cheaper than to read a stored matrix
             rows = generator.choice(SAMPLES, self.batch_size, replace=False)
             f = self.factors[rows].reshape(-1, len(self.values))
@@ -409,6 +330,33 @@ def typical_limit(quadratic, momentum, averaged, steps=1000, replicas=4):
     return math.exp(low)
 
 
+def limit_by_replicas(problem, cell):
+    """Limit (a) in all directions, to some percent; the search begins at the prediction."""
+    adam, batch_size = cell["optimizer"] == "adam", cell["batch"]
+    product = problem.products(problem.scale(batch_size, adam))
+    dynamics = cloned_replicas.Dynamics(cell["momentum"], averaged=adam)
+
+    def level(lr):
+        return cloned_replicas.growth(
+            product, dynamics, lr, size=problem.size, samples=SAMPLES, batch_size=batch_size
+        )
+
+    return cloned_replicas.limit(level, cell["ggn_top-direction"])
+
+
+def check_replicas(rows):
+    """Their limits over the exact ones, where all directions are followed."""
+    where, problem = None, None
+    for row in rows:
+        if not row["problem"].startswith("mlp"):  # the others are not followed in all
+            continue
+        if where != (row["problem"], row["point"]):
+            where = row["problem"], row["point"]
+            problem = Problem(*row["problem"].rsplit("-", 1), POINTS[row["point"]])
+        ratio = limit_by_replicas(problem, row) / row["mean_square"]
+        print(*where, row["optimizer"], row["momentum"], row["batch"], f"{ratio:.2f}", flush=True)
+
+
 def predict(problem, batch_size, adam, cache):
     """Reports on which the prediction rests, from batches as near to ``batch_size`` as matters.
 
@@ -488,21 +436,19 @@ def run(problem_name, points, finished, path):
             problem = cell["point"], Problem(model, task, POINTS[cell["point"]])
             quadratics, reports = {}, {}
         here, batch_size = problem[1], cell["batch"]
-        adam = cell["optimizer"] == "adam"
-        which = (adam, batch_size if adam or here.coupled else 0)
-        if which not in quadratics:
-            quadratics = {which: Quadratic(here, batch_size, here.scale(batch_size, adam))}
-        quadratic = quadratics[which]
-        if not here.coupled:
-            quadratic.resize(batch_size)
-        row = dict(cell, directions=len(quadratic.values), curvature=quadratic.values[-1])
-        row["mean_square"] = mean_square_limit(quadratic, cell["momentum"], adam)
+        row = dict(cell) | predictions(here, cell, reports)
         if here.coupled:
-            row["halves"] = [
-                mean_square_limit(half, cell["momentum"], adam) for half in quadratic.halves()
-            ]
-        row["typical"] = typical_limit(quadratic, cell["momentum"], adam)
-        row |= predictions(here, cell, reports)
+            row["mean_square"] = limit_by_replicas(here, row)
+        else:
+            adam = cell["optimizer"] == "adam"
+            which = (adam, batch_size if adam else 0)
+            if which not in quadratics:
+                quadratics = {which: Quadratic(here, batch_size, here.scale(batch_size, adam))}
+            quadratic = quadratics[which]
+            quadratic.resize(batch_size)
+            row |= {"directions": len(quadratic.values), "curvature": quadratic.values[-1]}
+            row["mean_square"] = mean_square_limit(quadratic, cell["momentum"], adam)
+            row["typical"] = typical_limit(quadratic, cell["momentum"], adam)
         # batch norm survives rates far above the limit, so that many runs are needed to find it
         affordable = ((16, 0.9),) if here.coupled else SURVIVED
         if (batch_size, cell["momentum"]) in affordable:
@@ -549,7 +495,8 @@ def table(rows):
                 entries.append("")
                 continue
             exact = row["mean_square"]
-            text = f"**{exact / row['ggn_mean-square']:.2f}**, {row['typical'] / exact:.1f}"
+            text = f"**{exact / row['ggn_mean-square']:.2f}**"
+            text += f", {row['typical'] / exact:.1f}" if "typical" in row else ", "
             if "survived" in row:
                 text += f", {row['survived'] / exact:.1f}"
             entries.append(text)
@@ -617,8 +564,12 @@ def main():
     parser.add_argument("--table", action="store_true", help="print the table and stop")
     parser.add_argument("--again", action="store_true", help="only predict finished cells anew")
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--replicas", action="store_true", help="compare them with exact limits")
     options = parser.parse_args()
     rows = read(options.out)
+    if options.replicas:
+        check_replicas(rows)
+        return
     if options.again:
         predict_again(rows, options.only or names)
         options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
