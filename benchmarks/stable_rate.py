@@ -191,7 +191,7 @@ def random_batches(batch_size, count, seed=2):
 
 
 class Quadratic:
-    """Mean curvature and its fluctuations on the leading directions, where it is a sum of samples'."""
+    """Mean curvature and its fluctuations on the leading directions, a mean over samples."""
 
     def __init__(self, problem, batch_size, scale):
         self.batch_size, self._pool = batch_size, None
