@@ -75,6 +75,7 @@ class EdgeSearch:
             which="both" if both else "largest",
             settle="largest" if largest_only else None,
             tol=self.tol,
+            criterion="residual",  # the noise is measured along the vectors
             max_steps=min(size, max(self.max_products, 2 * k)),
             with_subspace=True,
             generator=self.generator,
@@ -90,11 +91,11 @@ class EdgeSearch:
             bottom, rest = space.axes[:, -1].contiguous(), space.axes[:, :-1]
             below = directional_noise(matrix, bottom, others=rest)
         projected = _projected(space, matrix, noise, below, wide)
-        smallest = _moved(pairs.values[-1], pairs.residuals[-1], space.values[-1])
+        smallest = _moved(pairs.values[-1], pairs.bounds[-1], space.values[-1])
         if below is not None:
             kappa = projected.second_order("smallest")
             smallest = _of_the_whole(smallest, kappa, below, sampling)
-        largest = _moved(pairs.values[0], pairs.residuals[0], space.values[0])
+        largest = _moved(pairs.values[0], pairs.bounds[0], space.values[0])
         return SpectralEdges(
             largest=_of_the_whole(largest, projected.second_order(), noise, sampling),
             smallest=smallest,
@@ -157,9 +158,9 @@ def _projected(
     )
 
 
-def _moved(value: Tensor, residual: Tensor, now: Tensor) -> Measured:
+def _moved(value: Tensor, bound: Tensor, now: Tensor) -> Measured:
     """An eigenvalue as the space widened has it; by how much it moved is an error, too."""
-    return Measured(float(now), max(float(residual), abs(float(now - value))))
+    return Measured(float(now), max(float(bound), abs(float(now - value))))
 
 
 def _of_the_whole(
