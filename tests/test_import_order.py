@@ -27,7 +27,7 @@ LEVELS = [
     }
     | {"inner_products", "orthogonality", "ritz_bounds"},
     {"krylov_basis", "rayleigh_ritz", "safeguard"},
-    {"lanczos_process"},
+    {"lanczos_process", "memory_plan"},
     {"lanczos", "dataclass_files", "policies", "projected_curvature", "outlying_directions"},
     {
         "slq",

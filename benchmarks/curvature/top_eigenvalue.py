@@ -197,7 +197,10 @@ def verdicts(rows: Sequence[results.Row]) -> str:
     for model in dict.fromkeys(row["model"] for row in rows):
         for criterion, target in every:
             taken = [r for r in rows if r["model"] == model and "errors" in r]
-            mine = next(r for r in taken if r["contestant"] == f"batchlr, {criterion} {target}")
+            name = f"batchlr, {criterion} {target}"
+            mine = next((r for r in taken if r["contestant"] == name), None)
+            if mine is None:
+                continue
             there = [r for r in taken if max(r["errors"]) <= float(target)]
             theirs = [r for r in there if not r["contestant"].startswith("batchlr")]
             rival = min(theirs, key=middle, default=None)

@@ -27,6 +27,10 @@ _LEAST_BASIS = 8
 """Vectors a restarting search needs beside twice the wanted ones (assumed)."""
 
 
+_A_BLOCK_S_VECTORS = 12
+"""Vectors of a basis for each batch's product held beside it (assumed: a tenth of its memory)."""
+
+
 @dataclass(frozen=True)
 class Tridiagonal:
     """``A Q' = Q' T`` up to the last column, with ``T`` tridiagonal and the rows of ``Q`` basis.
@@ -53,7 +57,7 @@ class Eigenpairs:
     """Approximate eigenpairs at the ends of a spectrum, in descending order."""
 
     values: Tensor  # (k,) float64; (2k,) for which="both"
-    vectors: Tensor  # (P, k) orthonormal columns
+    vectors: Tensor  # (P, k) orthonormal columns; (P, 0) if not asked for
     residuals: Tensor  # (k,) norm of A v - value v
     bounds: Tensor  # (k,) certified: an eigenvalue lies within it; at most the residual
     errors: Tensor  # (k,) residual^2 / gap, at most the bound: an estimate
@@ -131,6 +135,7 @@ def top_eigenpairs(
     basis: BasisForm = "auto",
     basis_budget: int | None = None,
     start: Tensor | None = None,
+    with_vectors: bool = True,
     with_subspace: bool = False,
     generator: torch.Generator | None = None,
 ) -> Eigenpairs:
@@ -165,6 +170,7 @@ def top_eigenpairs(
         basis: where they are, see `lanczos`.
         basis_budget: bytes they may take; by default what is free.
         start: ``(P,)``, a guess: the gradient saves some products, the last top eigenvector most.
+        with_vectors: False leaves the vectors out, for their memory.
         with_subspace: also return each batch's own matrix on the Krylov space. It takes no product,
             ``m P`` flops a batch and step, and an operator of batches.
         generator: for the start, where none is given.
@@ -178,7 +184,7 @@ def top_eigenpairs(
     wanted = 2 * k if which == "both" else k
     steps = min(size, MAX_STEPS if max_steps is None else max_steps)
     _check(operator, k, which, tol, criterion, settle, max_steps, steps, with_subspace)
-    least = min(steps, 2 * wanted + _LEAST_BASIS)
+    least = least_basis(wanted, steps)
     if max_basis is not None and max_basis < least:
         msg = f"max_basis must be at least {least} for {wanted} pairs, got {max_basis}"
         raise ValueError(msg)
@@ -198,6 +204,7 @@ def top_eigenpairs(
         first_vector(operator, start, generator),
         form=form,
         by_batch=with_subspace,
+        block=max(1, min(8, capacity // _A_BLOCK_S_VECTORS)),
     )
     ritz = None
     trusted_from = 3 if criterion == "error" else 0  # the step from which the space is old enough
@@ -219,7 +226,7 @@ def top_eigenpairs(
             process.start_again(gaussian(operator, generator))
             trusted_from = process.num_products + _RESTART_STEPS
     assert ritz is not None
-    pairs = ritz.pairs(process)
+    pairs = ritz.pairs(process, with_vectors=with_vectors)
     return replace(pairs, subspace=process.subspace()) if with_subspace else pairs
 
 
@@ -249,10 +256,11 @@ class _Ritz:
     errors: Tensor
     converged: bool
 
-    def pairs(self, process: LanczosProcess) -> Eigenpairs:
+    def pairs(self, process: LanczosProcess, *, with_vectors: bool) -> Eigenpairs:
+        wanted = self.coefficients if with_vectors else self.coefficients[:, :0]
         return Eigenpairs(
             values=self.values,
-            vectors=process.basis.combine(self.coefficients),
+            vectors=process.basis.combine(wanted),
             residuals=self.residuals,
             bounds=self.bounds,
             errors=self.errors,
@@ -337,6 +345,11 @@ def _check(
     if with_subspace and not isinstance(operator, BatchedOperator):
         msg = f"with_subspace needs an operator of batches, got {type(operator).__name__}"
         raise TypeError(msg)
+
+
+def least_basis(wanted: int, steps: int) -> int:
+    """Vectors a search for so many pairs, by so many products at most, cannot do without."""
+    return min(steps, 2 * wanted + _LEAST_BASIS)
 
 
 def default_generator(generator: torch.Generator | None) -> torch.Generator:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from batchlr.curvature_noise import DirectionalNoise, directional_noise
+from batchlr.krylov_basis import KrylovBasis
 from batchlr.lanczos import top_eigenpairs
 from batchlr.lanczos_process import Subspace
 from batchlr.measured import Measured
+from batchlr.memory_plan import UNLIMITED, MemoryShare
 from batchlr.operators.base import BatchedOperator
 from batchlr.outlying_directions import WidenedSubspace, widened
 from batchlr.projected_curvature import ProjectedCurvature
@@ -27,7 +29,7 @@ class SpectralEdges:
     smallest: Measured  # NaN if the search was for the largest only
     noise: DirectionalNoise  # along the top vector
     projected: ProjectedCurvature
-    axes: Tensor  # (P, m) Ritz vectors; the first is the top eigenvector
+    axes: KrylovBasis  # m Ritz vectors; the first is the top eigenvector
     weights: Tensor  # (m,) their squared overlaps with the start
     converged: bool
 
@@ -41,12 +43,14 @@ class EdgeSearch:
         tol: relative residual at which to stop.
         max_products: at most.
         generator: for the start.
+        memory: what the search may take.
     """
 
     num_eigenpairs: int
     tol: float
     max_products: int
     generator: torch.Generator
+    memory: MemoryShare = UNLIMITED
 
     def run(
         self,
@@ -77,6 +81,9 @@ class EdgeSearch:
             tol=self.tol,
             criterion="residual",  # the noise is measured along the vectors
             max_steps=min(size, max(self.max_products, 2 * k)),
+            basis=self.memory.basis,
+            basis_budget=self.memory.basis_bytes,
+            with_vectors=False,  # they are among the axes
             with_subspace=True,
             generator=self.generator,
         )
@@ -85,11 +92,10 @@ class EdgeSearch:
         if gradients is not None:
             wide = widened(space, matrix, gradients)
             space = wide.subspace
-        noise = directional_noise(matrix, space.axes[:, 0].contiguous(), others=space.axes[:, 1:])
+        noise = self._noise(matrix, space.basis, 0)
         below = None
         if both and not largest_only:
-            bottom, rest = space.axes[:, -1].contiguous(), space.axes[:, :-1]
-            below = directional_noise(matrix, bottom, others=rest)
+            below = self._noise(matrix, space.basis, space.basis.count - 1)
         projected = _projected(space, matrix, noise, below, wide)
         smallest = _moved(pairs.values[-1], pairs.bounds[-1], space.values[-1])
         if below is not None:
@@ -101,10 +107,20 @@ class EdgeSearch:
             smallest=smallest,
             noise=noise,
             projected=projected,
-            axes=space.axes,
+            axes=space.basis,
             weights=space.weights,
             converged=pairs.converged,
         )
+
+    def _noise(self, matrix: BatchedOperator, axes: KrylovBasis, index: int) -> DirectionalNoise:
+        """Along one axis, and across the others."""
+
+        def others(vector: Tensor) -> Tensor:
+            found = axes.project(vector)
+            return torch.cat([found[:index], found[index + 1 :]])
+
+        vector, hold = axes.vector(index), self.memory.holds(len(matrix.samples))
+        return directional_noise(matrix, vector, others=others, hold=hold)
 
 
 def followed_edges(
@@ -129,7 +145,7 @@ def followed_edges(
         smallest=Measured(math.nan),
         noise=noise,
         projected=projected,
-        axes=space.axes,
+        axes=space.basis,
         weights=space.weights,
         converged=found.converged,
     )
