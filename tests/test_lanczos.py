@@ -423,6 +423,12 @@ class TestErrors:
         assume(pairs.values[0] > 1 and pairs.residuals[0] < 0.2)  # before, it has found another
         assert 1.5 - pairs.values[0] <= pairs.errors[0] + 1e-13
 
+    def test_vectors_may_be_left_out(self):
+        operator = DenseOperator(with_spectrum(SPECTRA["step"].double()))
+        bare = top_eigenpairs(operator, 2, with_vectors=False)
+        assert bare.vectors.shape == (SIZE, 0)
+        assert torch.equal(bare.values, top_eigenpairs(operator, 2).values)
+
     def test_judging_residuals_takes_more_products_and_gives_a_better_vector(self):
         spectrum = torch.cat([torch.linspace(0, 1, 499), torch.tensor([1.05])]).double()
         operator = DiagonalOperator(spectrum)

@@ -26,7 +26,15 @@ for both ends take 15 to 40, docs/benchmarks.md)."""
 
 
 class MemoryBudgetError(MemoryError):
-    """A measurement does not fit: says what it takes, what it may take, and the ways out."""
+    """A measurement does not fit: says what it takes, what it may take, and the ways out.
+
+    Attributes:
+        needed: bytes that would do.
+    """
+
+    def __init__(self, message: str, needed: int) -> None:
+        super().__init__(message)
+        self.needed = needed
 
 
 @dataclass(frozen=True)
@@ -101,11 +109,12 @@ def divide(
             _HELD + max(0, spare) // each,
         )
     form, one = forms[-1]
+    needed = vectors + working + least * one
     msg = (
         f"memory_budget={readable(budget)} does not hold a measurement, which takes "
-        f"{readable(vectors + working + least * one)}: a basis of {least} vectors "
+        f"{readable(needed)}: a basis of {least} vectors "
         f"{readable(least * one)}, vectors beside it {readable(vectors)}, the graph of one batch "
         f"and what a product on it takes {readable(working)}. Ways out: a larger budget, smaller "
         "batches or micro_batch, num_eigenpairs=1, one optimizer"
     )
-    raise MemoryBudgetError(msg)
+    raise MemoryBudgetError(msg, needed)
