@@ -135,7 +135,8 @@ class KrylovBasis:
         for first in range(0, self._size, PART):
             part = slice(first, first + PART)
             rows = [rows[:, part].to(self.device, self.dtype) for rows in self._used()]
-            yield part, torch.cat(rows) / self._scale if self._scale != 1 else torch.cat(rows)
+            piece = rows[0] if len(rows) == 1 else torch.cat(rows)
+            yield part, piece / self._scale if self._scale != 1 else piece
 
     def truncate(self, count: int) -> None:
         """Forget all but the first ``count`` vectors."""
