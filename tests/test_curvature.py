@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.optim.lr_scheduler import LambdaLR
 
 from batchlr.curvature import measure_curvature, track_curvature
+from batchlr.memory_plan import MemoryBudgetError
 from batchlr.operators import supervised
 from batchlr.schedulers import BatchAwareLR
 from batchlr.tracker import CurvatureTracker
@@ -250,6 +251,43 @@ def test_the_same_measurement_twice_is_the_same_report():
 
 
 # --- kappa: how the largest eigenvalue grows as batches shrink -----------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("matrix", ["hessian", "ggn"])
+def test_the_least_budget_gives_the_same_curvature(optimizer, matrix):
+    """A basis that restarts, at half precision for a Hessian, no graphs, products made twice."""
+    model, batch = train(network(), 3), first_digits(400)
+    options = {"optimizer": optimizer, "matrix": matrix, "num_eigenpairs": 1, "tol": 1e-4}
+    free = measure(model, batch, **options)
+    with pytest.raises(MemoryBudgetError, match="memory_budget=1 B does not hold") as caught:
+        measure(model, batch, memory_budget=1, **options)
+    tight = measure(model, batch, memory_budget=caught.value.needed, **options)
+    assert tight.converged
+    assert tight.largest == pytest.approx(free.largest, rel=1e-4)
+    assert tight.noise.parallel == pytest.approx(free.noise.parallel, rel=0.02)
+    assert tight.noise.orthogonal == pytest.approx(free.noise.orthogonal, rel=0.02)
+    assert tight.num_products > free.num_products
+    rates = [r.max_lr(50, optimizer=optimizer).value for r in (free, tight)]
+    assert rates[1] == pytest.approx(rates[0], rel=0.1)  # the spaces differ in their bulk
+
+
+def test_a_large_budget_changes_nothing():
+    model, batch = network(), first_digits(200)
+    free, budgeted = measure(model, batch), measure(model, batch, memory_budget=2**40)
+    assert budgeted.num_products == free.num_products
+    assert budgeted.ritz_values == pytest.approx(free.ritz_values, rel=1e-9, abs=1e-12)
+    assert budgeted.noise.total == pytest.approx(free.noise.total, rel=1e-9)
+
+
+def test_micro_batches_give_the_same_curvature():
+    model, batch = network(), first_digits(200)
+    whole, cut = measure(model, batch), measure(model, batch, micro_batch=7)
+    assert cut.largest == pytest.approx(whole.largest, rel=1e-8)
+    assert cut.noise.total == pytest.approx(whole.noise.total, rel=1e-6)
+    assert cut.num_batches == whole.num_batches
+    parts = measure(model, batch, micro_batch=7, memory_budget=2**30)
+    assert parts.largest == pytest.approx(whole.largest, rel=1e-8)
 
 
 def half_mse(model, batch):

@@ -111,6 +111,19 @@ def test_a_model_s_batches_agree_with_their_dense_hessians(problem, sizes):
     torch.testing.assert_close(got.others, want.others, rtol=1e-10, atol=0)
 
 
+def test_products_made_twice_and_others_known_by_their_products_are_the_same_noise():
+    basis = torch.linalg.eigh(SIX.mean(0)).eigenvectors.flip(1).contiguous()
+    vector, rest = basis[:, 0].contiguous(), basis[:, 1:]
+    held, again = cut(SIX, range(6), (3, 2, 1)), cut(SIX, range(6), (3, 2, 1))
+    first = directional_noise(held, vector, others=rest)
+    second = directional_noise(again, vector, others=lambda v: rest.T @ v, hold=False)
+    assert (held.num_products, again.num_products) == (1, 2)
+    assert (second.parallel, second.orthogonal) == pytest.approx(
+        (first.parallel, first.orthogonal), rel=1e-12
+    )
+    torch.testing.assert_close(second.others, first.others)
+
+
 # --- unbiased, by enumerating every partition ----------------------------------------------------
 
 SIX = heavy_tailed(6, 3, seed=0)

@@ -25,9 +25,9 @@ LEVELS = [
         "metric",
         "usable_curvature",
     }
-    | {"inner_products", "orthogonality"},
+    | {"inner_products", "orthogonality", "ritz_bounds"},
     {"krylov_basis", "rayleigh_ritz", "safeguard"},
-    {"lanczos_process"},
+    {"lanczos_process", "memory_plan"},
     {"lanczos", "dataclass_files", "policies", "projected_curvature", "outlying_directions"},
     {
         "slq",

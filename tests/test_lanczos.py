@@ -225,10 +225,10 @@ class TestTopEigenpairs:
         assert pairs.converged
         assert pairs.num_products == operator.num_products
         expected = {"largest": k, "smallest": k, "both": 2 * k}[which]
-        assert pairs.values.shape == pairs.residuals.shape == (expected,)
+        assert pairs.values.shape == pairs.residuals.shape == pairs.bounds.shape == (expected,)
         assert pairs.vectors.shape == (SIZE, expected)
         scale = spectrum.abs().max()
-        assert (pairs.residuals <= 1e-3 * scale).all()
+        assert (pairs.bounds <= 1e-3 * scale).all()
 
     @pytest.mark.parametrize("name", ["flat", "step", "geometric", "indefinite", "negative"])
     @pytest.mark.parametrize("k", [1, 4])
@@ -319,8 +319,8 @@ class TestTopEigenpairs:
         assert high.converged
         assert low.converged
         assert high.num_products < low.num_products <= both.num_products
-        assert high.residuals[0] <= 1e-4 * 8 < high.residuals[1]
-        assert both.residuals.max() <= 1e-4 * 8
+        assert high.bounds[0] <= 1e-4 * 8 < high.bounds[1]
+        assert both.bounds.max() <= 1e-4 * 8
         for pairs in (both, high, low):
             assert pairs.values.shape == (2,)
             assert_sound(pairs, with_spectrum(spectrum))
@@ -338,7 +338,7 @@ class TestTopEigenpairs:
         pairs = top_eigenpairs(DenseOperator(matrix), tol=1e-6, max_steps=5)
         assert not pairs.converged
         assert pairs.num_products == 5
-        assert pairs.residuals[0] > 1e-6 * 2
+        assert pairs.bounds[0] > 1e-6 * 2
         assert_sound(pairs, matrix)
 
     def test_by_default_gives_up_after_200_steps(self):
@@ -393,8 +393,9 @@ def assert_sound(pairs, matrix):
     assert (gram - torch.eye(count, dtype=gram.dtype)).abs().max() < 1e-10
     true_residuals = (matrix @ pairs.vectors - pairs.vectors * pairs.values).norm(dim=0)
     assert (true_residuals <= pairs.residuals + rounding).all()
-    for value, residual in zip(pairs.values, pairs.residuals, strict=True):
-        assert distance(value, exact) <= residual + rounding
+    assert (pairs.bounds <= pairs.residuals).all()
+    for value, bound in zip(pairs.values, pairs.bounds, strict=True):
+        assert distance(value, exact) <= bound + rounding
 
 
 class TestErrors:
@@ -408,7 +409,7 @@ class TestErrors:
         rounding = 1e-13 * float(exact.abs().max()) * math.sqrt(SIZE)
         for tol in (1e-3, 1e-6):
             pairs = top_eigenpairs(DenseOperator(matrix), which=which, tol=tol)
-            assert (pairs.errors <= pairs.residuals).all()
+            assert (pairs.errors <= pairs.bounds).all()
             for value, error in zip(pairs.values, pairs.errors, strict=True):
                 assert distance(value, exact) <= error + rounding
 
@@ -421,6 +422,22 @@ class TestErrors:
         pairs = top_eigenpairs(DenseOperator(matrix), tol=1e-12, max_steps=steps)
         assume(pairs.values[0] > 1 and pairs.residuals[0] < 0.2)  # before, it has found another
         assert 1.5 - pairs.values[0] <= pairs.errors[0] + 1e-13
+
+    def test_vectors_may_be_left_out(self):
+        operator = DenseOperator(with_spectrum(SPECTRA["step"].double()))
+        bare = top_eigenpairs(operator, 2, with_vectors=False)
+        assert bare.vectors.shape == (SIZE, 0)
+        assert torch.equal(bare.values, top_eigenpairs(operator, 2).values)
+
+    def test_judging_residuals_takes_more_products_and_gives_a_better_vector(self):
+        spectrum = torch.cat([torch.linspace(0, 1, 499), torch.tensor([1.05])]).double()
+        operator = DiagonalOperator(spectrum)
+        bound = top_eigenpairs(operator, tol=1e-2)
+        residual = top_eigenpairs(operator, tol=1e-2, criterion="residual")
+        assert bound.converged
+        assert bound.bounds[0] <= 1e-2 * bound.values[0] < bound.residuals[0]
+        assert residual.residuals[0] <= 1e-2 * residual.values[0]
+        assert bound.num_products < residual.num_products
 
     def test_judging_errors_takes_fewer_products(self):
         spectrum = torch.cat([torch.linspace(0, 1, 499), torch.tensor([1.5])]).double()
@@ -435,7 +452,7 @@ class TestErrors:
         """At the edge of a bulk the residuals of the last two values reach over each other."""
         operator = DiagonalOperator(torch.linspace(0, 1, 5000, dtype=torch.float64))
         pairs = top_eigenpairs(operator, tol=1e-9, max_steps=10)
-        assert torch.equal(pairs.errors, pairs.residuals)
+        assert torch.equal(pairs.errors, pairs.bounds)
 
 
 class TestDifficultSpectra:
@@ -632,7 +649,9 @@ class TestBothRefuse:
 
 class TestRefuses:
     def test_an_unknown_criterion(self):
-        with pytest.raises(ValueError, match="criterion must be 'residual' or 'error', got 'gap'"):
+        with pytest.raises(
+            ValueError, match="criterion must be 'bound', 'residual' or 'error', got 'gap'"
+        ):
             top_eigenpairs(DenseOperator(torch.eye(5)), criterion="gap")
 
     def test_a_basis_too_short_to_restart(self):

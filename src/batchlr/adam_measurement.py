@@ -11,6 +11,7 @@ from torch import Tensor
 from batchlr.adam_curvature import AdamCurvature
 from batchlr.curvature_point import CurvaturePoint
 from batchlr.gradient_noise import GradientMoments, gradient_moments
+from batchlr.krylov_basis import KrylovBasis
 from batchlr.metric import Array, selection_bias
 from batchlr.operators import PreconditionedOperator
 from batchlr.optimizer_state import (
@@ -24,7 +25,6 @@ from batchlr.projected_curvature import MIN_GROUPS, jackknife_groups
 from batchlr.spectral_edges import SpectralEdges
 
 _ADAM_EPS = 1e-8  # torch's default, for when there is no optimizer to ask
-_PART = 1 << 18  # assumed: weights at a time; a copy of all axes would double the memory held
 _APART = 4.0  # derived: D is tabulated at noises so far apart; 1.5 % off at most, below N/2
 
 
@@ -109,24 +109,21 @@ class AdamMeasurement:
             ``(G, groups, m, m)``.
         """
         count = len(self._point.batches)
-        halves = [self._moments_of(range(first, count, 2)) for first in (0, 1)]
-        rests = [
-            self._moments_of(sorted(set(range(count)) - set(group.tolist())))
-            for group in jackknife_groups(count)
-        ]
+        parts: list[Sequence[int]] = [range(first, count, 2) for first in (0, 1)]
+        for group in jackknife_groups(count):
+            parts.append(sorted(set(range(count)) - set(group.tolist())))
         places = sorted({*range(0, len(sizes), 2), len(sizes) - 1})
-        biases, changes = [], []
-        for place in places:
-            there = self._seen(self._moments, sizes[place])
-            stretched = self._stretched(sizes[place])
-            parts = [
-                self._had_only(part, stretched, there, sizes[place], edges.axes)
-                for part in (*halves, *rests)
-            ]
-            biases.append(selection_bias(edges.projected.values, parts[:2]))
-            changes.append(np.stack(parts[2:]) - metrics[place])
+        had_only = np.empty((len(places), len(parts), *metrics.shape[1:]))
+        for number, chosen in enumerate(parts):  # one part's moments at a time: 2 P numbers each
+            moments = self._moments_of(chosen)
+            for index, place in enumerate(places):
+                size = sizes[place]
+                there, v = self._seen(self._moments, size), self._stretched(size)
+                had_only[index, number] = self._had_only(moments, v, there, size, edges.axes)
+        biases = [selection_bias(edges.projected.values, list(rows[:2])) for rows in had_only]
+        changes = had_only[:, 2:] - metrics[places][:, None]
         optimism = _spread(places, np.array(biases), len(sizes))
-        without = metrics[:, None] + _spread(places, np.stack(changes), len(sizes))
+        without = metrics[:, None] + _spread(places, changes, len(sizes))
         return optimism, without * optimism[:, None, None, None]
 
     def _moments_of(self, numbers: Sequence[int] | None) -> GradientMoments:
@@ -144,19 +141,17 @@ class AdamMeasurement:
         effective = 1 / inverse if inverse > 0 else math.inf
         return moments.second_moment(effective, centred=self._centred)
 
-    def _on_axes(self, v: Tensor, axes: Tensor) -> Array:
-        """``D`` of ``v`` over that of `matrix`, seen on the ``axes`` ``(P, m)``."""
+    def _on_axes(self, v: Tensor, axes: KrylovBasis) -> Array:
+        """``D`` of ``v`` over that of `matrix`, seen on the ``axes``."""
         stretch = (v.sqrt() + self._eps) / self._metric
-        m = axes.shape[1]
-        total = torch.zeros(m, m, dtype=torch.float64, device=axes.device)
-        parts = zip(torch.split(stretch, _PART), torch.split(axes, _PART), strict=True)
-        for some, rows in parts:
-            total += (rows.T * some) @ rows
+        total = torch.zeros(axes.count, axes.count, dtype=torch.float64, device=v.device)
+        for part, rows in axes.parts():
+            total += (rows * stretch[part]) @ rows.T
         result: Array = total.cpu().numpy()
         return result
 
     def _had_only(
-        self, part: GradientMoments, v: Tensor, there: Tensor, batch_size: float, axes: Tensor
+        self, part: GradientMoments, v: Tensor, there: Tensor, batch_size: float, axes: KrylovBasis
     ) -> Array:
         """The metric of ``v``, had only ``part`` of the batches been there."""
         ratio = _ratio(self._seen(part, batch_size), there)

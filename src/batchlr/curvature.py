@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,14 +12,23 @@ from torch import Tensor, nn
 from batchlr.adam_curvature import AdamCurvature
 from batchlr.adam_measurement import AdamMeasurement
 from batchlr.curvature_noise import CurvatureNoise, directional_noise
-from batchlr.curvature_point import CurvaturePoint, Matrix
+from batchlr.curvature_point import CurvaturePoint, Matrix, disjoint, make_operator
 from batchlr.curvature_report import CurvatureReport
-from batchlr.lanczos import default_generator, first_vector, top_eigenpairs
+from batchlr.inner_products import dot, norm
+from batchlr.krylov_basis import KrylovBasis
+from batchlr.lanczos import default_generator, first_vector, least_basis, top_eigenpairs
 from batchlr.measured import Measured
-from batchlr.operators.batches import count_samples, join, take
-from batchlr.operators.curvature_matrix import NormMode, normalises_over_batches
+from batchlr.memory_plan import UNLIMITED, MemoryShare, divide
+from batchlr.operators.batches import count_samples, cut, pick
+from batchlr.operators.curvature_matrix import (
+    CurvatureMatrix,
+    CurvatureOptions,
+    NormMode,
+    normalises_over_batches,
+)
 from batchlr.operators.supervised import LossFunction, SupervisedLoss, piecewise_linear
 from batchlr.optimizer_state import Optimizer, group_value, optimizer_kind
+from batchlr.outlying_directions import COUNT
 from batchlr.spectral_edges import EdgeSearch, SpectralEdges, followed_edges
 from batchlr.trace import estimate_trace
 from batchlr.tracker import CurvatureTracker
@@ -44,13 +54,15 @@ def measure_curvature(
     max_products: int = 100,
     num_small_batches: int = 16,
     clip_norm: float | None = None,
+    memory_budget: int | None = None,
+    micro_batch: int | None = None,
     generator: torch.Generator | None = None,
 ) -> CurvatureReport:
     """Extremal curvature of the mean loss, how it fluctuates between batches, and what follows.
 
     Weights, ``.grad``, buffers, flags and global random state are bit-identical afterwards. Costs
-    one Lanczos run (10-40 products) and ten products for noise, trace and Gauss-Newton share; Adam
-    or RMSprop take another run and one more.
+    one Lanczos run (10-40 products) and eight products for noise, trace and Gauss-Newton share;
+    Adam or RMSprop take another run and one more.
 
     Args:
         model: see `HessianOperator`.
@@ -75,27 +87,49 @@ def measure_curvature(
             at most; together they take a quarter of the samples or are four. 0 leaves them out.
         clip_norm: at which training clips the gradient's norm, if it does; the report's rates then
             say whether it is active at the batches' size. It changes no number.
+        memory_budget: bytes on the model's device that Krylov vectors, graphs and batches' products
+            may take together, beyond what is there (`memory_plan.divide`); by default what is free.
+            A small one costs products (a basis that restarts, products made twice), time (graphs
+            recorded anew) and, on a CPU, digits (vectors at half precision).
+        micro_batch: run at most that many samples at a time, see `CurvatureMatrix`.
         generator: for start vectors and subsamples; without one the seed is 0.
 
     Raises:
         ValueError: an argument is illegal, or there are fewer than two samples.
+        MemoryBudgetError: a MemoryError, before any product: ``memory_budget`` is too small.
         ArithmeticError: loss, gradients or products are not finite.
     """
     began = time.perf_counter()
     _check_clip_norm(clip_norm)
     with_adam = optimizer_kind(optimizer) != "sgd"
     generator = default_generator(generator)
+    listed = disjoint(batches, batch_size)
+    options: CurvatureOptions = {} if micro_batch is None else {"micro_batch": micro_batch}
+    memory = UNLIMITED
+    if memory_budget is not None:
+        largest = [max(listed, key=count_samples)]
+        kept: CurvatureOptions = {**options, "keep_graph": True}
+        memory = _share(
+            make_operator(matrix, model, loss_fn, largest, norm_mode, kept),
+            memory_budget,
+            num_graphs=sum(len(cut(b, micro_batch)) if micro_batch else 1 for b in listed),
+            num_eigenpairs=num_eigenpairs,
+            max_products=max_products,
+            with_adam=with_adam,
+            definite=matrix == "ggn",
+        )
+        options["memory_budget"] = memory.graph_bytes
     point = CurvaturePoint.at(
         model,
         loss_fn,
-        batches,
-        batch_size=batch_size,
+        listed,
         dataset_size=dataset_size,
         optimizer=optimizer,
         norm_mode=norm_mode,
         matrix=matrix,
+        options=options,
     )
-    search = EdgeSearch(num_eigenpairs, tol, max_products, generator)
+    search = EdgeSearch(num_eigenpairs, tol, max_products, generator, memory)
     definite = matrix == "ggn"
     edges = search.run(
         point.matrix,
@@ -103,14 +137,17 @@ def measure_curvature(
         gradients=point.batch_gradients() if definite else None,
         largest_only=False,
     )
+    numbers = [0, edges.axes.count - 1][: point.matrix.shape[0]]
+    ends = torch.stack([edges.axes.vector(number) for number in numbers])
+    edges = replace(edges, axes=KrylovBasis.of(ends))  # the others' memory is needed
     probe = first_vector(point.operator, None, generator)
-    noise = directional_noise(point.matrix, probe)
-    ends = edges.axes[:, [0, -1]].contiguous() if point.matrix.shape[0] > 1 else edges.axes
+    noise = directional_noise(point.matrix, probe, hold=memory.holds(len(listed)))
+    values = torch.from_numpy(edges.projected.values[[0, -1]][: len(ends)]).to(probe.device)
     trace = estimate_trace(
-        point.matrix, num_probes=_TRACE_PROBES, vectors=ends, generator=generator
+        point.matrix, num_probes=_TRACE_PROBES, vectors=ends.T, values=values, generator=generator
     ).trace
-    ggn = _ggn_along(edges.axes[:, 0], point)
-    small_batch = _small_batch(point, num_small_batches, edges, generator)
+    ggn = _ggn_along(ends[0], point)
+    small_batch = _small_batch(point, num_small_batches, edges, memory, generator)
     adam = None
     if with_adam:
         measured = AdamMeasurement(point)
@@ -199,7 +236,7 @@ def track_curvature(
         measured = AdamMeasurement(point)
         preconditioned = followed_edges(tracker, measured.matrix, measured.gradient, point.sampling)
         adam = measured.curvature(preconditioned, with_doubt=False)
-        along = measured.direction(preconditioned.axes[:, 0])
+        along = measured.direction(preconditioned.axes.vector(0))
         glance = CurvatureTracker(max_products=1, max_run=1, with_noise=True)
         edges = followed_edges(glance, point.matrix, along, point.sampling)
     return _report(point, edges, began, adam=adam, clip_norm=clip_norm)
@@ -255,41 +292,79 @@ def _report(
     )
 
 
+def _share(
+    operator: CurvatureMatrix,
+    budget: int,
+    *,
+    num_graphs: int,
+    num_eigenpairs: int,
+    max_products: int,
+    with_adam: bool,
+    definite: bool,
+) -> MemoryShare:
+    """What `divide` makes of ``budget``, the graph of ``operator`` being the largest."""
+    size = operator.shape[0]
+    wanted = 2 * max(1, min(num_eigenpairs, size // 2))
+    most = min(size, max(max_products, wanted))
+    return divide(
+        budget,
+        size=size,
+        dtype=operator.dtype,
+        device=operator.device,
+        graph=operator.largest_graph(),
+        num_graphs=num_graphs,
+        least=least_basis(wanted, most) + (COUNT if definite else 0),
+        most=most,
+        with_adam=with_adam,
+        copies=3 if definite else 1,
+    )
+
+
 def _ggn_along(vector: Tensor, point: CurvaturePoint) -> Measured:
     """``v' G v`` with its residual ``|G v - (v' G v) v|``; one product, if the loss has halves."""
     if not isinstance(point.loss_fn, SupervisedLoss):
         return Measured(math.nan)
-    unit = vector.contiguous()
-    product = point.matrix_of(point.batches, "ggn") @ unit
-    value = torch.dot(product.double(), unit.double())
-    return Measured(float(value), float((product - value.to(unit.dtype) * unit).norm()))
+    product = point.matrix_of(point.batches, "ggn", expected_products=1) @ vector
+    value = dot(product, vector)
+    return Measured(float(value), float(norm(product.sub_(vector, alpha=float(value)))))
 
 
 def _small_batch(
-    point: CurvaturePoint, count: int, edges: SpectralEdges, generator: torch.Generator
+    point: CurvaturePoint,
+    count: int,
+    edges: SpectralEdges,
+    memory: MemoryShare,
+    generator: torch.Generator,
 ) -> tuple[int, Measured] | None:
     """Mean largest eigenvalue of ``count`` random batches of 4; None if they cannot be cut.
 
     ``v' H_B v`` along the top eigenvector ``v`` of the mean fluctuates with it, about a known
     mean: taken off, less scatter remains, unless the batches are too small for that.
     """
-    try:
-        whole = join(point.batches)
-    except TypeError:
+    if count == 0 or point.num_samples < 2 * _SMALL_BATCH:
         return None
-    total = count_samples(whole)
-    if count == 0 or total < 2 * _SMALL_BATCH:
-        return None
-    count = min(count, max(_FEWEST_SMALL, total // (4 * _SMALL_BATCH)))
+    count = min(count, max(_FEWEST_SMALL, point.num_samples // (4 * _SMALL_BATCH)))
     values, along = [], []
-    unit = edges.axes[:, 0].contiguous()
+    unit = edges.axes.vector(0)
     for _ in range(count):
-        rows = torch.randperm(total, generator=generator, device=generator.device)[:_SMALL_BATCH]
-        matrix = point.matrix_of([take(whole, rows.cpu())])
+        rows = torch.randperm(point.num_samples, generator=generator, device=generator.device)
+        try:
+            drawn = pick(point.batches, rows[:_SMALL_BATCH].tolist())
+        except TypeError:
+            return None
+        matrix = point.matrix_of([drawn])
         steps = min(matrix.shape[0], 20)
-        pairs = top_eigenpairs(matrix, tol=1e-2, max_steps=steps, generator=generator)
+        pairs = top_eigenpairs(
+            matrix,
+            tol=1e-2,
+            max_steps=steps,
+            basis=memory.basis,
+            basis_budget=memory.basis_bytes,
+            with_vectors=False,
+            generator=generator,
+        )
         values.append(pairs.values[0])
-        along.append(torch.dot((matrix @ unit).double(), unit.double()))
+        along.append(dot(matrix @ unit, unit))
     plain = torch.stack(values)
     controlled = plain - torch.stack(along) + float(edges.projected.values[0])
     chosen = min(plain, controlled, key=lambda terms: float(terms.std()))

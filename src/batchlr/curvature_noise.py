@@ -1,14 +1,18 @@
 """How a batch's curvature fluctuates around the mean, along one direction."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from batchlr.inner_products import dot
 from batchlr.measured import Measured
 from batchlr.operators.base import BatchedOperator
+
+Projector = Callable[[Tensor], Tensor]
+"""Inner products ``(k,)`` of a vector ``(P,)`` with ``k`` others."""
 
 _GAUSSIAN = math.sqrt(2)  # relative standard deviation of the square of a Gaussian number
 
@@ -48,7 +52,11 @@ class DirectionalNoise:
 
 
 def directional_noise(
-    operator: BatchedOperator, vector: Tensor, *, others: Tensor | None = None
+    operator: BatchedOperator,
+    vector: Tensor,
+    *,
+    others: Tensor | Projector | None = None,
+    hold: bool = True,
 ) -> DirectionalNoise:
     """Variances of ``H_i v`` over samples, from how the batches' products differ; one product.
 
@@ -63,7 +71,10 @@ def directional_noise(
     Args:
         operator: of at least two batches.
         vector: ``(P,)`` of unit norm.
-        others: ``(P, k)`` orthonormal, orthogonal to ``vector``.
+        others: ``(P, k)`` orthonormal, orthogonal to ``vector``; or what gives a vector's inner
+            products with them.
+        hold: hold the ``K`` batches' products, ``K P`` numbers; else they are made a second time,
+            at one more product.
 
     Raises:
         ValueError: there is only one batch, or ``vector`` is not of unit norm.
@@ -75,35 +86,64 @@ def directional_noise(
     if abs(float(vector.double().norm()) - 1) > 1e-3:
         msg = f"vector must have unit norm, got {float(vector.norm()):.6g}"
         raise ValueError(msg)
-    products = torch.stack(list(operator.batch_products(vector)))  # (K, P)
-    return noise_of_products(products, operator.weights, vector, others=others)
+    if not hold:
+        mean = operator @ vector
+        products = operator.batch_products(vector)
+        return _noise(products, mean, operator.weights, vector, others)
+    held = list(operator.batch_products(vector))
+    return noise_of_products(held, operator.weights, vector, others=others)
 
 
 def noise_of_products(
-    products: Tensor, weights: Sequence[float], vector: Tensor, *, others: Tensor | None = None
+    products: Sequence[Tensor] | Tensor,
+    weights: Sequence[float],
+    vector: Tensor,
+    *,
+    others: Tensor | Projector | None = None,
 ) -> DirectionalNoise:
     """`directional_noise` from the products ``H_k v`` ``(K, P)`` of batches of these ``weights``.
 
     Args:
-        products: of at least two batches.
+        products: of at least two batches; they are not changed.
         weights: of the batches, in samples (`BatchedOperator.weights`).
         vector: ``v`` ``(P,)`` of unit norm.
-        others: ``(P, k)`` orthonormal, orthogonal to ``vector``.
+        others: see `directional_noise`.
     """
+    total = sum(weights)
+    mean = torch.zeros_like(vector)
+    for product, weight in zip(products, weights, strict=True):
+        mean.add_(product, alpha=weight / total)
+    return _noise(products, mean, weights, vector, others)
+
+
+def _noise(
+    products: Iterable[Tensor],
+    mean: Tensor,
+    weights: Sequence[float],
+    vector: Tensor,
+    others: Tensor | Projector | None,
+) -> DirectionalNoise:
+    """Of products that come one at a time, whose ``mean`` is known."""
+    project = others.T.matmul if isinstance(others, Tensor) else others
+    parallels, totals, across = [], [], []
+    for product in products:
+        deviation = product - mean
+        parallels.append(dot(deviation, vector).square())
+        totals.append(dot(deviation, deviation))
+        if project is not None:
+            across.append(project(deviation).double().square())
+        del product, deviation  # the next may be made only now
     count = len(weights)
-    samples = torch.tensor(weights, dtype=torch.float64, device=products.device)
-    deviations = products - (samples / samples.sum()).to(products.dtype) @ products
-    parallel = (deviations @ vector).double() ** 2
-    total = deviations.double().square().sum(1)
-    directions = vector.new_zeros(vector.numel(), 0) if others is None else others
-    across = (deviations @ directions).double() ** 2  # (K, k)
+    samples = torch.tensor(weights, dtype=torch.float64, device=vector.device)
+    parallel, total = torch.stack(parallels), torch.stack(totals)
+    crossed = torch.stack(across) if across else samples.new_zeros(count, 0)  # (K, k)
     least = _GAUSSIAN if count == 2 else 0.0
     orthogonal = (total - parallel).clamp(min=0)
-    outside = (orthogonal - across.sum(1)).clamp(min=0)
+    outside = (orthogonal - crossed.sum(1)).clamp(min=0)
     return DirectionalNoise(
         parallel=_variance(samples * parallel, least=_GAUSSIAN),
         orthogonal=_variance(samples * orthogonal, least=least),
-        others=samples @ across / (count - 1),
+        others=samples @ crossed / (count - 1),
         outside=_variance(samples * outside, least=least),
     )
 

@@ -11,7 +11,7 @@ from batchlr.gradient_noise import mean_gradient
 from batchlr.operators import GGNOperator, HessianOperator, PreconditionedOperator
 from batchlr.operators.base import BatchedOperator
 from batchlr.operators.batches import check_batches, count_samples, recut
-from batchlr.operators.curvature_matrix import CurvatureMatrix, NormMode
+from batchlr.operators.curvature_matrix import CurvatureMatrix, CurvatureOptions, NormMode
 from batchlr.operators.supervised import LossFunction, SupervisedLoss
 from batchlr.optimizer_state import Optimizer, rate_ratios
 
@@ -39,6 +39,7 @@ class CurvaturePoint:
     loss: float
     num_samples: int
     dataset_size: int  # N
+    options: CurvatureOptions  # of every operator made here
 
     @property
     def sampling(self) -> float:
@@ -62,15 +63,19 @@ class CurvaturePoint:
         optimizer: Optimizer = None,
         norm_mode: NormMode = "train",
         matrix: Matrix = "hessian",
+        options: CurvatureOptions | None = None,
     ) -> "CurvaturePoint":
         """The point of training where ``model`` is; arguments as of `measure_curvature`.
+
+        ``options`` are those of the operators: how they use memory.
 
         Raises:
             ValueError: an argument is illegal, or there are fewer than two samples.
             ArithmeticError: the loss is not finite.
         """
-        listed = _disjoint(check_batches(batches), batch_size)
-        operator = _operator(matrix, model, loss_fn, listed, norm_mode)
+        options = {} if options is None else options
+        listed = disjoint(batches, batch_size)
+        operator = make_operator(matrix, model, loss_fn, listed, norm_mode, options)
         total = sum(operator.samples)
         if dataset_size is not None and dataset_size < total:
             msg = f"dataset_size must be at least the {total} samples given, got {dataset_size}"
@@ -99,6 +104,7 @@ class CurvaturePoint:
             loss=loss,
             num_samples=total,
             dataset_size=total if dataset_size is None else dataset_size,
+            options=options,
         )
 
     def batch_gradients(self) -> Iterator[Tensor]:
@@ -106,34 +112,55 @@ class CurvaturePoint:
         for gradient in self.operator.batch_gradients():
             yield gradient if self.ratios is None else self.ratios.sqrt() * gradient
 
-    def matrix_of(self, batches: list[Any], kind: Matrix | None = None) -> BatchedOperator:
+    def matrix_of(
+        self,
+        batches: list[Any],
+        kind: Matrix | None = None,
+        *,
+        expected_products: int | None = None,
+    ) -> BatchedOperator:
         """The same matrix of other ``batches``, or of another ``kind``."""
-        operator: BatchedOperator = _operator(
-            kind or self.kind, self.model, self.loss_fn, batches, self.norm_mode
+        options = self.options
+        if expected_products is not None:
+            options = {**options, "expected_products": expected_products}
+        operator: BatchedOperator = make_operator(
+            kind or self.kind, self.model, self.loss_fn, batches, self.norm_mode, options
         )
         if self.ratios is None:
             return operator
         return PreconditionedOperator(operator, self.ratios.sqrt())
 
 
-def _operator(
+def make_operator(
     matrix: Matrix,
     model: nn.Module,
     loss_fn: LossFunction,
     batches: list[Any],
     norm_mode: NormMode,
+    options: CurvatureOptions,
 ) -> CurvatureMatrix:
+    """The matrix of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    options = {**options, "norm_mode": norm_mode}
     if matrix == "hessian":
-        return HessianOperator(model, loss_fn, batches, norm_mode=norm_mode)
+        return HessianOperator(model, loss_fn, batches, **options)
     if matrix == "ggn":
         halves: SupervisedLoss = loss_fn  # type: ignore[assignment]  # GGNOperator checks it
-        return GGNOperator(model, halves, batches, norm_mode=norm_mode)
+        return GGNOperator(model, halves, batches, **options)
     msg = f"matrix must be 'hessian' or 'ggn', got {matrix!r}"
     raise ValueError(msg)
 
 
-def _disjoint(batches: list[Any], batch_size: int | None) -> list[Any]:
-    """At least two batches, of ``batch_size`` if given."""
+def disjoint(batches: Sequence[Any], batch_size: int | None) -> list[Any]:
+    """At least two batches, of ``batch_size`` if given.
+
+    Raises:
+        ValueError: there are fewer than two samples, or ``batch_size`` does not fit.
+    """
+    batches = check_batches(batches)
     total = sum(count_samples(batch) for batch in batches)
     if total < 2:
         msg = "curvature noise needs at least two samples, got 1"

@@ -50,12 +50,19 @@ def gradient_moments(
     if len(samples) < 2:
         msg = "the noise of the gradient needs at least two disjoint batches, got 1"
         raise ValueError(msg)
-    total = sum(samples)
-    every = list(operator.batch_gradients())
-    gradients = torch.stack([every[number] for number in chosen])  # (K, P)
-    sizes = torch.tensor(samples, dtype=gradients.dtype, device=gradients.device)
-    mean = (sizes / total) @ gradients
-    variance = sizes @ (gradients - mean) ** 2 / (len(samples) - 1)
+    total, seen = sum(samples), 0.0
+    mean = variance = torch.zeros(())
+    wanted = set(chosen)
+    for number, gradient in enumerate(operator.batch_gradients()):
+        weight = operator.weights[number]
+        if number not in wanted or weight == 0:
+            continue
+        if seen == 0:
+            mean, variance = torch.zeros_like(gradient), torch.zeros_like(gradient)
+        seen += weight  # one pass (Welford 1962), for all gradients at a time take K P numbers
+        deviation = gradient - mean
+        mean.add_(deviation, alpha=weight / seen)
+        variance.addcmul_(deviation, gradient - mean, value=weight / (len(samples) - 1))
     sampling = 0.0 if dataset_size is None else 1 / total - 1 / dataset_size
     return GradientMoments(mean**2 - variance * sampling, variance)
 

@@ -1,8 +1,9 @@
 """Orthonormal vectors in bounded memory: on the device, at half precision, or on the CPU."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, final
+from typing import Literal, Self, final
 
 import torch
 from torch import Tensor
@@ -54,6 +55,14 @@ class KrylovBasis:
         at_once = at_once or self._stored_on.type == "cpu"
         self._rows = capacity if at_once else min(_ROWS, capacity)
         self._blocks: list[Tensor] = []
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Self:
+        """The basis of ``rows`` ``(m, P)``, orthonormal, which are not copied."""
+        count, size = rows.shape
+        basis = cls(size, count, form="device", dtype=rows.dtype, device=rows.device, at_once=True)
+        basis._blocks, basis.count = [rows], count
+        return basis
 
     def append(self, vector: Tensor) -> None:
         """Add ``vector``, orthonormal to the rest."""
@@ -112,6 +121,22 @@ class KrylovBasis:
             for index in range(kept):
                 self._blocks[index // self._rows][index % self._rows, part] = turned[index]
         self.count = kept
+
+    def vector(self, index: int) -> Tensor:
+        """The vector ``(P,)`` of this number, in full precision; no copy if it is held so."""
+        index = range(self.count)[index]
+        row = self._blocks[index // self._rows][index % self._rows]
+        if self._stored_as == self.dtype:
+            return row.to(self.device)
+        return row.to(self.device, self.dtype) / self._scale
+
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """All vectors, in full precision on the device, ``2^16`` columns ``(m, n)`` at a time."""
+        for first in range(0, self._size, PART):
+            part = slice(first, first + PART)
+            rows = [rows[:, part].to(self.device, self.dtype) for rows in self._used()]
+            piece = rows[0] if len(rows) == 1 else torch.cat(rows)
+            yield part, piece / self._scale if self._scale != 1 else piece
 
     def truncate(self, count: int) -> None:
         """Forget all but the first ``count`` vectors."""
@@ -224,7 +249,7 @@ def choose_form(
             return candidate, count
         if least * each <= free:
             return candidate, free // each
-        reports.append(f"{candidate}: {_readable(least * each)} of {_readable(free)}")
+        reports.append(f"{candidate}: {readable(least * each)} of {readable(free)}")
     msg = (
         f"the Krylov basis of {least} vectors of {size} numbers does not fit "
         f"({'; '.join(reports)}). Ways out: fewer steps, basis='half' or basis='cpu', "
@@ -248,7 +273,8 @@ def available_bytes(device: torch.device) -> int | None:
     return int(kilobytes[0]) * 1024 if kilobytes else None
 
 
-def _readable(count: int) -> str:
+def readable(count: int) -> str:
+    """Bytes in words."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= factor:
             return f"{count / factor:.3g} {unit}"

@@ -11,9 +11,10 @@ from batchlr.krylov_basis import BasisForm, choose_form
 from batchlr.lanczos_process import LanczosProcess, Subspace
 from batchlr.operators import LinearOperator
 from batchlr.operators.base import BatchedOperator
+from batchlr.ritz_bounds import certified_bounds, likely_errors
 
 Which = Literal["largest", "smallest", "both"]
-Criterion = Literal["residual", "error"]
+Criterion = Literal["bound", "residual", "error"]
 _ENDS = ("largest", "smallest")
 
 MAX_STEPS = 200
@@ -24,6 +25,10 @@ _RESTART_STEPS = 5
 
 _LEAST_BASIS = 8
 """Vectors a restarting search needs beside twice the wanted ones (assumed)."""
+
+
+_A_BLOCK_S_VECTORS = 12
+"""Vectors of a basis for each batch's product held beside it (assumed: a tenth of its memory)."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,13 @@ class Eigenpairs:
     """Approximate eigenpairs at the ends of a spectrum, in descending order."""
 
     values: Tensor  # (k,) float64; (2k,) for which="both"
-    vectors: Tensor  # (P, k) orthonormal columns
-    residuals: Tensor  # (k,) norm of A v - value v: certified, an eigenvalue lies within it
+    vectors: Tensor  # (P, k) orthonormal columns; (P, 0) if not asked for
+    residuals: Tensor  # (k,) norm of A v - value v
+    bounds: Tensor  # (k,) certified: an eigenvalue lies within it; at most the residual
+    errors: Tensor  # (k,) residual^2 / gap, at most the bound: an estimate
     num_products: int
     converged: bool
     subspace: Subspace | None = None  # the whole Krylov space, if asked for
-    errors: Tensor | None = None  # (k,) residual^2 / gap, at most the residual: an estimate
 
 
 def lanczos(
@@ -122,23 +128,25 @@ def top_eigenpairs(
     *,
     which: Which = "largest",
     tol: float = 1e-3,
-    criterion: Criterion = "residual",
+    criterion: Criterion = "bound",
     settle: Which | None = None,
     max_steps: int | None = None,
     max_basis: int | None = None,
     basis: BasisForm = "auto",
     basis_budget: int | None = None,
     start: Tensor | None = None,
+    with_vectors: bool = True,
     with_subspace: bool = False,
     generator: torch.Generator | None = None,
 ) -> Eigenpairs:
     """The ``k`` largest or smallest eigenvalues (or ``k`` at both ends), with error bounds.
 
     Lanczos runs until every wanted pair is within ``tol`` times the largest magnitude in the
-    spectrum seen. Residuals are Lanczos' own bounds, exact up to rounding and certified: some
-    eigenvalue lies within each. Errors are ``residual^2 / gap`` (Kato-Temple), the gap being to
-    the neighbouring Ritz value and its residual; they hold if no eigenvalue in between has gone
-    unseen, and are estimates for that reason. A Krylov space holds one vector of each eigenspace:
+    spectrum seen. Bounds are certified up to rounding: some eigenvalue lies within each. They are
+    what the Krylov space says at best, 10 to 35 % below the residual (`certified_bounds`). Errors
+    are ``residual^2 / gap`` (Kato-Temple), the gap being to the neighbouring Ritz value and its
+    residual; they hold if no eigenvalue in between has gone unseen, and are estimates for that
+    reason. A Krylov space holds one vector of each eigenspace:
     further copies of a multiple eigenvalue are found only if the space is exhausted and Lanczos
     starts again in its complement.
 
@@ -150,9 +158,10 @@ def top_eigenpairs(
         k: pairs wanted at each end.
         which: the end: algebraically largest, smallest, or both.
         tol: relative accuracy at which to stop.
-        criterion: what ``tol`` judges: the certified ``"residual"``, or the ``"error"``, which
-            takes 10-25 % fewer products for an eigenvalue that stands out and none fewer at the
-            edge of a bulk (measured, docs/log.md). It needs at least three.
+        criterion: what ``tol`` judges: the certified ``"bound"``; the ``"residual"``, which is that
+            of the vectors, for up to two products more; or the ``"error"``, which takes 10-25 %
+            fewer products than that for an eigenvalue that stands out and none fewer at the edge of
+            a bulk (measured, docs/log.md). It needs at least three.
         settle: stop once the pairs of this end are that good, by default all wanted ones.
             ``"largest"`` is judged relative to the largest eigenvalue, for negative curvature may
             be many times stronger, and goes on while that is not positive.
@@ -161,6 +170,7 @@ def top_eigenpairs(
         basis: where they are, see `lanczos`.
         basis_budget: bytes they may take; by default what is free.
         start: ``(P,)``, a guess: the gradient saves some products, the last top eigenvector most.
+        with_vectors: False leaves the vectors out, for their memory.
         with_subspace: also return each batch's own matrix on the Krylov space. It takes no product,
             ``m P`` flops a batch and step, and an operator of batches.
         generator: for the start, where none is given.
@@ -174,7 +184,7 @@ def top_eigenpairs(
     wanted = 2 * k if which == "both" else k
     steps = min(size, MAX_STEPS if max_steps is None else max_steps)
     _check(operator, k, which, tol, criterion, settle, max_steps, steps, with_subspace)
-    least = min(steps, 2 * wanted + _LEAST_BASIS)
+    least = least_basis(wanted, steps)
     if max_basis is not None and max_basis < least:
         msg = f"max_basis must be at least {least} for {wanted} pairs, got {max_basis}"
         raise ValueError(msg)
@@ -194,6 +204,7 @@ def top_eigenpairs(
         first_vector(operator, start, generator),
         form=form,
         by_batch=with_subspace,
+        block=max(1, min(8, capacity // _A_BLOCK_S_VECTORS)),
     )
     ritz = None
     trusted_from = 3 if criterion == "error" else 0  # the step from which the space is old enough
@@ -215,7 +226,7 @@ def top_eigenpairs(
             process.start_again(gaussian(operator, generator))
             trusted_from = process.num_products + _RESTART_STEPS
     assert ritz is not None
-    pairs = ritz.pairs(process)
+    pairs = ritz.pairs(process, with_vectors=with_vectors)
     return replace(pairs, subspace=process.subspace()) if with_subspace else pairs
 
 
@@ -241,17 +252,20 @@ class _Ritz:
     values: Tensor
     coefficients: Tensor  # (m, k)
     residuals: Tensor
+    bounds: Tensor
     errors: Tensor
     converged: bool
 
-    def pairs(self, process: LanczosProcess) -> Eigenpairs:
+    def pairs(self, process: LanczosProcess, *, with_vectors: bool) -> Eigenpairs:
+        wanted = self.coefficients if with_vectors else self.coefficients[:, :0]
         return Eigenpairs(
             values=self.values,
-            vectors=process.basis.combine(self.coefficients),
+            vectors=process.basis.combine(wanted),
             residuals=self.residuals,
+            bounds=self.bounds,
+            errors=self.errors,
             num_products=process.num_products,
             converged=self.converged,
-            errors=self.errors,
         )
 
 
@@ -268,12 +282,20 @@ def _judge(
     # Residuals below rounding are rounding: claim no more than the arithmetic can give.
     rounding = torch.finfo(process.operator.dtype).eps * scale
     residuals = (process.residual * vectors[-1].abs()).clamp(min=rounding)
-    errors = _errors(values, residuals)
     m = values.numel()
     top = list(range(m - 1, m - 1 - k, -1))
     bottom = list(range(k - 1, -1, -1))
+    bounds = {
+        end: certified_bounds(values, residuals, end=end, rounding=rounding).clamp(min=rounding)
+        for end in _ENDS
+    }
     chosen = {"largest": top, "smallest": bottom, "both": top + bottom}[which]
-    judged = (residuals if criterion == "residual" else errors)[chosen]
+    if which == "both":
+        bound = torch.cat([bounds["largest"][top], bounds["smallest"][bottom]])
+    else:
+        bound = bounds[which][chosen]
+    errors = torch.minimum(likely_errors(values, residuals)[chosen], bound)
+    judged = {"bound": bound, "residual": residuals[chosen], "error": errors}[criterion]
     if which == "both" and settle is not None and settle != "both":
         judged = judged[:k] if settle == "largest" else judged[k:]
     if settle == "largest":
@@ -283,20 +305,10 @@ def _judge(
         values=values[chosen],
         coefficients=vectors[:, chosen],
         residuals=residuals[chosen],
-        errors=errors[chosen],
+        bounds=bound,
+        errors=errors,
         converged=bool((judged <= tol * scale).all()) or exhausted,
     )
-
-
-def _errors(values: Tensor, residuals: Tensor) -> Tensor:
-    """``residual^2 / gap`` to the nearest neighbour as far as it may reach, or the residual."""
-    if values.numel() == 1:
-        return residuals
-    below = values[1:] - values[:-1] - residuals[:-1]  # of each but the first, downwards
-    above = values[1:] - values[:-1] - residuals[1:]  # of each but the last, upwards
-    far = values.new_full((1,), torch.inf)
-    gaps = torch.minimum(torch.cat([far, below]), torch.cat([above, far]))
-    return torch.where(gaps > residuals, residuals.square() / gaps, residuals)
 
 
 def _check(
@@ -318,8 +330,8 @@ def _check(
     if settle is not None and settle != which and (which != "both" or settle not in _ENDS):
         msg = f"settle must be an end that is wanted ({which}), got {settle!r}"
         raise ValueError(msg)
-    if criterion not in ("residual", "error"):
-        msg = f"criterion must be 'residual' or 'error', got {criterion!r}"
+    if criterion not in ("bound", "residual", "error"):
+        msg = f"criterion must be 'bound', 'residual' or 'error', got {criterion!r}"
         raise ValueError(msg)
     if k < 1 or wanted > size:
         msg = f"k = {k} pairs ({which}) are not to be had from a ({size}, {size}) matrix"
@@ -333,6 +345,11 @@ def _check(
     if with_subspace and not isinstance(operator, BatchedOperator):
         msg = f"with_subspace needs an operator of batches, got {type(operator).__name__}"
         raise TypeError(msg)
+
+
+def least_basis(wanted: int, steps: int) -> int:
+    """Vectors a search for so many pairs, by so many products at most, cannot do without."""
+    return min(steps, 2 * wanted + _LEAST_BASIS)
 
 
 def default_generator(generator: torch.Generator | None) -> torch.Generator:

@@ -13,9 +13,6 @@ from batchlr.operators import LinearOperator
 from batchlr.operators.base import BatchedOperator
 from batchlr.orthogonality import OrthogonalityWatch
 
-_BLOCK = 8
-"""Products of batches held at a time (assumed: P numbers each)."""
-
 _LARGE = 1 << 16
 """Numbers from which the estimate of orthogonality costs less than a sweep (measured: 0.14 ms)."""
 
@@ -35,7 +32,12 @@ class Subspace:
     values: Tensor  # (m,) float64, descending Ritz values
     weights: Tensor  # (m,) float64, squared overlaps of the Ritz vectors with the start; sum to 1
     matrices: Tensor  # (K, m, m) float64, one a batch
-    axes: Tensor  # (P, m) Ritz vectors
+    basis: KrylovBasis  # of the Ritz vectors
+
+    @property
+    def axes(self) -> Tensor:
+        """Ritz vectors ``(P, m)``, on the device and in full precision."""
+        return self.basis.tensor().T
 
 
 @final
@@ -52,6 +54,7 @@ class LanczosProcess:
         form: of the basis, see `KrylovBasis`.
         by_batch: also project each batch's matrix; needs a `BatchedOperator`.
         at_once: allocate the basis as one block.
+        block: products of batches held at a time, ``P`` numbers each (assumed).
     """
 
     def __init__(
@@ -63,7 +66,9 @@ class LanczosProcess:
         form: Literal["device", "half", "cpu"] = "device",
         by_batch: bool = False,
         at_once: bool = False,
+        block: int = 8,
     ) -> None:
+        self._block = block
         self.operator = operator
         self.size = operator.shape[0]
         self.capacity = capacity
@@ -224,7 +229,7 @@ class LanczosProcess:
             values=values,
             weights=(self._overlaps[:m] @ vectors).square(),
             matrices=vectors.T @ self._symmetric(m) @ vectors,
-            axes=self.basis.tensor().T,
+            basis=self.basis,
         )
 
     def _symmetric(self, m: int) -> Tensor:
@@ -241,9 +246,10 @@ class LanczosProcess:
         shares = self.operator.weights
         total = torch.zeros_like(self.next)
         products = self.operator.batch_products(self.next)
-        held = self.next.new_empty(min(_BLOCK, len(shares)), self.size)
-        for first in range(0, len(shares), _BLOCK):
-            last = min(first + _BLOCK, len(shares))
+        width = min(self._block, len(shares))
+        held = self.next.new_empty(width, self.size)
+        for first in range(0, len(shares), width):
+            last = min(first + width, len(shares))
             block = held[: last - first]
             for row in block:
                 row.copy_(next(products))

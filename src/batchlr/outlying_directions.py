@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from batchlr.krylov_basis import KrylovBasis
 from batchlr.lanczos_process import Subspace
 from batchlr.operators.base import BatchedOperator
 
@@ -49,7 +50,7 @@ def widened(
         gradients: ``(P,)`` of each batch, in the coordinates of ``matrix``.
         count: directions to add at most.
     """
-    axes, old = subspace.axes, subspace.axes.shape[1]
+    axes, old = subspace.axes, subspace.basis.count
     count = min(count, matrix.shape[0] - old)
     added = _directions(matrix, gradients, axes, count) if count else axes[:, :0]
     new = added.shape[1]
@@ -83,7 +84,7 @@ def widened(
             values=values,
             weights=turn[:old].square().T @ subspace.weights,
             matrices=turn.T @ matrices @ turn,
-            axes=whole @ turn.to(whole.dtype),
+            basis=KrylovBasis.of(turn.T.to(whole.dtype) @ whole.T),
         ),
         leaks=outside @ squares[old:],
         before=curvature @ squares[:old],

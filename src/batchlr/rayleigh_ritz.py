@@ -100,6 +100,10 @@ class RitzSpace:
         """The vector ``(P,)`` with coefficients ``(m,)``; a block ``(P, k)`` for ``(m, k)``."""
         return self._vectors[: self.size].T @ coefficients.to(self._vectors)
 
+    def rows(self, coefficients: Tensor) -> Tensor:
+        """The vectors ``(k, P)`` with coefficients ``(m, k)``."""
+        return coefficients.T.to(self._vectors) @ self._vectors[: self.size]
+
     def image(self, coefficients: Tensor) -> Tensor:
         """``A`` times `vector`."""
         return self._images[: self.size].T @ coefficients.to(self._vectors)

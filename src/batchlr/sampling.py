@@ -89,7 +89,6 @@ def sampled_edge(
             break
         asked = (tol * value / scatter) ** 2 + 1 / num_batches
         count = min(num_batches, max(count + 1, math.ceil(_CAUTION / asked)))
-    assert pairs.errors is not None
     total = math.hypot(error, float(pairs.errors[0]))
     return SampledEdge(
         largest=Measured(value, total),
@@ -117,7 +116,7 @@ def nested_edges(
         operator: of disjoint batches, alike in size.
         sizes: batches in a union; the groups of a size are disjoint.
         max_steps: products.
-        tol: residual at which the run stops.
+        tol: relative bound of the largest eigenvalue at which the run stops.
 
     Returns:
         For each size the mean over the groups and its standard error (NaN for a single group).

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from batchlr.curvature_noise import DirectionalNoise, directional_noise
+from batchlr.krylov_basis import KrylovBasis
 from batchlr.lanczos import top_eigenpairs
 from batchlr.lanczos_process import Subspace
 from batchlr.measured import Measured
+from batchlr.memory_plan import UNLIMITED, MemoryShare
 from batchlr.operators.base import BatchedOperator
 from batchlr.outlying_directions import WidenedSubspace, widened
 from batchlr.projected_curvature import ProjectedCurvature
@@ -27,7 +29,7 @@ class SpectralEdges:
     smallest: Measured  # NaN if the search was for the largest only
     noise: DirectionalNoise  # along the top vector
     projected: ProjectedCurvature
-    axes: Tensor  # (P, m) Ritz vectors; the first is the top eigenvector
+    axes: KrylovBasis  # m Ritz vectors; the first is the top eigenvector
     weights: Tensor  # (m,) their squared overlaps with the start
     converged: bool
 
@@ -41,12 +43,14 @@ class EdgeSearch:
         tol: relative residual at which to stop.
         max_products: at most.
         generator: for the start.
+        memory: what the search may take.
     """
 
     num_eigenpairs: int
     tol: float
     max_products: int
     generator: torch.Generator
+    memory: MemoryShare = UNLIMITED
 
     def run(
         self,
@@ -75,7 +79,11 @@ class EdgeSearch:
             which="both" if both else "largest",
             settle="largest" if largest_only else None,
             tol=self.tol,
+            criterion="residual",  # the noise is measured along the vectors
             max_steps=min(size, max(self.max_products, 2 * k)),
+            basis=self.memory.basis,
+            basis_budget=self.memory.basis_bytes,
+            with_vectors=False,  # they are among the axes
             with_subspace=True,
             generator=self.generator,
         )
@@ -84,26 +92,35 @@ class EdgeSearch:
         if gradients is not None:
             wide = widened(space, matrix, gradients)
             space = wide.subspace
-        noise = directional_noise(matrix, space.axes[:, 0].contiguous(), others=space.axes[:, 1:])
+        noise = self._noise(matrix, space.basis, 0)
         below = None
         if both and not largest_only:
-            bottom, rest = space.axes[:, -1].contiguous(), space.axes[:, :-1]
-            below = directional_noise(matrix, bottom, others=rest)
+            below = self._noise(matrix, space.basis, space.basis.count - 1)
         projected = _projected(space, matrix, noise, below, wide)
-        smallest = _moved(pairs.values[-1], pairs.residuals[-1], space.values[-1])
+        smallest = _moved(pairs.values[-1], pairs.bounds[-1], space.values[-1])
         if below is not None:
             kappa = projected.second_order("smallest")
             smallest = _of_the_whole(smallest, kappa, below, sampling)
-        largest = _moved(pairs.values[0], pairs.residuals[0], space.values[0])
+        largest = _moved(pairs.values[0], pairs.bounds[0], space.values[0])
         return SpectralEdges(
             largest=_of_the_whole(largest, projected.second_order(), noise, sampling),
             smallest=smallest,
             noise=noise,
             projected=projected,
-            axes=space.axes,
+            axes=space.basis,
             weights=space.weights,
             converged=pairs.converged,
         )
+
+    def _noise(self, matrix: BatchedOperator, axes: KrylovBasis, index: int) -> DirectionalNoise:
+        """Along one axis, and across the others."""
+
+        def others(vector: Tensor) -> Tensor:
+            found = axes.project(vector)
+            return torch.cat([found[:index], found[index + 1 :]])
+
+        vector, hold = axes.vector(index), self.memory.holds(len(matrix.samples))
+        return directional_noise(matrix, vector, others=others, hold=hold)
 
 
 def followed_edges(
@@ -128,7 +145,7 @@ def followed_edges(
         smallest=Measured(math.nan),
         noise=noise,
         projected=projected,
-        axes=space.axes,
+        axes=space.basis,
         weights=space.weights,
         converged=found.converged,
     )
@@ -157,9 +174,9 @@ def _projected(
     )
 
 
-def _moved(value: Tensor, residual: Tensor, now: Tensor) -> Measured:
+def _moved(value: Tensor, bound: Tensor, now: Tensor) -> Measured:
     """An eigenvalue as the space widened has it; by how much it moved is an error, too."""
-    return Measured(float(now), max(float(residual), abs(float(now - value))))
+    return Measured(float(now), max(float(bound), abs(float(now - value))))
 
 
 def _of_the_whole(

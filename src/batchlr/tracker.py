@@ -9,6 +9,7 @@ from torch import Tensor
 
 from batchlr.curvature_noise import DirectionalNoise, directional_noise, noise_of_products
 from batchlr.gradient_noise import mean_gradient
+from batchlr.krylov_basis import KrylovBasis
 from batchlr.lanczos import default_generator, gaussian
 from batchlr.lanczos_process import Subspace
 from batchlr.measured import Measured
@@ -389,7 +390,7 @@ def _subspace(space: RitzSpace, values: Tensor, coefficients: Tensor) -> Subspac
         values=values,
         weights=space.overlaps(coefficients),
         matrices=space.matrices(coefficients),
-        axes=space.vector(coefficients),
+        basis=KrylovBasis.of(space.rows(coefficients)),
     )
 
 
@@ -398,7 +399,7 @@ def _noise(
 ) -> tuple[DirectionalNoise, int]:
     """Noise along the top vector and the products it took: none, or one after a longer run."""
     assert isinstance(operator, BatchedOperator)
-    vector, others = subspace.axes[:, 0].contiguous(), subspace.axes[:, 1:]
+    vector, others = subspace.basis.vector(0), subspace.axes[:, 1:]
     vector = vector / vector.norm()
     _, coefficients = space.ritz()
     products = space.batch_products(coefficients[:, 0])

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchlr.operators.batches import check_batches, count_samples, join, recut, take
+from batchlr.operators.batches import check_batches, count_samples, join, pick, recut, take
 
 Pair = namedtuple("Pair", ["x", "y"])
 X = torch.arange(12.0).reshape(6, 2)
@@ -102,6 +102,18 @@ class TestTakeAndJoin:
     def test_join_refuses_what_it_cannot_join(self):
         with pytest.raises(TypeError, match="cannot join batches of type str"):
             join(["a", "b"])
+
+
+class TestPick:
+    def test_samples_are_counted_through_all_batches(self):
+        batches = [(X[:4], Y[:4]), (X[4:], Y[4:])]
+        x, y = pick(batches, [5, 0, 4])
+        assert torch.equal(x, X[[5, 0, 4]])
+        assert torch.equal(y, Y[[5, 0, 4]])
+
+    def test_refuses_what_it_cannot_cut(self):
+        with pytest.raises(TypeError, match="no tensor in it"):
+            pick(["ab"], [0])
 
 
 class TestRecut:

@@ -752,3 +752,17 @@ class TestRefuses:
             lanczos(operator, 3)
         with pytest.raises(ArithmeticError, match="products are not finite"):
             top_eigenpairs(operator)
+
+
+class TestLargestGraph:
+    @pytest.mark.parametrize("operator", [HessianOperator, GGNOperator])
+    def test_grows_with_the_samples_run_together(self, operator):
+        with seeded():
+            model = nn.Sequential(nn.Linear(8, 50), nn.Tanh(), nn.Linear(50, 3))
+            x, y = torch.randn(60, 8), torch.arange(60) % 3
+        batches = [(x[:20], y[:20]), (x[20:], y[20:])]
+        alone = operator(model, CROSS_ENTROPY, batches[1:]).largest_graph()
+        assert operator(model, CROSS_ENTROPY, batches).largest_graph() == alone
+        assert alone > 40 * 50 * 4  # at least the hidden layer's outputs
+        halved = operator(model, CROSS_ENTROPY, batches, micro_batch=20).largest_graph()
+        assert 40 * 4 < alone - halved < alone

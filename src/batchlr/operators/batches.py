@@ -77,6 +77,23 @@ def join(batches: Sequence[Any]) -> Any:
     raise TypeError(msg)
 
 
+def pick(batches: Sequence[Any], numbers: Sequence[int]) -> Any:
+    """One batch of the samples of these numbers, counted through all ``batches``.
+
+    Raises:
+        TypeError: the batches cannot be cut.
+    """
+    sizes = [count_samples(batch) for batch in batches]
+    chosen = []
+    for number in numbers:
+        owner = 0
+        while number >= sizes[owner]:
+            number -= sizes[owner]
+            owner += 1
+        chosen.append(take(batches[owner], slice(number, number + 1)))
+    return join(chosen)
+
+
 def recut(batches: Sequence[Any], batch_size: int) -> list[Any]:
     """The same samples in batches of ``batch_size``; a short rest joins the last batch.
 

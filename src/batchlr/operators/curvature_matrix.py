@@ -204,6 +204,15 @@ class CurvatureMatrix(BatchedOperator):
         return torch.stack(terms).sum()
 
     @final
+    def largest_graph(self) -> int:
+        """Bytes of the graph that the most samples run together leave, which it records."""
+        self._refresh()
+        parts = [number for number, part in enumerate(self._parts) if part.weight > 0]
+        number = max(parts, key=lambda j: count_samples(self._parts[j].batch))
+        with torch.inference_mode(False), self._surroundings(number):
+            return survey(self._record(number, 1).roots, self._state).num_bytes
+
+    @final
     def verify(self, generator: torch.Generator | None = None) -> None:
         """Check symmetry and determinism by two products: a random one, and one along its result.
 
