@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 REPLICAS = 32  # fewer at large batches, see `replicas_for`
-STEPS, IGNORED = 70, 20  # of a run, and those at its start that do not count
+STEPS = 50  # of a run that count, after `settling`
 RATIO = 1.1  # of the rates that bracket a limit, at which the search ends
 
 
@@ -41,6 +41,11 @@ def replicas_for(batch_size: int) -> int:
     return max(12, round(REPLICAS / math.sqrt(max(1, batch_size / 16))))
 
 
+def settling(momentum: float) -> int:
+    """Steps that do not count: shrinking directions swing up at first, as long as momentum lasts."""
+    return max(20, round(6 / (1 - momentum)))
+
+
 def growth(
     product: Product,
     dynamics: Dynamics,
@@ -49,10 +54,9 @@ def growth(
     size: int,
     samples: int,
     batch_size: int,
-    cloned: bool = True,
     seed: int = 0,
 ) -> float:
-    """Growth a step of ``ln E |w|^2``, or of ``E ln |w|^2`` if replicas are not cloned."""
+    """Growth of ``ln E |w|^2`` a step."""
     generator = torch.Generator().manual_seed(seed)
     count = replicas_for(batch_size)
 
@@ -63,14 +67,11 @@ def growth(
     w = product(rows(), torch.randn(count, size, generator=generator))  # no null direction
     w /= w.norm(dim=1, keepdim=True)
     v, weights, grown = torch.zeros_like(w), torch.zeros(count), []
-    for _ in range(STEPS):
+    for _ in range(settling(dynamics.momentum) + STEPS):
         v = dynamics.momentum * v + dynamics.gain * product(rows(), w)
         w = w - lr * v
         squares = w.square().sum(1) + lr**2 * v.square().sum(1)
         w, v = w / squares.sqrt()[:, None], v / squares.sqrt()[:, None]
-        if not cloned:
-            grown.append(float(squares.log().mean()))
-            continue
         before, weights = torch.logsumexp(weights, 0), weights + squares.log()
         grown.append(float(torch.logsumexp(weights, 0) - before))
         shares = torch.softmax(weights, 0)
@@ -78,7 +79,7 @@ def growth(
             places = (torch.arange(count) + torch.rand(1, generator=generator)) / count
             kept = torch.searchsorted(shares.cumsum(0), places).clamp(max=count - 1)
             w, v, weights = w[kept], v[kept], torch.zeros(count)
-    return sum(grown[IGNORED:]) / (STEPS - IGNORED)
+    return sum(grown[-STEPS:]) / STEPS
 
 
 def limit(level: Callable[[float], float], start: float) -> float:

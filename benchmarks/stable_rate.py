@@ -341,7 +341,7 @@ def limit_by_replicas(problem, cell):
             product, dynamics, lr, size=problem.size, samples=SAMPLES, batch_size=batch_size
         )
 
-    return cloned_replicas.limit(level, cell["ggn_top-direction"])
+    return cloned_replicas.limit(level, cell["ggn_mean-square"])
 
 
 def check_replicas(rows):
