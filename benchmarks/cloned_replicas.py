@@ -42,7 +42,7 @@ def replicas_for(batch_size: int) -> int:
 
 
 def settling(momentum: float) -> int:
-    """Steps that do not count: shrinking directions swing up at first, as long as momentum lasts."""
+    """Steps that do not count: what shrinks swings up at first, as long as momentum lasts."""
     return max(20, round(6 / (1 - momentum)))
 
 
