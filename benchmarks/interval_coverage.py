@@ -76,21 +76,22 @@ def table(lines):
     print("|---" * 8 + "|")
     total = []
     for point in POINTS:
-        found = np.array([line["bounds"] for line in lines if line["point"] == point])
-        if not len(found):
+        here = [line["bounds"] for line in lines if line["point"] == point]
+        if not here:
             continue
         for index, truth in enumerate(exact(point)):
             optimizer, momentum, size = CASES[index]
-            low, value, high = found[:, index].T / truth
+            found = np.array([bounds[index] for bounds in here if bounds[index]])
+            low, value, high = found.T / truth
             holds = ((low <= 1) & (high >= 1)).mean()
             total.append(holds)
             print(
                 f"| {point} | {optimizer} | {momentum} | {size} | {truth:.3g} | "
                 f"{np.median(value):.2f} ({np.quantile(value, 0.05):.2f} .. "
                 f"{np.quantile(value, 0.95):.2f}) | {np.median(high / low):.2f}-fold | "
-                f"{holds:.0%} (above {(low > 1).mean():.0%}, below {(high < 1).mean():.0%}) |"
+                f"{holds:.0%} of {len(found)} (above {(low > 1).mean():.0%}, "
+                f"below {(high < 1).mean():.0%}) |"
             )
-        print(f"<!-- {point}: {len(found)} repetitions -->")
     inside = np.mean([0.85 <= holds <= 0.95 for holds in total])
     print(f"\nmean {np.mean(total):.0%}, {inside:.0%} of the rows within 85-95 %")
 
@@ -106,12 +107,14 @@ def main():
     options = parser.parse_args()
 
     def read():
-        return [json.loads(line) for line in options.out.read_text().splitlines()]
+        """The last line of each repetition; null stands for a case that is to be measured again."""
+        lines = [json.loads(line) for line in options.out.read_text().splitlines()]
+        return list({(line["point"], line["repetition"]): line for line in lines}.values())
 
     if not options.table:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.touch()
-        finished = {(line["point"], line["repetition"]) for line in read()}
+        finished = {(line["point"], line["repetition"]) for line in read() if all(line["bounds"])}
         for point in options.point or POINTS:
             run(point, options, finished)
     table(read())
