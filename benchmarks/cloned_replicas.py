@@ -88,9 +88,14 @@ def limit(level: Callable[[float], float], start: float) -> float:
     step = 1.6 if here < 0 else 1 / 1.6
     other = start * step
     there = level(other)
-    while there * here > 0:
+    for _ in range(20):
+        if not there * here > 0:
+            break
         start, here, other = other, there, other * step
         there = level(other)
+    if not there * here <= 0:
+        msg = f"growth does not cross zero between rates {start:.3g} and {other:.3g}"
+        raise ArithmeticError(msg)
     (low, below), (high, above) = sorted([(start, here), (other, there)])
     while high / low > RATIO:
         # growth is flat below its limit, for what curves little shrinks slowly: not far from middle

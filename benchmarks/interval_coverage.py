@@ -82,6 +82,8 @@ def table(lines):
         for index, truth in enumerate(exact(point)):
             optimizer, momentum, size = CASES[index]
             found = np.array([bounds[index] for bounds in here if bounds[index]])
+            if not len(found):
+                continue
             low, value, high = found.T / truth
             holds = ((low <= 1) & (high >= 1)).mean()
             total.append(holds)

@@ -496,7 +496,7 @@ def table(rows):
                 continue
             exact = row["mean_square"]
             text = f"**{exact / row['ggn_mean-square']:.2f}**"
-            text += f", {row['typical'] / exact:.1f}" if "typical" in row else ", "
+            text += f", {row['typical'] / exact:.1f}" if "typical" in row else ", -"
             if "survived" in row:
                 text += f", {row['survived'] / exact:.1f}"
             entries.append(text)

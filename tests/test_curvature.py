@@ -280,6 +280,30 @@ def test_a_large_budget_changes_nothing():
     assert budgeted.noise.total == pytest.approx(free.noise.total, rel=1e-9)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_budget_holds_the_searches_of_small_batches_too(optimizer):
+    """Their 20 products need ten vectors, also where the whole is allowed four."""
+    model, batch = network(), first_digits(200)
+    options = {"optimizer": optimizer, "max_products": 4, "num_small_batches": 4}
+    with pytest.raises(MemoryBudgetError) as caught:
+        measure(model, batch, memory_budget=1, **options)
+    for budget in (caught.value.needed, 2**40):
+        report = measure(model, batch, memory_budget=budget, **options)
+        assert report.small_batch is not None
+
+
+def test_a_budget_does_not_mind_a_batch_whose_targets_are_all_ignored():
+    model, (x, y) = network(), first_digits(64)
+    y = y.clone()
+    y[:16] = -100
+    batches = list(zip(x.split(16), y.split(16), strict=True))
+    loss_fn = supervised(nn.CrossEntropyLoss())
+    options = {"max_products": 10, "optimizer": "sgd"}
+    free = measure_curvature(model, loss_fn, batches, **options)
+    budgeted = measure_curvature(model, loss_fn, batches, memory_budget=2**30, **options)
+    assert budgeted.largest == pytest.approx(free.largest, rel=1e-9)
+
+
 def test_micro_batches_give_the_same_curvature():
     model, batch = network(), first_digits(200)
     whole, cut = measure(model, batch), measure(model, batch, micro_batch=7)

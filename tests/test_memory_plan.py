@@ -52,7 +52,7 @@ def test_a_large_budget_keeps_every_graph_and_product():
     assert share.basis == "device"
     assert share.graph_bytes >= 4 * GRAPH
     assert share.holds(100)
-    assert share.basis_bytes == 40 * EACH  # more would not serve a search
+    assert share.basis_bytes == 100 * EACH
 
 
 def test_the_least_budget_holds_the_least_basis_at_half_precision():
@@ -88,6 +88,12 @@ def test_refusal_says_what_it_takes_and_the_ways_out():
         shared(50_000)
     assert caught.value.needed == 96_000
     assert "micro_batch, num_eigenpairs=1" in str(caught.value)
+
+
+@pytest.mark.parametrize("budget", [-5, float("inf"), 1e9, "1GB"])
+def test_what_is_no_number_of_bytes_is_refused(budget):
+    with pytest.raises(ValueError, match=r"memory_budget must be a whole number of bytes.* got"):
+        shared(budget)
 
 
 def test_without_a_budget_everything_is_held():

@@ -19,7 +19,7 @@ from batchlr.krylov_basis import KrylovBasis
 from batchlr.lanczos import default_generator, first_vector, least_basis, top_eigenpairs
 from batchlr.measured import Measured
 from batchlr.memory_plan import UNLIMITED, MemoryShare, divide
-from batchlr.operators.batches import count_samples, cut, pick
+from batchlr.operators.batches import cut, pick
 from batchlr.operators.curvature_matrix import (
     CurvatureMatrix,
     CurvatureOptions,
@@ -35,6 +35,7 @@ from batchlr.tracker import CurvatureTracker
 
 _FEWEST_SMALL = 4  # assumed: fewer of them are too few to estimate an error from
 _SMALL_BATCH = 4  # assumed: small enough to lie below most critical sizes, and batch norm's 2
+_SMALL_BATCH_PRODUCTS = 20  # assumed: at most, for the largest eigenvalue of each
 _UNKNOWN = Measured(math.nan)
 _TRACE_PROBES = 4  # assumed: it only feeds laws given for comparison
 
@@ -90,7 +91,8 @@ def measure_curvature(
         memory_budget: bytes on the model's device that Krylov vectors, graphs and batches' products
             may take together, beyond what is there (`memory_plan.divide`); by default what is free.
             A small one costs products (a basis that restarts, products made twice), time (graphs
-            recorded anew) and, on a CPU, digits (vectors at half precision).
+            recorded anew) and, on a CPU, digits (vectors at half precision). What convolutions and
+            the allocator need for themselves comes on top.
         micro_batch: run at most that many samples at a time, see `CurvatureMatrix`.
         generator: for start vectors and subsamples; without one the seed is 0.
 
@@ -107,14 +109,14 @@ def measure_curvature(
     options: CurvatureOptions = {} if micro_batch is None else {"micro_batch": micro_batch}
     memory = UNLIMITED
     if memory_budget is not None:
-        largest = [max(listed, key=count_samples)]
         kept: CurvatureOptions = {**options, "keep_graph": True}
         memory = _share(
-            make_operator(matrix, model, loss_fn, largest, norm_mode, kept),
+            make_operator(matrix, model, loss_fn, listed, norm_mode, kept),
             memory_budget,
             num_graphs=sum(len(cut(b, micro_batch)) if micro_batch else 1 for b in listed),
             num_eigenpairs=num_eigenpairs,
             max_products=max_products,
+            with_small_batches=num_small_batches > 0,
             with_adam=with_adam,
             definite=matrix == "ggn",
         )
@@ -299,6 +301,7 @@ def _share(
     num_graphs: int,
     num_eigenpairs: int,
     max_products: int,
+    with_small_batches: bool,
     with_adam: bool,
     definite: bool,
 ) -> MemoryShare:
@@ -306,6 +309,9 @@ def _share(
     size = operator.shape[0]
     wanted = 2 * max(1, min(num_eigenpairs, size // 2))
     most = min(size, max(max_products, wanted))
+    least = least_basis(wanted, most) + (COUNT if definite else 0)
+    if with_small_batches:
+        least = max(least, least_basis(1, min(size, _SMALL_BATCH_PRODUCTS)))
     return divide(
         budget,
         size=size,
@@ -313,8 +319,8 @@ def _share(
         device=operator.device,
         graph=operator.largest_graph(),
         num_graphs=num_graphs,
-        least=least_basis(wanted, most) + (COUNT if definite else 0),
-        most=most,
+        least=least,
+        most=max(least, most),
         with_adam=with_adam,
         copies=3 if definite else 1,
     )
@@ -353,7 +359,7 @@ def _small_batch(
         except TypeError:
             return None
         matrix = point.matrix_of([drawn])
-        steps = min(matrix.shape[0], 20)
+        steps = min(matrix.shape[0], _SMALL_BATCH_PRODUCTS)
         pairs = top_eigenpairs(
             matrix,
             tol=1e-2,

@@ -142,8 +142,9 @@ def top_eigenpairs(
     """The ``k`` largest or smallest eigenvalues (or ``k`` at both ends), with error bounds.
 
     Lanczos runs until every wanted pair is within ``tol`` times the largest magnitude in the
-    spectrum seen. Bounds are certified up to rounding: some eigenvalue lies within each. They are
-    what the Krylov space says at best, 10 to 35 % below the residual (`certified_bounds`). Errors
+    spectrum seen. Bounds are certified up to rounding (of vectors at half precision, 3e-5 of the
+    largest magnitude; measured): some eigenvalue lies within each. They are
+    what the Krylov space says at best, 9 to 40 % below the residual (`certified_bounds`). Errors
     are ``residual^2 / gap`` (Kato-Temple), the gap being to the neighbouring Ritz value and its
     residual; they hold if no eigenvalue in between has gone unseen, and are estimates for that
     reason. A Krylov space holds one vector of each eigenspace:
@@ -159,7 +160,7 @@ def top_eigenpairs(
         which: the end: algebraically largest, smallest, or both.
         tol: relative accuracy at which to stop.
         criterion: what ``tol`` judges: the certified ``"bound"``; the ``"residual"``, which is that
-            of the vectors, for up to two products more; or the ``"error"``, which takes 10-25 %
+            of the vectors, for up to four products more; or the ``"error"``, which takes 10-25 %
             fewer products than that for an eigenvalue that stands out and none fewer at the edge of
             a bulk (measured, docs/log.md). It needs at least three.
         settle: stop once the pairs of this end are that good, by default all wanted ones.

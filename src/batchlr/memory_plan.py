@@ -69,6 +69,8 @@ def divide(
 ) -> MemoryShare:
     """Shares of ``budget``: first what a search cannot do without, then half of the rest each.
 
+    What is left when all graphs are kept goes to more vectors and to products held.
+
     Vectors that do not fit on an accelerator go to the CPU's memory, which the budget is not about;
     on a CPU they are held at half precision.
 
@@ -85,8 +87,12 @@ def divide(
         copies: of the basis in memory at a time.
 
     Raises:
+        ValueError: ``budget`` is no number of bytes.
         MemoryBudgetError: a MemoryError: even so it does not fit.
     """
+    if not isinstance(budget, int) or budget < 0:
+        msg = f"memory_budget must be a whole number of bytes, at least 0, got {budget!r}"
+        raise ValueError(msg)
     each = size * dtype.itemsize
     vectors = (_VECTORS + (_ADAM_VECTORS if with_adam else 0)) * each
     working = round(_WORKING * graph)
@@ -101,12 +107,14 @@ def divide(
         if rest < 0:
             continue
         extra = min(rest // 2, max(0, min(most, _ENOUGH) - least) * one)
-        spare = rest - extra - num_graphs * graph
+        spare = max(0, rest - extra - num_graphs * graph)
+        more = min(spare // 2, max(0, most - least) * one - extra)
+        extra, spare = extra + more, spare - more
         return MemoryShare(
             form,
             (least * one + extra) // copies if one else None,
             rest - extra,
-            _HELD + max(0, spare) // each,
+            _HELD + spare // each,
         )
     form, one = forms[-1]
     needed = vectors + working + least * one

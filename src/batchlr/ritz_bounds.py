@@ -13,14 +13,15 @@ def certified_bounds(
     Ritz vector is seldom the best such ``u`` in its Krylov space: all residuals there are multiples
     of one vector, so that others' parts cancel some of it (refined Ritz vectors, Jia 1997). The
     least norm over the space is the smallest singular value of ``[diag(theta_j - theta); r']``;
-    the first step of its secular equation is never below that, and is within one percent of it
-    once the bound itself is below a tenth of the value:
+    the first step of its secular equation is never below that, and for the outermost value within
+    one percent of it once the bound is below a tenth of the gap to the next:
 
         ``|r_i| / sqrt(1 + sum_j r_j^2 / (theta_j - theta_i)^2)``
 
-    On networks it is 10 to 35 % below the residual of the largest eigenvalue (measured,
+    On networks it is 9 to 40 % below the residual of the largest eigenvalue (measured,
     docs/log.md). Values further out than ``theta_i`` do not help it, lest it be certified by their
-    eigenvalues.
+    eigenvalues. That no eigenvalue further out has gone unseen is not certified by this or any
+    other bound on a Krylov space.
 
     Args:
         values: ``(m,)`` Ritz values of one Krylov space, ascending.

@@ -141,8 +141,8 @@ def measure_spectrum(
     console = Console(highlight=False, soft_wrap=True)
     console.print(
         f"{operator.shape[0]} parameters, {sum(source.samples)} samples: eigenvalues from "
-        f"{ends.values[-1]:.4g} to {ends.values[0]:.4g} (off by {ends.bounds[-1]:.1g} and "
-        f"{ends.bounds[0]:.1g} at most), mean {measure.mean:.3g} +- "
+        f"{ends.values[-1]:.4g} to {ends.values[0]:.4g} (one lies within {ends.bounds[-1]:.1g} and "
+        f"{ends.bounds[0]:.1g} of these), mean {measure.mean:.3g} +- "
         f"{measure.mean_stderr:.1g}\n"
         f"{operator.num_products} products in {content['seconds']:.1f} s; record in {folder}",
         markup=False,
