@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from batchlr.adam_curvature import AdamCurvature
+from batchlr.adam_measurement import _spread_relatively
 from batchlr.measured import Measured
 from batchlr.projected_curvature import ProjectedCurvature
 
@@ -67,3 +68,16 @@ def test_without_a_group_the_metric_is_that_group_s_or_the_whole_s():
     bare = ADAM.projected.leaving_out(population)
     for here, there in zip(bare, plain, strict=True):
         assert there.values == pytest.approx(here.values / 0.5)
+
+
+def test_a_metric_without_a_group_stays_positive_between_the_sizes_measured():
+    """Halved at both neighbours is halved in between, however steeply the metric falls."""
+    rng = np.random.default_rng(0)
+    root = rng.normal(size=(3, 4, 4))
+    metrics = root @ root.swapaxes(1, 2) * np.array([1.0, 0.01, 1.0])[:, None, None]
+    places = [0, 2]
+    halved, other = metrics[places] / 2, metrics[places] + np.eye(4)
+    without = _spread_relatively(places, np.stack([halved, other], 1), metrics)
+    assert without[:, 0] == pytest.approx(metrics / 2, rel=1e-9, abs=1e-12)
+    assert without[places, 1] == pytest.approx(other, rel=1e-9)
+    assert np.linalg.eigvalsh(without).min() > 0

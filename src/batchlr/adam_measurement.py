@@ -121,9 +121,8 @@ class AdamMeasurement:
                 there, v = self._seen(self._moments, size), self._stretched(size)
                 had_only[index, number] = self._had_only(moments, v, there, size, edges.axes)
         biases = [selection_bias(edges.projected.values, list(rows[:2])) for rows in had_only]
-        changes = had_only[:, 2:] - metrics[places][:, None]
         optimism = _spread(places, np.array(biases), len(sizes))
-        without = metrics[:, None] + _spread(places, changes, len(sizes))
+        without = _spread_relatively(places, had_only[:, 2:], metrics)
         return optimism, without * optimism[:, None, None, None]
 
     def _moments_of(self, numbers: Sequence[int] | None) -> GradientMoments:
@@ -178,6 +177,19 @@ def _spread(places: list[int], known: Array, count: int) -> Array:
     share = ((wanted - start) / (end - start)).reshape(-1, *[1] * (known.ndim - 1))
     result: Array = (1 - share) * known[below] + share * known[below + 1]
     return result
+
+
+def _spread_relatively(places: list[int], known: Array, metrics: Array) -> Array:
+    """``(G, groups, m, m)``: ``known`` at some places, between them relative to ``metrics``.
+
+    Positive definite as they are, which a difference of the neighbours' would not ensure.
+    """
+    roots = np.linalg.cholesky(metrics)[:, None]
+    inverse = np.linalg.inv(roots)
+    there = inverse[places]
+    relative = _spread(places, there @ known @ there.swapaxes(-1, -2), len(metrics))
+    result: Array = roots @ relative @ roots.swapaxes(-1, -2)
+    return (result + result.swapaxes(-1, -2)) / 2
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
