@@ -344,11 +344,12 @@ def limit_by_replicas(problem, cell):
     return cloned_replicas.limit(level, cell["ggn_mean-square"])
 
 
-def check_replicas(rows):
+def check_replicas(rows, names):
     """Their limits over the exact ones, where all directions are followed."""
     where, problem = None, None
     for row in rows:
-        if not row["problem"].startswith("mlp"):  # the others are not followed in all
+        # the others are not followed in all directions
+        if row["problem"] not in names or not row["problem"].startswith("mlp"):
             continue
         if where != (row["problem"], row["point"]):
             where = row["problem"], row["point"]
@@ -568,7 +569,7 @@ def main():
     options = parser.parse_args()
     rows = read(options.out)
     if options.replicas:
-        check_replicas(rows)
+        check_replicas(rows, options.only or names)
         return
     if options.again:
         predict_again(rows, options.only or names)
