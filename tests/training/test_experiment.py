@@ -55,9 +55,9 @@ def test_a_measurement_has_batches_of_the_size_trained_with_but_at_least_four(
 
 @pytest.mark.parametrize(
     ("batch", "samples", "sizes"),
-    [(16, 256, (16, 4)), (100, 256, (25, 4)), (400, 256, (64, 4)), (400, 48, (12, 4))],
+    [(16, 256, (16, 4)), (200, 256, (25, 4)), (800, 256, (64, 4)), (800, 48, (12, 4))],
 )
-def test_while_training_no_more_is_measured_than_a_batch_or_64(tmp_path, batch, samples, sizes):
+def test_while_training_half_a_batch_or_64_are_measured(tmp_path, batch, samples, sizes):
     config = tiny(tmp_path, f"batch.global_size={batch}", f"curvature.samples={samples}")
     experiment = build_experiment(config)
     assert tracking_sizes(config, experiment.data) == sizes

@@ -24,7 +24,7 @@ from batchlr.training.models import build_model
 from batchlr.training.shapes import shape_factory
 
 _MIN_BATCHES = 4  # disjoint batches a measurement of curvature noise should have
-_FEWEST = 64  # assumed: samples of a measurement while training, where a batch has fewer
+_FEWEST = 64  # assumed: samples of a measurement while training, where half a batch has fewer
 
 
 @dataclass
@@ -170,10 +170,13 @@ def measurement_sizes(config: TrainConfig, data: ImageData, world_size: int = 1)
 
 
 def tracking_sizes(config: TrainConfig, data: ImageData, world_size: int = 1) -> tuple[int, int]:
-    """As `measurement_sizes`, while training: no more samples than one batch, or 64, has."""
+    """As `measurement_sizes`, while training: no more samples than half a batch, or 64, has.
+
+    Half as many cost half as much and train as well (measured: docs/log.md).
+    """
     if config.curvature.policy in POLICIES:
         return measurement_sizes(config, data, world_size)
-    most = max(config.batch.global_size, _FEWEST)
+    most = max(config.batch.global_size // 2, _FEWEST)
     return _sizes(config, data, world_size, min(config.curvature.samples, most))
 
 

@@ -76,8 +76,8 @@ class CurvatureOptions(Options):
     )
     samples: CountFromTwo = Field(
         default=256,
-        description="samples in one measurement; while training no more than the batch has, or 64 "
-        "(assumed)",
+        description="samples in one measurement (assumed); while training no more than half the "
+        "batch has, or 64 (measured: docs/log.md)",
     )
     max_overhead: NonNegative = Field(
         default=0.05,
