@@ -332,7 +332,7 @@ def test_the_budget_is_kept_and_reported(max_overhead):
         problem[2], MSE, total_steps=400, max_overhead=max_overhead, batch_size=128
     )
     updates = [update for update in updates_of(controller, problem, 400) if update is not None]
-    costs = [3.0 + 2.2 * update.num_products for update in updates]  # 128 samples are one batch
+    costs = [4.0 + 3.0 * update.num_products for update in updates]  # 128 samples are one batch
     assert controller.cadence.spent == pytest.approx(sum(costs), rel=1e-12)
     assert controller.overhead == sum(costs) / 400
     assert updates[-1].overhead == pytest.approx(sum(costs) / (updates[-1].step + 1), rel=1e-12)
@@ -445,8 +445,8 @@ def test_a_failed_measurement_is_charged_what_it_took():
     assert "nothing limits the rate" in update.failure
     assert update.num_products == controller.num_products - before >= 1
     assert update.seconds > 0
-    graphs = 3.0 * 128 / BATCH
-    products = 2.2 * update.num_products * 128 / BATCH
+    graphs = 4.0 * 128 / BATCH
+    products = 3.0 * update.num_products * 128 / BATCH
     assert controller.cadence.spent - spent == pytest.approx(graphs + products)
 
 
