@@ -123,6 +123,11 @@ def judged(runs):
     return [row for row in runs if row["seed"]] or runs
 
 
+def mean(accuracies):
+    """Over the seeds, whose keys they are."""
+    return float(np.mean(list(accuracies.values())))
+
+
 def table(rows):
     """Markdown: accuracy of auto and of each fixed rate, and the distance to the best."""
     names = "task, model, optimizer, batch, auto, peak, grid (rates ascending), auto - best"
@@ -136,19 +141,18 @@ def table(rows):
         grid = [runs.get(str(rate)) for rate in RATES[place[2]]]
         if None in grid or "auto" not in runs:
             continue
-        fixed = [np.array([accuracy(row) for row in judged(some)]) for some in grid]
-        auto = np.array([accuracy(row) for row in judged(runs["auto"])])
-        most = max(len(some) for some in fixed)
-        best = max((some for some in fixed if len(some) == most), key=np.mean)
-        error = 2 * np.sqrt(
-            sum(some.var(ddof=1) / len(some) for some in (auto, best) if len(some) > 1)
-        )
-        found.append((place, auto.mean() - best.mean(), error, runs["auto"]))
+        fixed = [{row["seed"]: accuracy(row) for row in judged(some)} for some in grid]
+        auto = {row["seed"]: accuracy(row) for row in judged(runs["auto"])}
+        most = max(map(len, fixed))
+        best = max((some for some in fixed if len(some) == most), key=mean)
+        pairs = [auto[seed] - best[seed] for seed in auto.keys() & best.keys()]
+        error = 2 * np.std(pairs, ddof=1) / np.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
+        found.append((place, mean(auto) - mean(best), error, runs["auto"]))
         columns = [
             *map(str, place),
-            f"{auto.mean():.1f}",
+            f"{mean(auto):.1f}",
             f"{runs['auto'][0]['peak_lr']:.2g}",
-            " ".join(f"{some.mean():.1f}" for some in fixed),
+            " ".join(f"{mean(some):.1f}" for some in fixed),
             f"{found[-1][1]:+.1f}",
             f"{error:.1f}",
             f"{np.mean([row['overhead'] for row in runs['auto']]):.0%}",
