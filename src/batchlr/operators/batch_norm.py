@@ -68,9 +68,10 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor | None) -> Any:
         if cotangent is None:
             return (None,) * 6
+        x, w, mean, s = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            return *_pull_back(cotangent, *ctx.saved_tensors, ctx.by_batch), None, None, None
-        pulled = _BatchNormBackward.apply(cotangent, *ctx.saved_tensors, ctx.by_batch, ctx.eps)
+            return *_pull_back(cotangent, x, w, mean, s, ctx.by_batch), None, None, None
+        pulled = _BatchNormBackward.apply(cotangent, x, w, mean, s, ctx.by_batch, ctx.eps)
         return *pulled, None, None, None
 
 

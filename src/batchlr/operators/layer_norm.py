@@ -48,10 +48,10 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor | None) -> Any:
         if cotangent is None:
             return (None,) * 5
-        x, w, *statistics = ctx.saved_tensors
+        x, w, mean, s = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            return *_pull_back(cotangent, x, w, *statistics, ctx.shape), None, None
-        pulled = _LayerNormBackward.apply(cotangent, x, w, *statistics, ctx.shape, ctx.eps)
+            return *_pull_back(cotangent, x, w, mean, s, ctx.shape), None, None
+        pulled = _LayerNormBackward.apply(cotangent, x, w, mean, s, ctx.shape, ctx.eps)
         return *pulled, None, None
 
 
