@@ -9,8 +9,13 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from batchlr.gradient_noise import GradientMoments, gradient_moments
-from batchlr.operators import HessianOperator, supervised
+from batchlr.gradient_noise import GradientMoments, gradient_moments, mean_gradient
+from batchlr.operators import (
+    HessianOperator,
+    PreconditionedOperator,
+    supervised,
+)
+from cases import BatchMatrices
 
 LOSS = supervised(nn.CrossEntropyLoss())
 
@@ -126,3 +131,22 @@ def test_one_batch_is_refused():
     model, x, y, _ = problem(num_samples=6)
     with pytest.raises(ValueError, match="noise of the gradient needs at least two disjoint"):
         gradient_moments(HessianOperator(model, LOSS, [(x, y)]))
+
+
+def test_the_mean_gradient_is_that_of_the_operator_s_coordinates():
+    torch.manual_seed(0)
+    model, loss_fn = nn.Linear(3, 2), supervised(nn.MSELoss())
+    x, y = torch.randn(9, 3), torch.randn(9, 2)
+    operator = HessianOperator(model, loss_fn, [(x[:4], y[:4]), (x[4:], y[4:])])
+    loss = nn.functional.mse_loss(model(x), y)
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    torch.testing.assert_close(mean_gradient(operator), expected)
+    scale = torch.arange(8.0)
+    scaled = PreconditionedOperator(operator, scale)
+    torch.testing.assert_close(mean_gradient(scaled), scale * expected)
+
+
+def test_only_a_model_has_a_gradient():
+    scaled = PreconditionedOperator(BatchMatrices(torch.eye(2).unsqueeze(0), [1]), torch.ones(2))
+    with pytest.raises(TypeError, match=r"only a model's curvature matrix.*BatchMatrices"):
+        mean_gradient(scaled)

@@ -32,6 +32,17 @@ def test_vectors_and_parts_are_the_whole(form):
         assert piece.shape[1] == len(range(SIZE)[part])
 
 
+@pytest.mark.parametrize("form", ["device", "half", "cpu"])
+def test_a_vector_is_scaled_on_its_way_in(form):
+    rows = orthonormal(2)
+    basis = KrylovBasis(SIZE, 2, form=form, dtype=torch.float64, device=torch.device("cpu"))
+    basis.append(rows[0])
+    tolerance = 1e-9 if form == "half" else 1e-16
+    held = basis.append(8 * rows[1], torch.tensor(0.125, dtype=torch.float64))
+    torch.testing.assert_close(held, rows[1], rtol=0, atol=0)
+    torch.testing.assert_close(basis.vector(1), rows[1], rtol=0, atol=tolerance)
+
+
 def test_no_vector_beyond_the_last():
     with pytest.raises(IndexError):
         KrylovBasis.of(orthonormal(2)).vector(2)

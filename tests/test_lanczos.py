@@ -792,3 +792,16 @@ class TestSubspace:
             TypeError, match="with_subspace needs an operator of batches, got DenseOperator"
         ):
             top_eigenpairs(operator, with_subspace=True)
+
+
+def test_a_product_that_is_the_vector_itself_leaves_the_basis_alone():
+    class Identity(LinearOperator):
+        def _multiply(self, columns):
+            return columns
+
+    size = 70_000  # long vectors are held as they are multiplied
+    operator = Identity(size, dtype=torch.float32, device=torch.device("cpu"))
+    start = torch.ones(size)
+    t = lanczos(operator, 1, start=start)
+    torch.testing.assert_close(t.basis[0], start / math.sqrt(size))
+    assert float(t.diagonal[0]) == pytest.approx(1.0, rel=1e-5)  # equal numbers, summed in float32

@@ -14,12 +14,13 @@ from batchlr.adam_measurement import AdamMeasurement
 from batchlr.curvature_noise import CurvatureNoise, directional_noise
 from batchlr.curvature_point import CurvaturePoint, Matrix, disjoint, make_operator
 from batchlr.curvature_report import CurvatureReport
+from batchlr.gradient_noise import mean_gradient
 from batchlr.inner_products import dot, norm
 from batchlr.krylov_basis import KrylovBasis
 from batchlr.lanczos import default_generator, first_vector, least_basis, top_eigenpairs
 from batchlr.measured import Measured
 from batchlr.memory_plan import UNLIMITED, MemoryShare, divide
-from batchlr.operators.batches import cut, pick
+from batchlr.operators.batches import pick
 from batchlr.operators.curvature_matrix import (
     CurvatureMatrix,
     CurvatureOptions,
@@ -106,19 +107,20 @@ def measure_curvature(
     with_adam = optimizer_kind(optimizer) != "sgd"
     generator = default_generator(generator)
     listed = disjoint(batches, batch_size)
+    definite = matrix == "ggn"
     options: CurvatureOptions = {} if micro_batch is None else {"micro_batch": micro_batch}
     memory = UNLIMITED
     if memory_budget is not None:
-        kept: CurvatureOptions = {**options, "keep_graph": True}
         memory = _share(
-            make_operator(matrix, model, loss_fn, listed, norm_mode, kept),
+            make_operator(
+                matrix, model, loss_fn, listed, norm_mode, {**options, "keep_graph": True}
+            ),
             memory_budget,
-            num_graphs=sum(len(cut(b, micro_batch)) if micro_batch else 1 for b in listed),
             num_eigenpairs=num_eigenpairs,
             max_products=max_products,
             with_small_batches=num_small_batches > 0,
             with_adam=with_adam,
-            definite=matrix == "ggn",
+            definite=definite,
         )
         options["memory_budget"] = memory.graph_bytes
     point = CurvaturePoint.at(
@@ -132,13 +134,8 @@ def measure_curvature(
         options=options,
     )
     search = EdgeSearch(num_eigenpairs, tol, max_products, generator, memory)
-    definite = matrix == "ggn"
-    edges = search.run(
-        point.matrix,
-        point.sampling,
-        gradients=point.batch_gradients() if definite else None,
-        largest_only=False,
-    )
+    gradients = point.batch_gradients() if definite else None
+    edges = search.run(point.matrix, point.sampling, gradients=gradients, largest_only=False)
     numbers = [0, edges.axes.count - 1][: point.matrix.shape[0]]
     ends = torch.stack([edges.axes.vector(number) for number in numbers])
     edges = replace(edges, axes=KrylovBasis.of(ends))  # the others' memory is needed
@@ -153,11 +150,13 @@ def measure_curvature(
     adam = None
     if with_adam:
         measured = AdamMeasurement(point)
+        gradients = measured.batch_gradients() if definite else None
         preconditioned = search.run(
             measured.matrix,
             point.sampling,
-            gradients=measured.batch_gradients() if definite else None,
+            gradients=gradients,
             largest_only=True,
+            start=measured.gradient,
         )
         adam = measured.curvature(preconditioned, with_doubt=True)
     return _report(
@@ -298,7 +297,6 @@ def _share(
     operator: CurvatureMatrix,
     budget: int,
     *,
-    num_graphs: int,
     num_eigenpairs: int,
     max_products: int,
     with_small_batches: bool,
@@ -318,7 +316,7 @@ def _share(
         dtype=operator.dtype,
         device=operator.device,
         graph=operator.largest_graph(),
-        num_graphs=num_graphs,
+        num_graphs=operator.num_graphs,
         least=least,
         most=max(least, most),
         with_adam=with_adam,
@@ -359,22 +357,31 @@ def _small_batch(
         except TypeError:
             return None
         matrix = point.matrix_of([drawn])
-        steps = min(matrix.shape[0], _SMALL_BATCH_PRODUCTS)
+        along.append(dot(matrix @ unit, unit))
         pairs = top_eigenpairs(
             matrix,
             tol=1e-2,
-            max_steps=steps,
+            criterion="error",  # their scatter is many times that
+            max_steps=min(matrix.shape[0], _SMALL_BATCH_PRODUCTS),
+            start=_between(unit, mean_gradient(matrix)),
             basis=memory.basis,
             basis_budget=memory.basis_bytes,
             with_vectors=False,
             generator=generator,
         )
         values.append(pairs.values[0])
-        along.append(dot(matrix @ unit, unit))
     plain = torch.stack(values)
     controlled = plain - torch.stack(along) + float(edges.projected.values[0])
     chosen = min(plain, controlled, key=lambda terms: float(terms.std()))
     return _SMALL_BATCH, Measured(float(chosen.mean()), float(chosen.std()) / math.sqrt(count))
+
+
+def _between(unit: Tensor, gradient: Tensor) -> Tensor:
+    """A start from both: it takes half the products of a random one (measured, docs/log.md)."""
+    length = float(norm(gradient))
+    if not 0 < length < math.inf:
+        return unit
+    return unit + gradient * (math.copysign(1, float(dot(unit, gradient))) / length)
 
 
 def _check_clip_norm(clip_norm: float | None) -> None:

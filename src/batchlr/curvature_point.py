@@ -85,11 +85,9 @@ class CurvaturePoint:
             msg = f"the loss is {loss} on the batches given; curvature has no meaning there"
             raise ArithmeticError(msg)
         ratios = rate_ratios(model, optimizer)
-        gradient = mean_gradient(operator)
         seen: BatchedOperator = operator
         if ratios is not None:
             seen = PreconditionedOperator(operator, ratios.sqrt())
-            gradient = ratios.sqrt() * gradient
         return cls(
             model=model,
             loss_fn=loss_fn,
@@ -100,7 +98,7 @@ class CurvaturePoint:
             operator=operator,
             ratios=ratios,
             matrix=seen,
-            gradient=gradient,
+            gradient=mean_gradient(seen),
             loss=loss,
             num_samples=total,
             dataset_size=total if dataset_size is None else dataset_size,

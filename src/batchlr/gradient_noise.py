@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from batchlr.operators import PreconditionedOperator
+from batchlr.operators.base import BatchedOperator
 from batchlr.operators.curvature_matrix import CurvatureMatrix
 
 
@@ -67,8 +69,17 @@ def gradient_moments(
     return GradientMoments(mean**2 - variance * sampling, variance)
 
 
-def mean_gradient(operator: CurvatureMatrix) -> Tensor:
-    """Gradient ``(P,)`` of the mean loss over the operator's batches."""
+def mean_gradient(operator: BatchedOperator) -> Tensor:
+    """Gradient ``(P,)`` of the mean loss over the operator's batches, in its coordinates.
+
+    Raises:
+        TypeError: the operator is not a model's.
+    """
+    if isinstance(operator, PreconditionedOperator):
+        return operator.scale * mean_gradient(operator.operator)
+    if not isinstance(operator, CurvatureMatrix):
+        msg = f"only a model's curvature matrix has a gradient, got {type(operator).__name__}"
+        raise TypeError(msg)
     total = sum(operator.weights)
     mean = None
     for weight, gradient in zip(operator.weights, operator.batch_gradients(), strict=True):

@@ -64,16 +64,25 @@ class KrylovBasis:
         basis._blocks, basis.count = [rows], count
         return basis
 
-    def append(self, vector: Tensor) -> None:
-        """Add ``vector``, orthonormal to the rest."""
+    def append(self, vector: Tensor, factor: Tensor | None = None) -> Tensor:
+        """Add ``factor`` times ``vector``, orthonormal to the rest, and return it as it is held.
+
+        What is returned must not be changed; where the basis holds vectors differently from what
+        they are, it is ``vector``, which is multiplied in place.
+        """
         index = self.count % self._rows
         if index == 0 and self.count // self._rows == len(self._blocks):
             rows = min(self._rows, self._capacity - self.count)
             block = torch.empty(rows, self._size, dtype=self._stored_as, device=self._stored_on)
             self._blocks.append(block)
         row = self._blocks[self.count // self._rows][index]
-        row.copy_(vector if self._scale == 1.0 else vector * self._scale)
         self.count += 1
+        if row.dtype == vector.dtype and row.device == vector.device:
+            return row.copy_(vector) if factor is None else torch.mul(vector, factor, out=row)
+        if factor is not None:
+            vector.mul_(factor)
+        row.copy_(vector if self._scale == 1.0 else vector * self._scale)
+        return vector
 
     def project(self, vectors: Tensor) -> Tensor:
         """Inner products ``(m,)`` with a vector ``(P,)``, or ``(m, b)`` with a block; float64."""

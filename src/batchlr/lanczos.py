@@ -286,15 +286,13 @@ def _judge(
     m = values.numel()
     top = list(range(m - 1, m - 1 - k, -1))
     bottom = list(range(k - 1, -1, -1))
-    bounds = {
-        end: certified_bounds(values, residuals, end=end, rounding=rounding).clamp(min=rounding)
-        for end in _ENDS
-    }
-    chosen = {"largest": top, "smallest": bottom, "both": top + bottom}[which]
-    if which == "both":
-        bound = torch.cat([bounds["largest"][top], bounds["smallest"][bottom]])
-    else:
-        bound = bounds[which][chosen]
+    ends = {"largest": top, "smallest": bottom}
+    if which != "both":
+        ends = {which: ends[which]}
+    chosen = [index for indices in ends.values() for index in indices]
+    bound = torch.cat(
+        [certified_bounds(values, residuals, end=e, rounding=rounding)[i] for e, i in ends.items()]
+    ).clamp(min=rounding)
     errors = torch.minimum(likely_errors(values, residuals)[chosen], bound)
     judged = {"bound": bound, "residual": residuals[chosen], "error": errors}[criterion]
     if which == "both" and settle is not None and settle != "both":

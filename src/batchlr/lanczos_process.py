@@ -81,7 +81,8 @@ class LanczosProcess:
             device=operator.device,
             at_once=at_once,
         )
-        self.next = start
+        self.next = start  # up to `_factor`, until it is in the basis
+        self._factor: Tensor | None = None
         self.residual = torch.zeros((), dtype=torch.float64, device=operator.device)
         self._entries = self.residual.new_zeros(capacity, capacity)
         self._couplings = self.residual.new_zeros(capacity)  # of `next` with the rows so far
@@ -111,7 +112,7 @@ class LanczosProcess:
         """One product. After a breakdown the next vector is zero, and so is all that follows."""
         j = self.count
         self._entries[j, :j] = self._entries[:j, j] = self._couplings[:j]
-        self.basis.append(self.next)
+        self.next = self.basis.append(self.next, self._factor)
         w = self._product()
         self.num_products += 1
         self._entries[j, j] = dot(w, self.next)
@@ -123,8 +124,8 @@ class LanczosProcess:
         rounding = min(10 * torch.finfo(w.dtype).eps * math.sqrt(self.size), 1e-6)
         alive = length > rounding * self._scale
         length = torch.where(alive, length, torch.zeros_like(length))
-        inverse = torch.where(alive, 1 / length, torch.zeros_like(length))
-        self.next = w.mul_(inverse.to(w.dtype))
+        self._factor = torch.where(alive, 1 / length, torch.zeros_like(length)).to(w.dtype)
+        self.next = w
         self._couplings.zero_()
         self._couplings[j] = length
         # A product that is not finite must not pass for a breakdown.
@@ -171,8 +172,8 @@ class LanczosProcess:
                 "these weights; check the loss on the same batches"
             )
             raise ArithmeticError(msg)
-        for row in range(self._first, self.count - 1):
-            if matrix[row, row + 1] == 0:
+        for row, entry in enumerate(matrix.diagonal(1).tolist()):
+            if entry == 0 and row >= self._first:
                 self.basis.truncate(row + 1)
                 self.residual = torch.zeros_like(self.residual)
                 return True
@@ -188,7 +189,7 @@ class LanczosProcess:
         for _ in range(2):
             vector = vector / norm(vector).to(vector.dtype)
             self.basis.orthogonalise_(vector)
-        self.next = vector / norm(vector).to(vector.dtype)
+        self.next, self._factor = vector, 1 / norm(vector).to(vector.dtype)
         self._couplings.zero_()
         self._first = self.count
         if self._watch is not None:
@@ -241,7 +242,8 @@ class LanczosProcess:
         """``A next``; on the way each batch's part of it is projected on the basis so far."""
         if self._projections is None or not isinstance(self.operator, BatchedOperator):
             product: Tensor = self.operator @ self.next
-            return product
+            basis = self.next.untyped_storage().data_ptr()  # which an identity returns
+            return product.clone() if product.untyped_storage().data_ptr() == basis else product
         j = self.count - 1
         shares = self.operator.weights
         total = torch.zeros_like(self.next)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from batchlr.curvature_noise import DirectionalNoise, directional_noise
+from batchlr.inner_products import norm
 from batchlr.krylov_basis import KrylovBasis
 from batchlr.lanczos import top_eigenpairs
 from batchlr.lanczos_process import Subspace
@@ -59,6 +60,7 @@ class EdgeSearch:
         *,
         gradients: Iterable[Tensor] | None,
         largest_only: bool,
+        start: Tensor | None = None,
     ) -> SpectralEdges:
         """Both ends of ``matrix``, or only the largest with its noise.
 
@@ -69,10 +71,14 @@ class EdgeSearch:
                 `outlying_directions` too. For matrices without negative curvature: where a
                 sample's has both signs, its directions never come to rest.
             largest_only: stop once the largest is settled; it saves a product for noise, too.
+            start: ``(P,)`` where the search begins, unless it is zero. By default a random
+                direction: then ``weights`` say how dense the spectrum is.
         """
         size = matrix.shape[0]
         k = max(1, min(self.num_eigenpairs, size // 2))
         both = size > 1
+        if start is not None and not 0 < float(norm(start)) < math.inf:
+            start = None
         pairs = top_eigenpairs(
             matrix,
             k,
@@ -85,6 +91,7 @@ class EdgeSearch:
             basis_budget=self.memory.basis_bytes,
             with_vectors=False,  # they are among the axes
             with_subspace=True,
+            start=start,
             generator=self.generator,
         )
         space, wide = pairs.subspace, None

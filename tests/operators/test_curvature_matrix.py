@@ -766,3 +766,10 @@ class TestLargestGraph:
         assert alone > 40 * 50 * 4  # at least the hidden layer's outputs
         halved = operator(model, CROSS_ENTROPY, batches, micro_batch=20).largest_graph()
         assert 40 * 4 < alone - halved < alone
+
+    @pytest.mark.parametrize("operator", [HessianOperator, GGNOperator])
+    def test_one_is_kept_for_samples_run_together(self, operator):
+        model = nn.Linear(2, 3)
+        batches = [(torch.ones(n, 2), torch.zeros(n, dtype=torch.long)) for n in (5, 8)]
+        assert operator(model, CROSS_ENTROPY, batches).num_graphs == 2
+        assert operator(model, CROSS_ENTROPY, batches, micro_batch=3).num_graphs == 2 + 3

@@ -68,7 +68,10 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor | None) -> Any:
         if cotangent is None:
             return (None,) * 6
-        pulled = _BatchNormBackward.apply(cotangent, *ctx.saved_tensors, ctx.by_batch, ctx.eps)
+        x, w, mean, s = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return *_pull_back(cotangent, x, w, mean, s, ctx.by_batch), None, None, None
+        pulled = _BatchNormBackward.apply(cotangent, x, w, mean, s, ctx.by_batch, ctx.eps)
         return *pulled, None, None, None
 
 
@@ -108,16 +111,20 @@ class _BatchNormBackward(torch.autograd.Function):
         zero = torch.zeros_like(s)
         t = zero if to_scale is None else to_scale
         b = zero if to_shift is None else to_shift
+        slope = _per_channel(s * t, x)
         m_v = m_vh = zero
         image = None
-        if to_input is not None:
-            image, sum_vh, sum_v = _pull_back(to_input, x, w, mean, s, ctx.by_batch)
+        if to_scale is not None:
+            image = torch.addcmul(_per_channel(b - s * t * mean, x), x, slope)
+        elif to_shift is not None:
+            image = _per_channel(b, x).expand_as(x).clone()
+        if to_input is not None and ctx.by_batch:
+            pulled, sum_vh, sum_v = _pull_back(to_input, x, w, mean, s, True)
             m_v, m_vh = sum_v / count, sum_vh / count
-        if to_scale is not None or to_shift is not None:
-            shift = _per_channel(b - s * t * mean, x)
-            image = shift.expand_as(x) if image is None else image.add_(shift)
-        if image is not None and to_scale is not None:
-            image = torch.addcmul(image, x, _per_channel(s * t, x))
+            image = pulled if image is None else image.add_(pulled)
+        elif to_input is not None:
+            factor = _per_channel(w * s, x)
+            image = to_input * factor if image is None else image.addcmul_(to_input, factor)
         if only_cotangents():
             return image, *[None] * 6
         m_a, m_ah = sum_a / count, sum_ah / count
@@ -125,7 +132,7 @@ class _BatchNormBackward(torch.autograd.Function):
         if to_input is not None:
             m_av = (a * to_input).mean([0, *range(2, x.ndim)], dtype=s.dtype)
         if not ctx.by_batch:
-            of_input = None if to_scale is None else a * _per_channel(s * t, x)
+            of_input = None if to_scale is None else a * slope
             return image, of_input, count * s * m_av, *[None] * 4
         spread = m_av - m_a * m_v - m_ah * m_vh
         by_a = s * (t - w * s * m_vh)

@@ -65,6 +65,8 @@ class _Convolution(torch.autograd.Function):
             return None, None, None, None
         input, weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
+        if not torch.is_grad_enabled():
+            return *_pull_back(cotangent, input, weight, ctx.geometry, wanted), None
         return *_ConvolutionBackward.apply(cotangent, input, weight, ctx.geometry, wanted), None
 
 
@@ -95,7 +97,7 @@ class _ConvolutionBackward(torch.autograd.Function):
             if to_weight is not None:
                 bias = to_bias if pushed is None else None
                 term = torch.convolution(input, to_weight, bias, *ctx.geometry)
-                pushed = term if pushed is None else pushed + term
+                pushed = term if pushed is None else pushed.add_(term)
             if pushed is None and to_bias is not None:
                 shape = [1, -1, *[1] * (cotangent.ndim - 2)]
                 pushed = to_bias.view(shape).expand_as(cotangent)

@@ -203,6 +203,12 @@ class CurvatureMatrix(BatchedOperator):
                 terms.append(share * self._record(number, 1).loss)
         return torch.stack(terms).sum()
 
+    @property
+    @final
+    def num_graphs(self) -> int:
+        """How many graphs are kept where all are: one for samples that are run together."""
+        return len(self._shares(None))
+
     @final
     def largest_graph(self) -> int:
         """Bytes of the graph that the most samples run together leave, which it records."""

@@ -9,13 +9,14 @@ from torch.overrides import TorchFunctionMode
 
 from batchlr.operators.batch_norm import batch_norm
 from batchlr.operators.convolution import convolve, is_convolution
+from batchlr.operators.layer_norm import layer_norm
 
 _suspended = [False]
 
 
 @final
 class CheapSecondDerivatives(TorchFunctionMode):
-    """Inside this context convolutions and batch norms are those of this package.
+    """Inside this context convolutions, batch and layer norms are those of this package.
 
     Their values and gradients come from the kernels torch uses; their double backward does not.
     Running statistics are not updated.
@@ -33,6 +34,8 @@ class CheapSecondDerivatives(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is F.batch_norm:
             return batch_norm(*args, **kwargs)
+        if func is F.layer_norm:
+            return layer_norm(*args, **kwargs)
         if is_convolution(func):
             return convolve(func, *args, **kwargs)
         return func(*args, **kwargs)
