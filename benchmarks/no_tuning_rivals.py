@@ -293,16 +293,19 @@ def run_rule(cell, grid):
 
 
 def scores(grid, cell, batch):
-    """Rate -> (mean accuracy, -mean loss) over its seeds, if all rates of the grid are there."""
+    """Rate -> (mean accuracy, -mean loss), of the rates with most seeds, if all have one."""
     place = {"task": cell["task"], "model": cell["model"], "optimizer": cell["optimizer"]}
-    found = {}
+    known = {}
     for rate in RATES[cell["optimizer"]]:
         keys = [key(place | {"batch": batch, "rate": rate, "seed": seed}) for seed in range(10)]
-        rows = [grid[name] for name in keys if name in grid]
-        if not rows:
+        known[rate] = [grid[name] for name in keys if name in grid]
+        if not known[rate]:
             return None
-        losses = [np.inf if row["test_loss"] is None else row["test_loss"] for row in rows]
-        found[rate] = (np.mean([accuracy(row) for row in rows]), -np.mean(losses))
+    most, found = max(map(len, known.values())), {}
+    for rate, rows in known.items():
+        if len(rows) == most:
+            losses = [np.inf if row["test_loss"] is None else row["test_loss"] for row in rows]
+            found[rate] = (np.mean([accuracy(row) for row in rows]), -np.mean(losses))
     return found
 
 
@@ -381,7 +384,9 @@ def table(rows, grid):
         places = [
             place
             for place, runs in groups.items()
-            if place[2] == optimizer and needed <= runs.keys() and best_of(grid, place) is not None
+            if place[2] == optimizer
+            and needed <= runs.keys()
+            and best_rate(grid, cell_of(place), place[3]) is not None
         ]
         measured = [place for place in places if autos(grid, place, (0,))]
         for chosen, words in ((measured, "with"), (set(places) - set(measured), "without")):
@@ -405,8 +410,9 @@ def part(names, groups, grid):
 
 def outcome(place, rows, runs, grid):
     found = [row for row in rows if not row.get("failure")]
-    same = autos(grid, place, [row["seed"] for row in found])
-    best = best_of(grid, place)
+    seeds = [row["seed"] for row in found]
+    same = autos(grid, place, seeds)
+    best = best_of(grid, place, seeds)
     return Outcome(
         place,
         difference=np.mean([accuracy(row) for row in found]) - best if found else np.nan,
@@ -454,9 +460,10 @@ def cost(row, place, runs, grid):
     return row["cpu_seconds"] / np.median([other["cpu_seconds"] for other in runs["fixed"]])
 
 
-def best_of(grid, place):
-    found = scores(grid, cell_of(place), place[3])
-    return None if found is None else max(mean for mean, _ in found.values())
+def best_of(grid, place, seeds):
+    """Accuracy of the grid's best rate, with these seeds."""
+    cell = cell_of(place) | {"rate": best_rate(grid, cell_of(place), place[3])}
+    return np.mean([accuracy(grid[key(cell | {"seed": seed})]) for seed in seeds])
 
 
 def autos(grid, place, seeds):
