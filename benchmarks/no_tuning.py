@@ -146,16 +146,18 @@ def table(rows):
         most = max(map(len, fixed))
         best = max((some for some in fixed if len(some) == most), key=mean)
         pairs = [auto[seed] - best[seed] for seed in auto.keys() & best.keys()]
+        if not pairs:
+            continue
         error = 2 * np.std(pairs, ddof=1) / np.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
-        found.append((place, mean(auto) - mean(best), error, runs["auto"]))
+        found.append((place, np.mean(pairs), error, judged(runs["auto"])))
         columns = [
             *map(str, place),
             f"{mean(auto):.1f}",
-            f"{runs['auto'][0]['peak_lr']:.2g}",
+            f"{found[-1][3][0]['peak_lr']:.2g}",
             " ".join(f"{mean(some):.1f}" for some in fixed),
             f"{found[-1][1]:+.1f}",
             f"{error:.1f}",
-            f"{np.mean([row['overhead'] for row in runs['auto']]):.0%}",
+            f"{np.mean([row['overhead'] for row in found[-1][3]]):.0%}",
         ]
         print("| " + " | ".join(columns) + " |")
     summary(found)

@@ -461,9 +461,10 @@ def cost(row, place, runs, grid):
 
 
 def best_of(grid, place, seeds):
-    """Accuracy of the grid's best rate, with these seeds."""
+    """Accuracy of the grid's best rate, with those of these seeds that it has."""
     cell = cell_of(place) | {"rate": best_rate(grid, cell_of(place), place[3])}
-    return np.mean([accuracy(grid[key(cell | {"seed": seed})]) for seed in seeds])
+    keys = [key(cell | {"seed": seed}) for seed in seeds]
+    return np.mean([accuracy(grid[name]) for name in keys if name in grid] or [np.nan])
 
 
 def autos(grid, place, seeds):

@@ -128,3 +128,36 @@ def test_half_precision_is_torchs_own(dtype):
 def test_an_input_without_rows_is_torchs_own():
     with CheapSecondDerivatives():
         assert F.layer_norm(torch.zeros(0, 3), (3,)).shape == (0, 3)
+
+
+class Mapped(nn.Module):
+    """Layer norm inside a transform of ``torch.func``, one sample at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(4, dtype=torch.float64)
+        self.last = nn.Linear(4, 2, dtype=torch.float64)
+
+    def forward(self, x):
+        return torch.func.vmap(lambda row: self.last(self.norm(row).tanh()))(x)
+
+
+def test_a_model_may_use_transforms_itself():
+    with seeded():
+        model = Mapped()
+        x, y = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    loss = batchlr.supervised(F.mse_loss)
+    operator = batchlr.HessianOperator(model, loss, [(x, y)])
+    names, weights = zip(*model.named_parameters(), strict=True)
+    flat = torch.cat([w.detach().flatten() for w in weights])
+
+    def of(vector):
+        cut = vector.split([w.numel() for w in weights])
+        parts = [part.view_as(w) for part, w in zip(cut, weights, strict=True)]
+        own = dict(zip(names, parts, strict=True))
+        hidden = F.layer_norm(x, (4,), own["norm.weight"], own["norm.bias"]).tanh()
+        return F.mse_loss(F.linear(hidden, own["last.weight"], own["last.bias"]), y)
+
+    dense = torch.autograd.functional.hessian(of, flat)
+    vector = torch.randn(flat.numel(), dtype=torch.float64)
+    torch.testing.assert_close(operator @ vector, dense @ vector)

@@ -21,7 +21,7 @@ def layer_norm(
     """``torch.nn.functional.layer_norm``; torch's own for half precision and mixed dtypes.
 
     Torch's double backward writes every term of the second derivative out: forty passes, nine
-    times a gradient's time (measured, docs/log.md).
+    times its backward's time (measured, docs/log.md).
     """
     shape = list(normalized_shape)
     dtypes = {t.dtype for t in (input, weight, bias) if t is not None}

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
+import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -19,7 +20,8 @@ class CheapSecondDerivatives(TorchFunctionMode):
     """Inside this context convolutions, batch and layer norms are those of this package.
 
     Their values and gradients come from the kernels torch uses; their double backward does not.
-    Running statistics are not updated.
+    Running statistics are not updated. Inside a transform of ``torch.func`` torch's own are called,
+    which know all transforms.
     """
 
     def __torch_function__(
@@ -30,7 +32,7 @@ class CheapSecondDerivatives(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if _suspended[0]:
+        if _suspended[0] or torch._C._are_functorch_transforms_active():
             return func(*args, **kwargs)
         if func is F.batch_norm:
             return batch_norm(*args, **kwargs)
