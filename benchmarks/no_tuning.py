@@ -173,7 +173,7 @@ def summary(found):
         if not cells:
             continue
         differences = [difference for _, difference, _, _ in cells]
-        close = sum(difference >= -max(0.3, error) for _, difference, error, _ in cells)
+        close = sum(difference >= -max(0.3, error) - 1e-9 for _, difference, error, _ in cells)
         diverged = sum(row["diverged"] for *_, auto in cells for row in auto)
         columns = [
             *(kind or ("all", "all")),
