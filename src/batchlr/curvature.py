@@ -361,7 +361,6 @@ def _small_batch(
         pairs = top_eigenpairs(
             matrix,
             tol=1e-2,
-            criterion="error",  # their scatter is many times that
             max_steps=min(matrix.shape[0], _SMALL_BATCH_PRODUCTS),
             start=_between(unit, mean_gradient(matrix)),
             basis=memory.basis,
