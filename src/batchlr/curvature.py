@@ -376,7 +376,7 @@ def _small_batch(
 
 
 def _between(unit: Tensor, gradient: Tensor) -> Tensor:
-    """A start from both: it takes half the products of a random one (measured, docs/log.md)."""
+    """A start from both, a product or more better than a random one (measured: docs/log.md)."""
     length = float(norm(gradient))
     if not 0 < length < math.inf:
         return unit

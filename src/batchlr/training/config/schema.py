@@ -76,8 +76,8 @@ class CurvatureOptions(Options):
     )
     samples: CountFromTwo = Field(
         default=256,
-        description="samples in one measurement; while training no more than half the batch has "
-        "(measured: docs/log.md), or 64 (both assumed)",
+        description="samples in one measurement (assumed); while training no more than half the "
+        "batch has (measured: docs/log.md), or 64 (assumed)",
     )
     max_overhead: NonNegative = Field(
         default=0.05,
