@@ -5,9 +5,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-_LEAST = (
-    0.05  # assumed: share of the norm of LeCun's initialisation that a layer counts by at least
-)
+_LEAST = 0.05  # assumed: of the norm of LeCun's initialisation, which a layer has at least
 
 
 @final
@@ -20,8 +18,8 @@ class RelativeUpdate:
     knows nothing of where it leads when that is above 1.
 
     A layer whose norm is tiny, or zero as at the start of an adapter, counts as if it had a
-    twentieth of the norm of LeCun's initialisation. Holds a copy of the weights; a step costs four passes over them,
-    and no synchronisation.
+    twentieth of the norm of LeCun's initialisation. Holds a copy of the weights; a step costs four
+    passes over them, and no synchronisation.
     """
 
     def __init__(self) -> None:
