@@ -47,6 +47,19 @@ def test_a_gradient_that_grows_without_harm_counts_from_then_on():
     assert show(detector, [2.7, 2.7], [20, 20]) == [False]
 
 
+@pytest.mark.parametrize(("loss", "lost"), [(2.3, True), (5.0, True), (2.24, True), (2.2, False)])
+def test_a_leap_is_a_collapse_where_the_loss_has_not_moved(loss, lost):
+    detector = CollapseDetector()
+    show(detector, [2.3] * 4)
+    looks = [
+        detector.observe(torch.tensor(loss), gradients(1.0), change=torch.tensor(change))
+        for change in (1.5, 0.1)
+    ]
+    assert looks[0] is None
+    assert looks[1].lost == lost
+    assert looks[1].change == (1.5 if lost else 0.0)
+
+
 def test_once_something_is_learnt_jumps_are_no_collapse():
     detector = CollapseDetector()
     show(detector, [2.3, 2.3, 1.0, 1.0])

@@ -21,6 +21,7 @@ LEVELS = [
         "spike_guard",
         "collapse",
         "snapshots",
+        "relative_update",
         "peak_bounds",
         "metric",
         "usable_curvature",

@@ -1,5 +1,6 @@
 """Where the safeguard goes back to when a network is lost, and at what rate it goes on."""
 
+import copy
 import io
 import math
 
@@ -10,12 +11,19 @@ from torch import nn
 from batchlr.safeguard import Safeguard
 
 
+class Counter(nn.Module):
+    """One weight that is no layer: how much it changes says nothing."""
+
+    def __init__(self, start=0.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([start], dtype=torch.float64))
+
+
 class Run:
     """A weight that counts its steps, and a gradient norm and loss of the test's choice."""
 
     def __init__(self, peak=1.0, **options):
-        self.model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
-        nn.init.zeros_(self.model.weight)
+        self.model = Counter()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0, momentum=0.9)
         self.guard = Safeguard(self.optimizer, **options)
         self.guard.watch(self.model)
@@ -71,6 +79,46 @@ def test_a_network_that_has_forgotten_goes_back_to_before_it_forgot():
     assert run.steps(*[2.3] * 6) == ["undone"]
     assert run.weight == 6.0
     assert run.steps(*[1.3] * 4, *[2.3] * 9) == ["undone"]
+
+
+class Leap(Run):
+    """Whose steps multiply a layer, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.model.layer = nn.Linear(4, 4, bias=False)
+        self.guard.watch(copy.copy(self.model))
+
+    def step(self, loss, norm=1.0, factor=1.0):
+        with torch.no_grad():
+            self.model.layer.weight.mul_(factor)
+        return super().step(loss, norm)
+
+
+def test_a_leap_on_the_plateau_is_undone():
+    run = Leap()
+    run.steps(*PLATEAU)
+    before = run.model.layer.weight.clone()
+    run.step(2.3, factor=2.5)
+    assert run.step(2.3) == "undone"
+    assert torch.equal(run.model.layer.weight, before)
+    assert run.guard.peak == 0.25
+    assert run.steps(*[2.3] * 4) == []  # to go back is no leap
+
+
+def test_a_large_step_on_the_plateau_lowers_the_rate_only():
+    run = Leap()
+    run.steps(*PLATEAU)
+    assert [run.step(2.3, factor=2.0), run.step(2.3)] == [None, None]
+    assert run.guard.peak == pytest.approx(math.log(2), rel=1e-6)
+    assert run.guard.limited(0.9) == 0.9  # until the next measurement
+
+
+def test_once_something_is_learnt_layers_may_change():
+    run = Leap()
+    run.steps(*LEARNT)
+    assert [run.step(1.3, factor=9.0), run.step(1.3)] == [None, None]
+    assert run.guard.peak == 1.0
 
 
 def test_the_ceiling_falls_as_gradients_outgrow_the_plateau_s():
@@ -188,8 +236,7 @@ def test_other_weights_cannot_be_gone_back_to():
 def test_another_network_goes_back_to_its_own_weights():
     run = Run()
     run.steps(*LEARNT)
-    run.model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
-    nn.init.constant_(run.model.weight, 100.0)
+    run.model = Counter(100.0)
     run.optimizer.param_groups[0]["params"] = list(run.model.parameters())
     run.guard.watch(run.model)
     assert run.steps(*PLATEAU, 2.3, math.nan)[-1] == "undone"

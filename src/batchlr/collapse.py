@@ -20,6 +20,8 @@ _SILENT = 0.5  # measured (docs/log.md): share of tensors without gradient in a 
 _EXPLODED = 100.0  # assumed: a loss this many times its first value, or 1, does not come back
 _BACK, _SUNK = 0.03, 3  # assumed: so near the first loss again, for so many looks
 _WORSE = 3.0  # assumed: nor does the mean of a look
+TRUSTED = math.log(2)  # Bernstein et al. 2020: sum of the layers' relative changes in a step
+_LEAP = 2 * TRUSTED  # measured (docs/log.md): beyond which the network is another one
 _KNOWN = 3  # assumed: degrees of freedom from which on the noise of losses is known
 _SIGMAS, _LITTLE = 5.0, 4.0  # measured (docs/log.md): standard errors beyond which is no noise
 
@@ -34,19 +36,22 @@ class Look:
     lost: bool
     sound: bool  # not back at the first loss after something was learnt
     settled: bool  # what was learnt will last
+    change: float  # largest of a step, where the loss has not moved yet; see `RelativeUpdate`
 
 
 @final
 @dataclass
 class CollapseDetector:
-    """Looks at losses and gradients every few steps, and knows four kinds of collapse.
+    """Looks at losses and gradients every few steps, and knows five kinds of collapse.
 
     Explosion: a loss that is no finite number, or a hundred times the first, or three times in the
     mean of a look (a first loss below 1 counts as 1). A jump: before the loss has come down by a
     tenth, a loss a tenth above the first one in the same step as a gradient three times the largest
-    before. Silence: in every step of a look most tensors of weights have a gradient of exactly
-    zero, as behind units that have died, at a loss above half the first one. Oblivion: once
-    something was learnt, three looks in a row whose loss is within 3 % of the first one, or worse.
+    before. A leap: while the loss lies where it began, a step that changes the layers by more than
+    1.4 in sum (`RelativeUpdate`), and so what passes through them by up to three times its size.
+    Silence: in every step of a look most tensors of weights have a gradient of exactly zero, as
+    behind units that have died, at a loss above half the first one. Oblivion: once something was
+    learnt, three looks in a row whose loss is within 3 % of the first one, or worse.
     What compares losses does so beyond their noise, pooled from the scatter within quiet looks: a
     jump, oblivion and a mean of three times are told from the third quiet look on.
 
@@ -66,10 +71,14 @@ class CollapseDetector:
     sparse: bool = False  # most tensors had no gradient from the start
     learnt: int = 0  # steps after which the loss had come down; 0 is not yet
     sunk: int = 0  # looks since it is back at the first
-    pending: list[Tensor] = field(default_factory=list)  # (3,) each, see `_signs`
+    pending: list[Tensor] = field(default_factory=list)  # (4,) each, see `_signs`
 
     def observe(
-        self, loss: Tensor, gradients: Sequence[Tensor], same: Same | None = None
+        self,
+        loss: Tensor,
+        gradients: Sequence[Tensor],
+        same: Same | None = None,
+        change: Tensor | None = None,
     ) -> Look | None:
         """Take note of a step.
 
@@ -77,11 +86,12 @@ class CollapseDetector:
             loss: its loss ``()``.
             gradients: it was made with.
             same: returns what the first of several processes passed.
+            change: what it did to the layers ``()``, as of `RelativeUpdate`; None is not known.
 
         Returns:
             What was seen, if it was time to look.
         """
-        sign = _signs(loss, gradients)
+        sign = _signs(loss, gradients, change)
         self.pending = [*(other.to(sign.device) for other in self.pending), sign]
         self.steps += 1
         apart = 1 if self.close else min(max(self.steps // _AGE, _OFTEN), _SELDOM)
@@ -103,16 +113,27 @@ class CollapseDetector:
         largest = max((row[1] for row in rows if math.isfinite(row[1])), default=0.0)
         silent = all(row[2] > _SILENT for row in rows)
         squares = sum((row[0] - loss) ** 2 for row in rows)
+        change = max(row[3] for row in rows)
         self.sunk = self.sunk + 1 if self.learnt and self._back(loss, squares, len(rows)) else 0
         lost = self._lost(rows, loss, silent)
         if same is not None:
-            loss, norm, largest, squares = (same(v) for v in (loss, norm, largest, squares))
+            loss, norm, largest = (same(v) for v in (loss, norm, largest))
+            squares, change = same(squares), same(change)
             lost, silent = bool(same(float(lost))), bool(same(float(silent)))
             self.sunk = int(same(self.sunk))
         if not lost:
             self._settle(loss, largest, silent, len(rows))
             self.squares, self.freedom = self.squares + squares, self.freedom + len(rows) - 1
-        return Look(loss, norm, lost, sound=self.sunk == 0, settled=self._settled(loss))
+        # judged last: the gradients before a leap are those of the plateau all the same
+        change = change if self._unmoved(loss) else 0.0
+        lost = lost or change > _LEAP
+        sound, settled = self.sunk == 0, self._settled(loss)
+        return Look(loss, norm, lost, sound=sound, settled=settled, change=change)
+
+    def _unmoved(self, loss: float) -> bool:
+        if self.first is None or self.learnt:
+            return False
+        return loss > self.first - _BACK * abs(self.first)
 
     def _settled(self, loss: float) -> bool:
         if not self.learnt or self.first is None:
@@ -159,7 +180,7 @@ class CollapseDetector:
         return (
             known
             and not self.learnt
-            and any(loss > above and norm > _SURGE * self.largest for loss, norm, _ in rows)
+            and any(loss > above and norm > _SURGE * self.largest for loss, norm, *_ in rows)
         )
 
     def _settle(self, loss: float, largest: float, silent: bool, count: int) -> None:
@@ -182,12 +203,13 @@ class CollapseDetector:
 
 
 @torch.no_grad()
-def _signs(loss: Tensor, gradients: Sequence[Tensor]) -> Tensor:
-    """Loss, norm of the gradient, and share of tensors whose gradient is zero ``(3,)``."""
+def _signs(loss: Tensor, gradients: Sequence[Tensor], change: Tensor | None) -> Tensor:
+    """Loss, norm of the gradient, share of tensors whose gradient is zero, change ``(4,)``."""
     loss = loss.detach().float()
+    moved = loss.new_zeros(()) if change is None else change.to(loss)
     dense = [gradient for gradient in gradients if not gradient.is_sparse]
     if not dense:
-        return torch.stack([loss, *loss.new_zeros(2)])
+        return torch.stack([loss, *loss.new_zeros(2), moved])
     norms = torch._foreach_norm(dense)
     each = torch.stack([norm.to(loss.device, torch.float32) for norm in norms])
-    return torch.stack([loss, each.norm(), (each == 0).float().mean()])
+    return torch.stack([loss, each.norm(), (each == 0).float().mean(), moved])

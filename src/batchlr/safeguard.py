@@ -6,7 +6,8 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 
-from batchlr.collapse import CollapseDetector, Look, Same
+from batchlr.collapse import TRUSTED, CollapseDetector, Look, Same
+from batchlr.relative_update import RelativeUpdate
 from batchlr.snapshots import Snapshot
 from batchlr.spike_guard import SpikeGuard
 
@@ -39,11 +40,14 @@ class Safeguard:
     its start does not get its rate back: each attempt has a ceiling on the peak of a quarter of the
     last one's, and after each step the ceiling is lowered in proportion as the gradient exceeds the
     largest before the first collapse. It is lifted when the loss has come down by a tenth: from
-    there on curvature is worth measuring, as if the run began anew.
+    there on curvature is worth measuring, as if the run began anew. A step on the plateau that
+    changes the layers by more than ln 2 in sum (`RelativeUpdate`), short of a collapse, lowers the
+    peak in proportion, until the next measurement raises it again.
 
     Keeps two snapshots, also in its state: twice the memory of weights, buffers and optimizer state
-    (four times the weights with SGD's momentum, six times with Adam). A step costs the norms of its
-    gradients, a look one copy of that memory.
+    (four times the weights with SGD's momentum, six times with Adam). Until something is learnt
+    there is a copy of the weights more. A step costs the norms of its gradients, a look one copy of
+    that memory.
 
     Args:
         optimizer: whose state goes back with the weights.
@@ -66,6 +70,7 @@ class Safeguard:
         self.losses = [math.nan, math.nan]  # at the two snapshots
         self._model: nn.Module | None = None
         self._sure, self._latest = Snapshot(), Snapshot()
+        self._update = RelativeUpdate()
 
     @property
     def factor(self) -> float:
@@ -88,12 +93,14 @@ class Safeguard:
         if self._model is not None or not self._sure.fits(model):
             for snapshot in (self._sure, self._latest):
                 snapshot.take(model, self.optimizer)
+        self._update.take(model)
         self._model = model
 
     def stop(self) -> None:
         """Do without rollback from now on, and free its memory."""
         self.rollback, self.ceiling, self._model = False, math.inf, None
         self._sure, self._latest = Snapshot(), Snapshot()
+        self._update.free()
         self.detector = CollapseDetector()
 
     @property
@@ -123,7 +130,8 @@ class Safeguard:
         event: Event | None = "slowed" if self.spikes.observe(loss) else None
         if self._model is not None:
             gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
-            look = self.detector.observe(loss, gradients, same)
+            change = None if self.detector.learnt else self._update.measure(self._model)
+            look = self.detector.observe(loss, gradients, same, change)
             if look is not None:
                 event = self._judge(look, before) or event
         self.free *= self.spikes.factor / before
@@ -159,7 +167,11 @@ class Safeguard:
         if self.ceiling < math.inf and 0 < look.norm < math.inf:
             self.norm = self.norm or look.norm  # zero if no look was quiet before the collapse
             self.ceiling = self.held * min(1.0, self.norm / look.norm)
+        if look.change > TRUSTED:
+            self.free = self.peak * max(TRUSTED / look.change, _CUT)
         self._keep(look)
+        if self.detector.learnt:
+            self._update.free()
         return None
 
     def _succeeded(self, loss: float) -> bool:
@@ -195,6 +207,7 @@ class Safeguard:
         self.spikes.pending = []
         if self.early:
             self.detector.learnt = 0
+            self._update.take(self._model)
             if self.held == math.inf:
                 self.norm, self.held = self.detector.largest, self.free
             self.detector.largest = self.norm
@@ -227,6 +240,8 @@ class Safeguard:
         self.losses = list(state_dict["losses"])
         self.spikes.load_state_dict(state_dict["spikes"])
         self.detector.load_state_dict(state_dict["detector"])
+        if self._model is not None:
+            self._update.take(self._model)
         if self.rollback and "sure" in state_dict:
             self._sure.load_state_dict(state_dict["sure"])
             self._latest.load_state_dict(state_dict["latest"])

@@ -1,0 +1,87 @@
+"""The sum of the layers' relative changes, and what does not count."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from batchlr.relative_update import RelativeUpdate
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3))
+
+
+def scale(model, *factors):
+    layers = [p for p in model.parameters() if p.dim() > 1]
+    with torch.no_grad():
+        for layer, factor in zip(layers, factors, strict=True):
+            layer.mul_(factor)
+
+
+def test_each_step_counts_from_the_one_before():
+    model, update = network().double(), RelativeUpdate()
+    update.take(model)
+    scale(model, 1.5, 0.9)
+    assert update.measure(model).item() == pytest.approx(0.6, rel=1e-6)
+    scale(model, 1.0, -1.0)
+    assert update.measure(model).item() == pytest.approx(2.0, rel=1e-6)
+    assert update.measure(model).item() == 0.0
+
+
+@pytest.mark.parametrize("shares", [(0.1, 0.2), (0.5, 0.05), (1e-3, 0.7)])
+def test_without_normalisation_it_bounds_what_passes_through(shares):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)).double()
+    update, x = RelativeUpdate(), torch.eye(6, dtype=torch.float64)
+    update.take(model)
+    before = model(x).detach()
+    scale(model, *(1 + share for share in shares))
+    change = (model(x) - before).norm() / before.norm()
+    assert change <= math.exp(update.measure(model).item()) - 1
+
+
+def test_biases_and_normalisation_do_not_count():
+    model, update = network(), RelativeUpdate()
+    update.take(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() < 2:
+                parameter.add_(5.0)
+    assert update.measure(model).item() == 0.0
+
+
+def test_frozen_layers_do_not_count():
+    model, update = network(), RelativeUpdate()
+    model[0].weight.requires_grad_(False)
+    update.take(model)
+    scale(model, 3.0, 1.0)
+    assert update.measure(model).item() == 0.0
+
+
+def test_a_layer_begun_at_zero_counts_by_the_norm_it_needs():
+    model, update = nn.Linear(100, 16), RelativeUpdate()
+    nn.init.zeros_(model.weight)
+    update.take(model)
+    with torch.no_grad():
+        model.weight[0, 0] = 0.05  # the norm of LeCun's initialisation is 4
+    assert update.measure(model).item() == pytest.approx(0.25)
+
+
+def test_other_layers_are_not_compared():
+    update = RelativeUpdate()
+    update.take(network())
+    other = nn.Linear(2, 2)
+    assert update.measure(other).item() == 0.0
+    scale(other, 1.25)
+    assert update.measure(other).item() == pytest.approx(0.25)
+    update.free()
+    assert update.measure(other).item() == 0.0
+
+
+def test_a_network_without_layers_never_changes():
+    update, model = RelativeUpdate(), nn.BatchNorm1d(3)
+    update.take(model)
+    assert update.measure(model).item() == 0.0
