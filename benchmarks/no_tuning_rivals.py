@@ -15,6 +15,7 @@ rows of the grid, from one or more results files of `no_tuning.py`.
 
     python benchmarks/no_tuning_rivals.py --models mlp --tasks digits --batches 1024 --seeds 1
     python benchmarks/no_tuning_rivals.py --table
+    python benchmarks/no_tuning_rivals.py --table --judges --rivals momo --seeds 4
 """
 
 import argparse
@@ -372,14 +373,16 @@ class Outcome:
     failed: int  # seeds without a rate
 
 
-def table(rows, grid):
+def table(rows, grid, rivals=RIVALS, seeds=(0,)):
     """Markdown for each optimizer, over the cells that the grid and all its rivals have."""
     groups = {}
     for row in rows.values():
+        if row["seed"] not in seeds:
+            continue
         place = (row["task"], row["model"], row["optimizer"], row["batch"])
         groups.setdefault(place, {}).setdefault(row["rival"], []).append(row)
     for optimizer in RATES:
-        names = [name for name, rival in RIVALS.items() if optimizer in rival.optimizers]
+        names = [name for name in rivals if optimizer in RIVALS[name].optimizers]
         needed = set(names) - OPTIONAL
         places = [
             place
@@ -388,20 +391,20 @@ def table(rows, grid):
             and needed <= runs.keys()
             and best_rate(grid, cell_of(place), place[3]) is not None
         ]
-        measured = [place for place in places if autos(grid, place, (0,))]
+        measured = [place for place in places if autos(grid, place, seeds)]
         for chosen, words in ((measured, "with"), (set(places) - set(measured), "without")):
             if chosen:
                 print(f"\n{optimizer}, {len(chosen)} cells {words} runs of `auto`\n")
-                part(names, {place: groups[place] for place in sorted(chosen)}, grid)
+                part(names, {place: groups[place] for place in sorted(chosen)}, grid, seeds)
 
 
-def part(names, groups, grid):
+def part(names, groups, grid, seeds):
     columns = "rival, cells, - best, median, auto - best, worst cell, 5 below, diverged, no rate"
     print("| " + columns.replace(", ", " | ") + " | CPU |\n" + "|---" * 10 + "|")
     for name in [*names, "auto"]:
         outcomes = []
         for place, runs in groups.items():
-            some = runs.get(name, []) if name != "auto" else autos(grid, place, (0,))
+            some = runs.get(name, []) if name != "auto" else autos(grid, place, seeds)
             if some:
                 outcomes.append(outcome(place, some, runs, grid))
         if outcomes:
@@ -451,13 +454,12 @@ def cost(row, place, runs, grid):
         return np.nan
     if "finder_seconds" in row:  # beside the run that followed it
         return row["cpu_seconds"] / (row["cpu_seconds"] - row["finder_seconds"])
-    if row.get("rate") == "auto":  # beside the grid's median, from the same file
-        keys = [key(cell_of(place) | {"rate": rate, "seed": 0}) for rate in RATES[place[2]]]
-        whole = [grid[name]["cpu_seconds"] for name in keys if not grid[name]["diverged"]]
-        return row["cpu_seconds"] / np.median(whole)
+    if row.get("rate") == "auto":  # beside itself without its measurements
+        return 1 / (1 - row["overhead"])
     if row["rival"] == "rule":  # it is a fixed run
         return 1.0
-    return row["cpu_seconds"] / np.median([other["cpu_seconds"] for other in runs["fixed"]])
+    beside = [other["cpu_seconds"] for other in runs.get("fixed", [])]
+    return row["cpu_seconds"] / np.median(beside) if beside else np.nan
 
 
 def best_of(grid, place, seeds):
@@ -506,6 +508,9 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rivals", nargs="+", choices=list(RIVALS), default=list(RIVALS))
     parser.add_argument("--table", action="store_true", help="print what there is and stop")
+    parser.add_argument(
+        "--judges", action="store_true", help="the table by the seeds that did not choose the grid"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -537,7 +542,8 @@ def main():
         words = row.get("failure") or f"{accuracy(row):.1f} %"
         print(*label, words, f"{row['cpu_seconds']:.1f} s", flush=True)
     asked = {name: row for name, row in rows.items() if row["model"] in options.models}
-    table(asked, grid)
+    seeds = range(1, options.seeds) if options.judges else (0,)
+    table(asked, grid, options.rivals, seeds)
 
 
 if __name__ == "__main__":
