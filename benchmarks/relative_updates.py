@@ -9,44 +9,38 @@ Rests on the first seed.
 
 import argparse
 import itertools
-import math
 
 import no_tuning
 import numpy as np
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
 
+from batchlr.collapse import TRUSTED
 from batchlr.relative_update import RelativeUpdate
-
-TRUSTED = math.log(2)
-
-
-class Layers(torch.nn.Module):
-    """What an optimizer steps, as a network."""
-
-    def __init__(self, optimizer):
-        super().__init__()
-        groups = [group["params"] for group in optimizer.param_groups]
-        self.weights = torch.nn.ParameterList(itertools.chain(*groups))
 
 
 class Meter:
-    """The largest change of a step, of whichever optimizer makes one."""
+    """The largest change of a step of the network that trains."""
 
     def __init__(self):
-        self.update = RelativeUpdate()
-        self.largest = []
-        register_optimizer_step_pre_hook(lambda o, *_: self.update.take(Layers(o)))
+        self.update, self.model, self.largest = RelativeUpdate(), None, []
+        register_module_forward_pre_hook(self.see)
+        register_optimizer_step_pre_hook(lambda *_: self.update.take(self.model))
         register_optimizer_step_post_hook(
-            lambda o, *_: self.largest.append(float(self.update.measure(Layers(o))))
+            lambda *_: self.largest.append(float(self.update.measure(self.model)))
         )
+
+    def see(self, module, _):
+        """The first module that runs contains all others."""
+        self.model = self.model or module
 
     def run(self, cell):
         """Its accuracy in percent and the largest change."""
-        self.largest = []
+        self.model, self.largest = None, []
         row = no_tuning.run(cell)
         return no_tuning.accuracy(row), float(np.nanmax(self.largest))
 

@@ -21,14 +21,22 @@ def scale(model, *factors):
             layer.mul_(factor)
 
 
-def test_each_step_counts_from_the_one_before():
+def test_each_step_counts_from_what_was_taken():
     model, update = network().double(), RelativeUpdate()
+    for factors, want in [((1.5, 0.9), 0.6), ((1.0, -1.0), 2.0)]:
+        update.take(model)
+        scale(model, *factors)
+        assert update.measure(model).item() == pytest.approx(want, rel=1e-6)
+        assert update.measure(model).item() == 0.0  # once
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_sums_are_taken_in_float32(dtype):
+    torch.manual_seed(0)
+    model, update = nn.Linear(2048, 2048, bias=False).to(dtype), RelativeUpdate()
     update.take(model)
-    scale(model, 1.5, 0.9)
-    assert update.measure(model).item() == pytest.approx(0.6, rel=1e-6)
-    scale(model, 1.0, -1.0)
-    assert update.measure(model).item() == pytest.approx(2.0, rel=1e-6)
-    assert update.measure(model).item() == 0.0
+    scale(model, 1.5)
+    assert update.measure(model).item() == pytest.approx(0.5, rel=1e-2)
 
 
 @pytest.mark.parametrize("shares", [(0.1, 0.2), (0.5, 0.05), (1e-3, 0.7)])
@@ -53,12 +61,27 @@ def test_biases_and_normalisation_do_not_count():
     assert update.measure(model).item() == 0.0
 
 
-def test_frozen_layers_do_not_count():
+def test_beside_frozen_layers_nothing_is_measured():
     model, update = network(), RelativeUpdate()
     model[0].weight.requires_grad_(False)
     update.take(model)
-    scale(model, 3.0, 1.0)
+    scale(model, 1.0, 3.0)
     assert update.measure(model).item() == 0.0
+
+
+def test_only_maps_count_and_each_once():
+    model = nn.ModuleList([nn.Embedding(3, 4), nn.Linear(4, 4), nn.Linear(4, 4)])
+    model[2].weight = nn.Parameter(torch.empty(0, 4))
+    model.append(nn.Linear(4, 4))
+    model[3].weight = model[1].weight
+    model.position = nn.Parameter(torch.zeros(1, 5, 4))
+    update = RelativeUpdate()
+    update.take(model)
+    with torch.no_grad():
+        model[0].weight.mul_(7.0)
+        model[1].weight.mul_(1.25)
+        model.position.add_(1.0)
+    assert update.measure(model).item() == pytest.approx(0.25, rel=1e-6)
 
 
 def test_a_layer_begun_at_zero_counts_by_the_norm_it_needs():
@@ -73,11 +96,13 @@ def test_a_layer_begun_at_zero_counts_by_the_norm_it_needs():
 def test_other_layers_are_not_compared():
     update = RelativeUpdate()
     update.take(network())
-    other = nn.Linear(2, 2)
+    other, alike = nn.Linear(2, 2), nn.Linear(2, 2)
     assert update.measure(other).item() == 0.0
-    scale(other, 1.25)
-    assert update.measure(other).item() == pytest.approx(0.25)
+    update.take(other)
+    assert update.measure(alike).item() == 0.0  # of the same shape
+    update.take(other)
     update.free()
+    scale(other, 2.0)
     assert update.measure(other).item() == 0.0
 
 

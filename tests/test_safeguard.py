@@ -1,6 +1,5 @@
 """Where the safeguard goes back to when a network is lost, and at what rate it goes on."""
 
-import copy
 import io
 import math
 
@@ -34,6 +33,10 @@ class Run:
         return self.model.weight.item()
 
     def step(self, loss, norm=1.0):
+        self.guard.watch(self.model)
+        return self.made(loss, norm)
+
+    def made(self, loss, norm):
         self.model.weight.grad = torch.full_like(self.model.weight, norm)
         with torch.no_grad():
             self.model.weight.add_(1.0)
@@ -86,13 +89,17 @@ class Leap(Run):
 
     def __init__(self):
         super().__init__()
+        self.model = Counter()
         self.model.layer = nn.Linear(4, 4, bias=False)
-        self.guard.watch(copy.copy(self.model))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0, momentum=0.9)
+        self.guard = Safeguard(self.optimizer)
+        self.guard.limited(1.0)
 
     def step(self, loss, norm=1.0, factor=1.0):
+        self.guard.watch(self.model)
         with torch.no_grad():
             self.model.layer.weight.mul_(factor)
-        return super().step(loss, norm)
+        return self.made(loss, norm)
 
 
 def test_a_leap_on_the_plateau_is_undone():
@@ -104,6 +111,24 @@ def test_a_leap_on_the_plateau_is_undone():
     assert torch.equal(run.model.layer.weight, before)
     assert run.guard.peak == 0.25
     assert run.steps(*[2.3] * 4) == []  # to go back is no leap
+
+
+@pytest.mark.parametrize("risen", [6.0, 500.0])
+def test_a_leap_in_the_first_look_hides_no_other(risen):
+    run = Leap()
+    before = run.model.layer.weight.clone()
+    assert [run.step(2.3, factor=4.0), run.step(risen)] == [None, "undone"]
+    run.steps(*PLATEAU)
+    assert "undone" in [run.step(2.3, factor=4.0), run.step(2.3)]
+    assert torch.equal(run.model.layer.weight, before)
+
+
+def test_weights_loaded_between_steps_are_no_leap():
+    run = Leap()
+    run.steps(*PLATEAU)
+    with torch.no_grad():
+        run.model.layer.weight.add_(9.0)
+    assert run.steps(*PLATEAU) == []
 
 
 def test_a_large_step_on_the_plateau_lowers_the_rate_only():

@@ -113,7 +113,7 @@ class CollapseDetector:
         largest = max((row[1] for row in rows if math.isfinite(row[1])), default=0.0)
         silent = all(row[2] > _SILENT for row in rows)
         squares = sum((row[0] - loss) ** 2 for row in rows)
-        change = max(row[3] for row in rows)
+        change = max((row[3] for row in rows if math.isfinite(row[3])), default=0.0)
         self.sunk = self.sunk + 1 if self.learnt and self._back(loss, squares, len(rows)) else 0
         lost = self._lost(rows, loss, silent)
         if same is not None:
@@ -121,19 +121,19 @@ class CollapseDetector:
             squares, change = same(squares), same(change)
             lost, silent = bool(same(float(lost))), bool(same(float(silent)))
             self.sunk = int(same(self.sunk))
+        change = change if self._unmoved(loss) else 0.0
+        if change > _LEAP:  # undone, but for the gradients, which are those of the plateau
+            lost, self.largest = True, max(self.largest, largest)
         if not lost:
             self._settle(loss, largest, silent, len(rows))
             self.squares, self.freedom = self.squares + squares, self.freedom + len(rows) - 1
-        # judged last: the gradients before a leap are those of the plateau all the same
-        change = change if self._unmoved(loss) else 0.0
-        lost = lost or change > _LEAP
         sound, settled = self.sunk == 0, self._settled(loss)
         return Look(loss, norm, lost, sound=sound, settled=settled, change=change)
 
     def _unmoved(self, loss: float) -> bool:
-        if self.first is None or self.learnt:
-            return False
-        return loss > self.first - _BACK * abs(self.first)
+        if self.first is None:
+            return True
+        return not self.learnt and loss > self.first - _BACK * abs(self.first)
 
     def _settled(self, loss: float) -> bool:
         if not self.learnt or self.first is None:

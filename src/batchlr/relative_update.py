@@ -4,63 +4,81 @@ from typing import final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 _LEAST = 0.05  # assumed: of the norm of LeCun's initialisation, which a layer has at least
 
 
 @final
 class RelativeUpdate:
-    """``sum_l |W_l' - W_l| / |W_l|`` over the layers' matrices and kernels, step by step.
+    """``sum_l |W_l' - W_l| / |W_l|`` over a network's linear layers and convolutions.
 
     Without normalisation or shortcuts a network is a product of its layers, and what passes through
     changes by at most ``prod_l (1 + r_l) - 1 <= exp(sum_l r_l) - 1`` of its size when each layer
     changes by ``r_l`` (Bernstein et al. 2020, arXiv 2002.03432). Curvature measured before the step
     knows nothing of where it leads when that is above 1.
 
-    A layer whose norm is tiny, or zero as at the start of an adapter, counts as if it had a
-    twentieth of the norm of LeCun's initialisation. Holds a copy of the weights; a step costs four
-    passes over them, and no synchronisation.
+    A layer whose norm is tiny, or zero, counts as if it had a twentieth of the norm of LeCun's
+    initialisation. Where some layers are frozen nothing is measured: adapters change much beside
+    their own norm and little beside that of the layers they are added to. Holds a copy of the
+    weights; a step costs five passes over them, and no synchronisation.
     """
 
     def __init__(self) -> None:
+        self._of: list[nn.Parameter] = []
         self._before: list[Tensor] = []
+        self._taken = False
 
     @torch.no_grad()
     def take(self, model: nn.Module) -> None:
-        """Compare the next step with the weights of now."""
+        """Compare with the weights of now."""
         layers = _layers(model)
-        if _alike(self._before, layers):
+        if self._compares(layers):
             if layers:
                 torch._foreach_copy_(self._before, layers)
         else:
-            self._before = [layer.clone() for layer in layers]
+            self._of, self._before = layers, [layer.detach().clone() for layer in layers]
+        self._taken = True
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> Tensor:
-        """The sum ``()`` since the last call of either; zero where the layers are others."""
-        layers, before = _layers(model), self._before
-        if not layers or not _alike(before, layers):
-            self.take(model)
+        """The sum ``()`` since the last `take`, once; zero where the layers are others."""
+        layers, changes = _layers(model), self._before
+        if not layers or not self._taken or not self._compares(layers):
             return torch.zeros(())
-        changes = torch._foreach_norm(torch._foreach_sub(layers, before))
-        norms = torch._foreach_norm(before)
+        self._taken = False
+        norms = [_norm(before) for before in changes]
+        torch._foreach_sub_(changes, layers)  # in place: no second copy
         shares = [
-            change / norm.clamp(min=_LEAST * len(layer) ** 0.5)
+            _norm(change) / norm.clamp(min=_LEAST * len(layer) ** 0.5)
             for change, norm, layer in zip(changes, norms, layers, strict=True)
         ]
-        self.take(model)
-        return torch.stack([share.to(shares[0].device, torch.float32) for share in shares]).sum()
+        return torch.stack([share.to(shares[0]) for share in shares]).sum()
 
     def free(self) -> None:
         """Give the copy's memory back."""
-        self._before = []
+        self._of, self._before, self._taken = [], [], False
+
+    def _compares(self, layers: list[nn.Parameter]) -> bool:
+        return len(layers) == len(self._of) and all(
+            layer is other and layer.device == before.device and layer.dtype == before.dtype
+            for layer, other, before in zip(layers, self._of, self._before, strict=True)
+        )
 
 
-def _layers(model: nn.Module) -> list[Tensor]:
-    return [p.detach() for p in model.parameters() if p.requires_grad and p.dim() > 1]
+def _norm(tensor: Tensor) -> Tensor:
+    """In float32 at least: half precision is some percent off where there are many numbers."""
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    return torch.linalg.vector_norm(tensor, dtype=dtype)
 
 
-def _alike(one: list[Tensor], other: list[Tensor]) -> bool:
-    return [(t.shape, t.dtype, t.device) for t in one] == [
-        (t.shape, t.dtype, t.device) for t in other
-    ]
+def _layers(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of linear layers and convolutions, each once; none where some are frozen."""
+    weights = {
+        id(module.weight): module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Linear | _ConvNd)
+        and isinstance(module.weight, nn.Parameter)
+        and module.weight.numel() > 0
+    }
+    return list(weights.values()) if all(w.requires_grad for w in weights.values()) else []

@@ -83,8 +83,12 @@ class Safeguard:
         return min(self.free, self.ceiling)
 
     def watch(self, model: nn.Module) -> None:
-        """Remember whose weights to keep; takes a first snapshot."""
-        if not self.rollback or self._model is model:
+        """Remember whose weights to keep, and what they are before the next step."""
+        if not self.rollback:
+            return
+        if not self.detector.learnt or self._model is not model:
+            self._update.take(model)
+        if self._model is model:
             return
         if self._model is not None:  # another network: nothing is known of it
             self.detector = CollapseDetector()
@@ -93,7 +97,6 @@ class Safeguard:
         if self._model is not None or not self._sure.fits(model):
             for snapshot in (self._sure, self._latest):
                 snapshot.take(model, self.optimizer)
-        self._update.take(model)
         self._model = model
 
     def stop(self) -> None:
@@ -207,7 +210,6 @@ class Safeguard:
         self.spikes.pending = []
         if self.early:
             self.detector.learnt = 0
-            self._update.take(self._model)
             if self.held == math.inf:
                 self.norm, self.held = self.detector.largest, self.free
             self.detector.largest = self.norm
@@ -240,8 +242,6 @@ class Safeguard:
         self.losses = list(state_dict["losses"])
         self.spikes.load_state_dict(state_dict["spikes"])
         self.detector.load_state_dict(state_dict["detector"])
-        if self._model is not None:
-            self._update.take(self._model)
         if self.rollback and "sure" in state_dict:
             self._sure.load_state_dict(state_dict["sure"])
             self._latest.load_state_dict(state_dict["latest"])
