@@ -35,7 +35,7 @@ class RelativeUpdate:
         layers = _layers(model)
         if self._compares(layers):
             if layers:
-                torch._foreach_copy_(self._before, layers)
+                torch._foreach_copy_(self._before, list[Tensor](layers))
         else:
             self._of, self._before = layers, [layer.detach().clone() for layer in layers]
         self._taken = True
@@ -48,7 +48,7 @@ class RelativeUpdate:
             return torch.zeros(())
         self._taken = False
         norms = [_norm(before) for before in changes]
-        torch._foreach_sub_(changes, layers)  # in place: no second copy
+        torch._foreach_sub_(changes, list[Tensor](layers))  # in place: no second copy
         shares = [
             _norm(change) / norm.clamp(min=_LEAST * len(layer) ** 0.5)
             for change, norm, layer in zip(changes, norms, layers, strict=True)
