@@ -25,6 +25,7 @@ from batchlr.projected_curvature import MIN_GROUPS, jackknife_groups
 from batchlr.spectral_edges import SpectralEdges
 
 _ADAM_EPS = 1e-8  # torch's default, for when there is no optimizer to ask
+_ROUNDING = 1e-6  # assumed: an eigenvalue this small beside the largest is none
 _LEADING = 3  # measured (docs/log.md): eigenvectors that a search starts from
 _APART = 4.0  # derived: D is tabulated at noises so far apart; 1.5 % off at most, below N/2
 
@@ -71,11 +72,15 @@ class AdamMeasurement:
         metric = torch.zeros(axes.count, axes.count, dtype=torch.float64, device=scale.device)
         for part, rows in axes.parts():
             metric += (rows * scale[part].square()) @ rows.T
-        roots = torch.from_numpy(edges.projected.values).to(metric).clamp(min=0).sqrt()
+        curvatures = torch.from_numpy(edges.projected.values).to(metric)
+        curvatures[curvatures <= _ROUNDING * curvatures.abs().max()] = 0
+        roots = curvatures.sqrt()
         values, vectors = torch.linalg.eigh(roots.unsqueeze(1) * metric * roots)
-        leading = vectors[:, -_LEADING:] / values[-_LEADING:].sqrt()  # of unit norm in the end
-        if not bool(leading.isfinite().all()):
+        upwards = values > _ROUNDING * values[-1]
+        upwards[:-_LEADING] = False
+        if not bool(upwards.any()):
             return None
+        leading = vectors[:, upwards] / values[upwards].sqrt()  # of unit norm on all parameters
         return scale * axes.combine(roots * leading.sum(1))
 
     def batch_gradients(self) -> Iterator[Tensor]:

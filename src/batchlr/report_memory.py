@@ -86,25 +86,25 @@ def possible_micro_batches(
 ) -> list[int | None]:
     """Sizes to cut batches to for memory, ascending by doubling; None, the last, is not to.
 
-    Only where samples run apart have the mean loss that they have together. That is tried on two of
-    them: batch norm in train mode, losses over pairs and dropout leave batches whole.
+    Only where samples run apart have the mean loss that they have together. That is tried on four:
+    batch norm in train mode, losses over pairs and dropout leave batches whole.
     """
     largest = max(batches, key=count_samples)
     if norm_mode == "train" and normalises_over_batches(model):
         return [None]
     try:
-        pair = take(largest, slice(0, 2))
+        four = take(largest, slice(0, 4))
     except TypeError:
         return [None]
-    if count_samples(pair) < 2 or batch_weight(loss_fn, pair) == 0:
+    if count_samples(four) < 4 or batch_weight(loss_fn, four) == 0:
         return [None]
     together, apart = (
         float(
             make_operator(
-                "hessian", model, loss_fn, [pair], norm_mode, {"micro_batch": size}
+                "hessian", model, loss_fn, [four], norm_mode, {"micro_batch": size}
             ).loss()
         )
-        for size in (2, 1)
+        for size in (4, 2)
     )
     if not math.isclose(together, apart, rel_tol=_SAME):
         return [None]
