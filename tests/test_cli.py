@@ -11,6 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from batchlr.cli import app, main
+from batchlr.memory_plan import MemoryBudgetError
 from batchlr.training.checkpoint import CheckpointError
 from batchlr.training.config import load_config
 from batchlr.training.data import DataError
@@ -194,6 +195,7 @@ def failures():
 
     return [
         (ValueError("sizes do not fit"), 2),
+        (MemoryBudgetError("memory_budget=1 B does not hold it", 2), 2),
         (DataError("x.npz is missing"), 3),
         (CheckpointError("c.pt is corrupt"), 3),
         (FileNotFoundError("no such file"), 3),

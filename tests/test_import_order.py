@@ -42,7 +42,7 @@ LEVELS = [
     },
     {"tracker", "curvature_report"},
     {"curvature_point", "spectral_edges"},
-    {"adam_measurement"},
+    {"adam_measurement", "report_memory"},
     {"curvature", "edge_laws", "on_the_fly", "layer_spectra", "update_curvature"},
     {"schedulers", "stability_limit", "probes", "curvature_update"},
     {"controller"},

@@ -385,6 +385,16 @@ def test_the_limit_moves_with_each_curvature_as_it_says(dynamics, leak):
         assert limit.by_curvature[index] == pytest.approx(slope, abs=SENSITIVITY * scale)
 
 
+def test_a_batch_of_all_the_data_has_the_noiseless_limit():
+    """Many directions, whose deviations count for nothing."""
+    rng = np.random.default_rng(0)
+    deviations = rng.normal(size=(4, 12, 12))
+    spread = CurvatureSpread(
+        np.linspace(2, 1, 12), deviations + deviations.transpose(0, 2, 1), scale=0.0
+    )
+    assert mean_square_limit(Dynamics(0.9), spread).lr == pytest.approx(1.9, rel=1e-9)
+
+
 @each_dynamics
 def test_without_noise_only_the_largest_curvature_moves_the_limit(dynamics):
     still = CurvatureSpread(np.array([3.0, 1.0]), np.zeros((2, 2, 2)))

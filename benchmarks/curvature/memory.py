@@ -1,6 +1,7 @@
 """Peak memory of a spectral density of 30 steps, and of a full report, each in its own process.
 
-Also whether 500 measurements leave anything behind.
+Also a report where activations are large, beside what one and a half training steps take, and
+whether 500 measurements leave anything behind.
 
     python benchmarks/curvature/memory.py --models MLP
 """
@@ -29,7 +30,9 @@ PART = "memory"
 TITLE = "Peak memory"
 MEASUREMENTS = 500
 TRIMMED = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"}  # what is freed is given back
-DENSITY, REPORT, LEAK = "density", "report", "left behind"
+DENSITY, REPORT, LARGE, LEAK = "density", "report", "report, large batches", "left behind"
+LARGE_BATCH = {"PreResNet-20, eval": 128, "VGG-11": 64}
+SHARE = 1.5  # of a training step, what such a report is to take
 
 
 def training_step(case: Case) -> None:
@@ -48,7 +51,7 @@ def tiny(device: str) -> Case:
     return Case("tiny", model.to(device), batches, None, False, torch.nn.CrossEntropyLoss())
 
 
-def report(case: Case, **options: int) -> None:
+def report(case: Case, **options: float) -> None:
     batchlr.measure_curvature(
         case.copy(),
         batchlr.supervised(case.criterion),
@@ -71,11 +74,17 @@ def report_in(share: float, **options: int) -> Callable[[Case], None]:
     return call
 
 
-def tasks(case: Case) -> dict[tuple[str, str], Callable[[Case], object]]:
+def short_report(case: Case, **options: float) -> None:
+    """A report of few products: it takes the same graphs, and less time."""
+    report(case, tol=0.5, num_eigenpairs=1, num_small_batches=4, **options)
+
+
+def tasks(case: Case, budget: int = 0) -> dict[tuple[str, str], Callable[[Case], object]]:
+    """All of them; ``budget`` is that of a report on large batches."""
     found: dict[tuple[str, str], Callable[[Case], object]] = {
         (DENSITY, name): call for name, call in slq_cost.calls(case).items()
     }
-    steps = {(kind, "training step"): training_step for kind in (DENSITY, REPORT)}
+    steps = {(kind, "training step"): training_step for kind in (DENSITY, REPORT, LARGE)}
     reports = {
         "batchlr": report,
         "batchlr, twice the least budget": report_in(2.0),
@@ -83,6 +92,8 @@ def tasks(case: Case) -> dict[tuple[str, str], Callable[[Case], object]]:
         "batchlr, one pair, least budget": report_in(1.0, num_eigenpairs=1),
     }
     ours = {(REPORT, name): call for name, call in reports.items()}
+    within = f"batchlr, memory_budget={SHARE:g} training steps"
+    ours[LARGE, within] = lambda c: short_report(c, memory_budget=budget)
     return {**steps, **found, **ours, (LEAK, "batchlr"): repeatedly}
 
 
@@ -127,7 +138,7 @@ def forget_peak(device: str) -> None:
 def one(options: argparse.Namespace) -> None:
     """One task in this process; prints its figures as JSON."""
     (model,), kind = options.models, options.device.split(":")[0]
-    batches = 4 if options.task[0] == REPORT else 1
+    batches = {REPORT: 4, LARGE: 2}.get(options.task[0], 1)
     samples = options.samples or RECIPES[model].small
     case = make_case(model, steps=0, samples=samples, num_batches=batches, device=options.device)
     report(tiny(options.device))  # what torch loads at its first use is not the measurement's
@@ -135,7 +146,7 @@ def one(options: argparse.Namespace) -> None:
     forget_peak(kind)
     began = time.process_time()
     try:
-        tasks(case)[tuple(options.task)](case)
+        tasks(case, options.budget)[tuple(options.task)](case)
     except Exception as error:  # a rival's failure is a result
         print(json.dumps({"failure": rivals.reason(error)}))
         return
@@ -145,16 +156,21 @@ def one(options: argparse.Namespace) -> None:
 
 def measure(model: str, options: argparse.Namespace) -> list[results.Row]:
     case = make_case(model, steps=0, samples=2)
-    rows = []
+    rows: list[results.Row] = []
     for kind, contestant in tasks(case):
-        if options.only and kind != options.only:
+        if (options.only and kind != options.only) or (kind == LARGE and model not in LARGE_BATCH):
             continue
+        samples = options.samples or RECIPES[model].small
         command = [sys.executable, __file__, "--models", model, "--device", options.device,
                    "--task", kind, contestant]  # fmt: skip
-        if options.samples:
-            command += ["--samples", str(options.samples)]
+        if kind == LARGE:
+            samples = LARGE_BATCH[model]
+            step = max((max(r["megabytes"]) for r in rows if r["kind"] == LARGE and
+                        r["contestant"] == "training step"), default=0)  # fmt: skip
+            command += ["--budget", str(round(SHARE * step * 2**20))]
+        command += ["--samples", str(samples)]
         row: results.Row = {"model": model, "size": case.size, "kind": kind}
-        row |= {"contestant": contestant, "samples": options.samples or RECIPES[model].small}
+        row |= {"contestant": contestant, "samples": samples}
         repeats = 1 if kind == LEAK else options.rounds
         for _ in range(repeats):
             done = subprocess.run(command, capture_output=True, text=True, check=True, env=TRIMMED)
@@ -195,7 +211,8 @@ def render(rows: Sequence[results.Row]) -> str:
     note = (
         "Largest memory during the call above that before it, and as a multiple of that of a "
         "training step on the same batch; a report measures four batches, with a budget in the "
-        "least memory that it says it needs. What the allocator keeps back counts, but with "
+        "least memory that it says it needs; on large batches it measures two, one pair at each "
+        "end to a tolerance of 0.5, for time. What the allocator keeps back counts, but with "
         "MALLOC_MMAP_THRESHOLD_=1048576 it keeps little. The basis is that of "
         f"{slq_cost.STEPS} vectors in float32."
     )
@@ -208,7 +225,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="processes a figure")
     parser.add_argument("--samples", type=int, help="batch size, where not the network's own")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", choices=[DENSITY, REPORT, LEAK], help="one kind of figure")
+    parser.add_argument("--only", choices=[DENSITY, REPORT, LARGE, LEAK], help="one kind of figure")
+    parser.add_argument("--budget", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--task", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # the rivals'

@@ -25,6 +25,8 @@ from batchlr.projected_curvature import MIN_GROUPS, jackknife_groups
 from batchlr.spectral_edges import SpectralEdges
 
 _ADAM_EPS = 1e-8  # torch's default, for when there is no optimizer to ask
+_ROUNDING = 1e-6  # assumed: an eigenvalue this small beside the largest is none
+_LEADING = 3  # measured (docs/log.md): eigenvectors that a search starts from
 _APART = 4.0  # derived: D is tabulated at noises so far apart; 1.5 % off at most, below N/2
 
 
@@ -60,6 +62,27 @@ class AdamMeasurement:
         """A vector ``(P,)`` of `matrix` in the coordinates of the plain one."""
         return self.matrix.scale * vector
 
+    def start(self, edges: SpectralEdges) -> Tensor | None:
+        """Where to look for the largest eigenvalues of `matrix` ``(P,)``, from those of the plain.
+
+        The sum of the first eigenvectors of ``D^-1/2 H+ D^-1/2``, ``H+`` being the plain matrix
+        where ``edges`` saw it curve upwards; None if nowhere. It takes no product.
+        """
+        axes, scale = edges.axes, self.matrix.scale
+        metric = torch.zeros(axes.count, axes.count, dtype=torch.float64, device=scale.device)
+        for part, rows in axes.parts():
+            metric += (rows * scale[part].square()) @ rows.T
+        curvatures = torch.from_numpy(edges.projected.values).to(metric)
+        curvatures[curvatures <= _ROUNDING * curvatures.abs().max()] = 0
+        roots = curvatures.sqrt()
+        values, vectors = torch.linalg.eigh(roots.unsqueeze(1) * metric * roots)
+        upwards = values > _ROUNDING * values[-1]
+        upwards[:-_LEADING] = False
+        if not bool(upwards.any()):
+            return None
+        leading = vectors[:, upwards] / values[upwards].sqrt()  # of unit norm on all parameters
+        return scale * axes.combine(roots * leading.sum(1))
+
     def batch_gradients(self) -> Iterator[Tensor]:
         """Of each batch in turn, in the coordinates of `matrix`."""
         for gradient in self._point.batch_gradients():
@@ -74,7 +97,7 @@ class AdamMeasurement:
         """
         point, count = self._point, len(self._point.batches)
         sizes = _grid(point.dataset_size)
-        metrics = np.stack([self._on_axes(self._stretched(size), edges.axes) for size in sizes])
+        metrics = self._metrics(sizes, edges.axes)
         optimism, without = np.ones(len(sizes)), None
         if with_doubt and count >= MIN_GROUPS:
             optimism, without = self._doubt(sizes, metrics, edges)
@@ -113,13 +136,10 @@ class AdamMeasurement:
         for group in jackknife_groups(count):
             parts.append(sorted(set(range(count)) - set(group.tolist())))
         places = sorted({*range(0, len(sizes), 2), len(sizes) - 1})
-        had_only = np.empty((len(places), len(parts), *metrics.shape[1:]))
-        for number, chosen in enumerate(parts):  # one part's moments at a time: 2 P numbers each
-            moments = self._moments_of(chosen)
-            for index, place in enumerate(places):
-                size = sizes[place]
-                there, v = self._seen(self._moments, size), self._stretched(size)
-                had_only[index, number] = self._had_only(moments, v, there, size, edges.axes)
+        chosen = [sizes[place] for place in places]
+        had_only = np.stack(  # one part's moments at a time: 2 P numbers each
+            [self._metrics(chosen, edges.axes, self._moments_of(part)) for part in parts], axis=1
+        )
         biases = [selection_bias(edges.projected.values, list(rows[:2])) for rows in had_only]
         optimism = _spread(places, np.array(biases), len(sizes))
         without = _spread_relatively(places, had_only[:, 2:], metrics)
@@ -130,31 +150,39 @@ class AdamMeasurement:
             self._point.operator, dataset_size=self._point.dataset_size, only=numbers
         )
 
-    def _stretched(self, batch_size: float) -> Tensor:
-        """``v`` ``(P,)`` at another batch size: measured, by the ratio that gradients say."""
-        return self._second_moment * _ratio(self._seen(self._moments, batch_size), self._here)
+    def _metrics(
+        self, sizes: list[float], axes: KrylovBasis, had_only: GradientMoments | None = None
+    ) -> Array:
+        """``D`` at these batch sizes over that of `matrix`, seen on the ``axes`` ``(G, m, m)``.
 
-    def _seen(self, moments: GradientMoments, batch_size: float) -> Tensor:
-        """``v`` ``(P,)`` of batches of ``batch_size``."""
-        inverse = max(1 / batch_size - 1 / self._point.dataset_size, 0.0)
-        effective = 1 / inverse if inverse > 0 else math.inf
-        return moments.second_moment(effective, centred=self._centred)
-
-    def _on_axes(self, v: Tensor, axes: KrylovBasis) -> Array:
-        """``D`` of ``v`` over that of `matrix`, seen on the ``axes``."""
-        stretch = (v.sqrt() + self._eps) / self._metric
-        total = torch.zeros(axes.count, axes.count, dtype=torch.float64, device=v.device)
+        Had some of the batches not been there, ``had_only`` are the moments of the others. A slice
+        of the parameters at a time, for it all to stay in the cache.
+        """
+        shape = len(sizes), axes.count, axes.count
+        total = torch.zeros(shape, dtype=torch.float64, device=self._metric.device)
         for part, rows in axes.parts():
-            total += (rows * stretch[part]) @ rows.T
+            for number, size in enumerate(sizes):
+                stretch = self._stretched(size, part, had_only).sqrt_().add_(self._eps)
+                total[number] += (rows * stretch.div_(self._metric[part])) @ rows.T
         result: Array = total.cpu().numpy()
         return result
 
-    def _had_only(
-        self, part: GradientMoments, v: Tensor, there: Tensor, batch_size: float, axes: KrylovBasis
-    ) -> Array:
-        """The metric of ``v``, had only ``part`` of the batches been there."""
-        ratio = _ratio(self._seen(part, batch_size), there)
-        return self._on_axes(v * (self._known + (1 - self._known) * ratio), axes)
+    def _stretched(
+        self, batch_size: float, part: slice, had_only: GradientMoments | None
+    ) -> Tensor:
+        """``v`` ``(n,)`` at another batch size: measured, by the ratio that gradients say."""
+        there = self._seen(self._moments.part(part), batch_size)
+        v = self._second_moment[part] * _ratio(there, self._here[part])
+        if had_only is None:
+            return v
+        ratio = _ratio(self._seen(had_only.part(part), batch_size), there)
+        return v * (self._known + (1 - self._known) * ratio)
+
+    def _seen(self, moments: GradientMoments, batch_size: float) -> Tensor:
+        """``v`` of batches of ``batch_size``, of the shape of ``moments``."""
+        inverse = max(1 / batch_size - 1 / self._point.dataset_size, 0.0)
+        effective = 1 / inverse if inverse > 0 else math.inf
+        return moments.second_moment(effective, centred=self._centred)
 
 
 def _grid(dataset_size: int) -> list[float]:

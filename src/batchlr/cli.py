@@ -218,6 +218,7 @@ def _exit_code(error: BaseException) -> int | None:
 
     if isinstance(error, ConfigError | typer.Exit):
         return USAGE if isinstance(error, ConfigError) else None
+    from batchlr.memory_plan import MemoryBudgetError
     from batchlr.training.checkpoint import CheckpointError
     from batchlr.training.data import DataError
     from batchlr.training.loop import InterruptedRun
@@ -230,5 +231,6 @@ def _exit_code(error: BaseException) -> int | None:
         CheckpointError: DATA,
         OSError: DATA,
         ValueError: USAGE,
+        MemoryBudgetError: USAGE,
     }
     return next((code for kind, code in codes.items() if isinstance(error, kind)), None)

@@ -17,19 +17,18 @@ from batchlr.curvature_report import CurvatureReport
 from batchlr.gradient_noise import mean_gradient
 from batchlr.inner_products import dot, norm
 from batchlr.krylov_basis import KrylovBasis
-from batchlr.lanczos import default_generator, first_vector, least_basis, top_eigenpairs
+from batchlr.lanczos import default_generator, first_vector, top_eigenpairs
 from batchlr.measured import Measured
-from batchlr.memory_plan import UNLIMITED, MemoryShare, divide
+from batchlr.memory_plan import UNLIMITED, MemoryShare
 from batchlr.operators.batches import pick
 from batchlr.operators.curvature_matrix import (
-    CurvatureMatrix,
     CurvatureOptions,
     NormMode,
     normalises_over_batches,
 )
 from batchlr.operators.supervised import LossFunction, SupervisedLoss, piecewise_linear
 from batchlr.optimizer_state import Optimizer, group_value, optimizer_kind
-from batchlr.outlying_directions import COUNT
+from batchlr.report_memory import possible_micro_batches, share_of
 from batchlr.spectral_edges import EdgeSearch, SpectralEdges, followed_edges
 from batchlr.trace import estimate_trace
 from batchlr.tracker import CurvatureTracker
@@ -94,7 +93,9 @@ def measure_curvature(
             A small one costs products (a basis that restarts, products made twice), time (graphs
             recorded anew) and, on a CPU, digits (vectors at half precision). What convolutions and
             the allocator need for themselves comes on top.
-        micro_batch: run at most that many samples at a time, see `CurvatureMatrix`.
+        micro_batch: run at most that many samples at a time, see `CurvatureMatrix`. By default
+            whole batches, or as many as ``memory_budget`` allows, 8 at least, where samples run
+            apart have the mean loss that they have together (`possible_micro_batches`).
         generator: for start vectors and subsamples; without one the seed is 0.
 
     Raises:
@@ -108,21 +109,24 @@ def measure_curvature(
     generator = default_generator(generator)
     listed = disjoint(batches, batch_size)
     definite = matrix == "ggn"
-    options: CurvatureOptions = {} if micro_batch is None else {"micro_batch": micro_batch}
-    memory = UNLIMITED
+    memory, options = UNLIMITED, _options(micro_batch)
     if memory_budget is not None:
-        memory = _share(
-            make_operator(
-                matrix, model, loss_fn, listed, norm_mode, {**options, "keep_graph": True}
-            ),
+        tried: list[int | None] = [micro_batch]
+        if micro_batch is None:
+            tried = possible_micro_batches(model, loss_fn, listed, norm_mode)
+        memory, micro_batch = share_of(
             memory_budget,
+            lambda size: make_operator(
+                matrix, model, loss_fn, listed, norm_mode, {**_options(size), "keep_graph": True}
+            ),
+            tried,
             num_eigenpairs=num_eigenpairs,
             max_products=max_products,
-            with_small_batches=num_small_batches > 0,
+            small_batch_products=_SMALL_BATCH_PRODUCTS if num_small_batches else 0,
             with_adam=with_adam,
             definite=definite,
         )
-        options["memory_budget"] = memory.graph_bytes
+        options = {**_options(micro_batch), "memory_budget": memory.graph_bytes}
     point = CurvaturePoint.at(
         model,
         loss_fn,
@@ -136,6 +140,8 @@ def measure_curvature(
     search = EdgeSearch(num_eigenpairs, tol, max_products, generator, memory)
     gradients = point.batch_gradients() if definite else None
     edges = search.run(point.matrix, point.sampling, gradients=gradients, largest_only=False)
+    measured = AdamMeasurement(point) if with_adam else None
+    start = None if measured is None else measured.start(edges)
     numbers = [0, edges.axes.count - 1][: point.matrix.shape[0]]
     ends = torch.stack([edges.axes.vector(number) for number in numbers])
     edges = replace(edges, axes=KrylovBasis.of(ends))  # the others' memory is needed
@@ -148,15 +154,14 @@ def measure_curvature(
     ggn = _ggn_along(ends[0], point)
     small_batch = _small_batch(point, num_small_batches, edges, memory, generator)
     adam = None
-    if with_adam:
-        measured = AdamMeasurement(point)
+    if measured is not None:
         gradients = measured.batch_gradients() if definite else None
         preconditioned = search.run(
             measured.matrix,
             point.sampling,
             gradients=gradients,
             largest_only=True,
-            start=measured.gradient,
+            start=measured.gradient if start is None else start,
         )
         adam = measured.curvature(preconditioned, with_doubt=True)
     return _report(
@@ -293,35 +298,8 @@ def _report(
     )
 
 
-def _share(
-    operator: CurvatureMatrix,
-    budget: int,
-    *,
-    num_eigenpairs: int,
-    max_products: int,
-    with_small_batches: bool,
-    with_adam: bool,
-    definite: bool,
-) -> MemoryShare:
-    """What `divide` makes of ``budget``, the graph of ``operator`` being the largest."""
-    size = operator.shape[0]
-    wanted = 2 * max(1, min(num_eigenpairs, size // 2))
-    most = min(size, max(max_products, wanted))
-    least = least_basis(wanted, most) + (COUNT if definite else 0)
-    if with_small_batches:
-        least = max(least, least_basis(1, min(size, _SMALL_BATCH_PRODUCTS)))
-    return divide(
-        budget,
-        size=size,
-        dtype=operator.dtype,
-        device=operator.device,
-        graph=operator.largest_graph(),
-        num_graphs=operator.num_graphs,
-        least=least,
-        most=max(least, most),
-        with_adam=with_adam,
-        copies=3 if definite else 1,
-    )
+def _options(micro_batch: int | None) -> CurvatureOptions:
+    return {} if micro_batch is None else {"micro_batch": micro_batch}
 
 
 def _ggn_along(vector: Tensor, point: CurvaturePoint) -> Measured:

@@ -26,6 +26,10 @@ class GradientMoments:
         noise = self.variance / effective_batch_size
         return noise if centred else (self.mean_square + noise).clamp(min=0)
 
+    def part(self, coordinates: slice) -> "GradientMoments":
+        """Those of some coordinates; no copy."""
+        return GradientMoments(self.mean_square[coordinates], self.variance[coordinates])
+
 
 def gradient_moments(
     operator: CurvatureMatrix,

@@ -255,7 +255,7 @@ def _gain(
         result: Array = response * spread.feed(moment) + outside * moment
         return result
 
-    if not spread.deviations.any():
+    if spread.scale == 0 or not spread.deviations.any():
         top = int(np.diag(outside).argmax())
         return float(outside[top, top]), np.diag(np.eye(size)[top])
     if size <= _DENSE:

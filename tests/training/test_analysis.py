@@ -251,6 +251,22 @@ def test_a_loss_that_is_not_finite_exits_4(command, tmp_path, name):
     assert "Traceback" not in result.output
 
 
+def test_a_budget_that_holds_no_report_exits_2(command):
+    result = command("lr", "curvature.memory_budget=1")
+    assert result.exit_code == 2
+    assert "memory_budget=1 B does not hold a measurement" in result.stderr
+
+
+def test_a_large_budget_changes_no_rate(command, tmp_path):
+    tables = []
+    for options in ([], ["curvature.memory_budget=1 GiB"]):
+        assert command("lr", *options).exit_code == 0
+        tables.append(rates(tmp_path / "out"))
+        del tables[-1]["gradient_equivalents"], tables[-1]["seconds"]  # what a clock says
+    free, budgeted = tables
+    assert budgeted == free
+
+
 def test_a_loss_without_curvature_exits_4(command, tmp_path):
     """Saturated outputs: the softmax is exactly one or zero."""
     result = command("lr", *arrays_of(1e6, tmp_path))

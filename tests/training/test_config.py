@@ -75,6 +75,16 @@ def test_anchors_and_merge_keys_are_yaml_like_any_other(write):
 
 
 @pytest.mark.parametrize(
+    ("text", "size"),
+    [("null", None), ("1000000", 10**6), ("2 GiB", 2 * 2**30), ("'1.5GB'", 15 * 10**8)],
+)
+def test_memory_is_given_in_bytes_or_with_a_unit(write, text, size):
+    loaded = load_config(write(f"curvature: {{memory_budget: {text}}}"))
+    assert loaded.config.curvature.memory_budget == size
+    assert type(loaded.config.curvature.memory_budget) in (int, type(None))
+
+
+@pytest.mark.parametrize(
     ("text", "complaint"),
     [
         ("seed: yes", "1:1: seed: must be a whole number in [0, 2^32), got true"),
@@ -107,6 +117,10 @@ def test_anchors_and_merge_keys_are_yaml_like_any_other(write):
             "must be mean_square or edge when adjust_momentum is true, got",
         ),
         ("curvature: {every_epochs: 0}", "must be a whole number of at least 1, or null, got 0"),
+        ("curvature: {memory_budget: 0}", "must be a whole number of bytes of at least 1, text"),
+        ("curvature: {memory_budget: -1}", 'a unit such as "2 GiB", or null, got -1'),
+        ("curvature: {memory_budget: 2 apples}", "memory_budget: must be a whole number of bytes"),
+        ("curvature: {memory_budget: true}", 'a unit such as "2 GiB", or null, got true'),
         ("curvature: {fixed_samples: 1}", "fixed_samples: must be true or false, got 1"),
         (
             "{optim: {name: adamw}, curvature: {policy: paper_nesterov}}",

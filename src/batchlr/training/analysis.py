@@ -232,6 +232,7 @@ def _measure(experiment: Experiment) -> tuple[CurvatureReport, float]:
         tol=min(config.curvature.tolerance, 1e-2),
         num_eigenpairs=1,
         num_small_batches=0,  # rates do not need them
+        memory_budget=config.curvature.memory_budget,
         max_products=_MOST_PRODUCTS,
         clip_norm=config.train.clip_norm,
         generator=torch.Generator().manual_seed(config.seed),

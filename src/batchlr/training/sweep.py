@@ -267,6 +267,7 @@ def _predict(
             norm_mode=config.curvature.norm_mode,
             tol=min(config.curvature.tolerance, 1e-2),
             num_small_batches=0,
+            memory_budget=config.curvature.memory_budget,
             generator=torch.Generator().manual_seed(config.seed),
         )
     options = config.optim

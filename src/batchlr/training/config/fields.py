@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    ByteSize,
     ConfigDict,
     Field,
     ValidationError,
@@ -60,6 +61,10 @@ RateOrAuto = Annotated[Positive | Literal["auto"], legal("a number above 0, or a
 CountOrAuto = Annotated[Count | Literal["auto"], legal("a whole number of at least 1, or auto")]
 CountOrNull = Annotated[Count | None, legal("a whole number of at least 1, or null")]
 PositiveOrNull = Annotated[Positive | None, legal("a number above 0, or null")]
+BytesOrNull = Annotated[
+    Annotated[ByteSize, Field(ge=1), AfterValidator(int)] | None,
+    legal('a whole number of bytes of at least 1, text with a unit such as "2 GiB", or null'),
+]
 FlagOrNull = Annotated[Flag | None, legal("true, false or null", boolean=True)]
 Resume = Annotated[Literal[False] | str, legal("false, auto or a path", boolean=True)]
 Betas = Annotated[tuple[Fraction, Fraction], legal("two numbers in [0, 1)")]

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from batchlr.policy_choice import LIMIT_POLICIES, Policy, sets_momentum
 from batchlr.training.config.fields import (
     AboveOne,
+    BytesOrNull,
     Count,
     CountFromTwo,
     CountFromZero,
@@ -136,6 +137,12 @@ class CurvatureOptions(Options):
         default=False,
         description="measure on the same samples the whole run, as the paper did; false = fresh "
         "ones, so that no chance of the draw stays (assumed)",
+    )
+    memory_budget: BytesOrNull = Field(
+        default=None,
+        description="bytes that a report (batchlr lr, batchlr sweep) may take beyond model and "
+        'data, or text such as "2 GiB": a small one costs time; null = what is free. Measuring '
+        "while training takes some dozen vectors and knows no budget",
     )
 
     @field_validator("policy")
