@@ -108,9 +108,10 @@ class RitzSpace:
         """``A`` times `vector`."""
         return self._images[: self.size].T @ coefficients.to(self._vectors)
 
-    def residual(self, value: float, coefficients: Tensor) -> Tensor:
-        """``A v - value v`` ``(P,)``."""
-        return self.image(coefficients).sub_(self.vector(coefficients), alpha=value)
+    def residual(self, value: float, coefficients: Tensor, vector: Tensor | None = None) -> Tensor:
+        """``A v - value v`` ``(P,)``, with ``v`` from `vector` unless it is at hand."""
+        vector = self.vector(coefficients) if vector is None else vector
+        return self.image(coefficients).sub_(vector, alpha=value)
 
     def overlaps(self, coefficients: Tensor) -> Tensor:
         """Squared overlaps ``(k,)`` of the vectors ``(m, k)`` with the first vector."""

@@ -183,12 +183,11 @@ class CurvatureTracker:
             keep_products=2 * self.max_products * len(self._trails) if self.with_noise else 0,
         )
         try:
-            self._search(space, operator, slope)
+            edges = self._search(space, operator, slope)
         except ArithmeticError:
             self.num_products += space.num_products
             raise
         values, coefficients = space.ritz()
-        edges = {end: self._edge(space, end, values, coefficients) for end in self._trails}
         warm = self.max_products * len(self._trails)
         fell_back = space.num_products > warm
         products = space.num_products
@@ -212,7 +211,9 @@ class CurvatureTracker:
             noise=noise,
         )
 
-    def _search(self, space: RitzSpace, operator: LinearOperator, slope: Tensor | None) -> None:
+    def _search(
+        self, space: RitzSpace, operator: LinearOperator, slope: Tensor | None
+    ) -> dict[str, TrackedEdge]:
         """Let vectors join the space until the ends are settled."""
         limit = self.max_run * len(self._trails)
         for trail in self._trails.values():
@@ -228,21 +229,22 @@ class CurvatureTracker:
             if pending:
                 direction = self._exploration(pending.pop(), operator, slope)
             else:
-                edges = {end: self._edge(space, end, values, coefficients) for end in self._trails}
+                found = {end: self._edge(space, end, values, coefficients) for end in self._trails}
+                edges = {end: edge for end, (edge, _) in found.items()}
                 errors = {end: _relative(end, edge, values) for end, edge in edges.items()}
                 worst = max(errors, key=lambda end: errors[end])
-                edge = edges[worst]
+                edge, direction = found[worst]
                 if errors[worst] <= self.tol and space.num_products >= trusted_from:
                     closed = edge.residual <= _CLOSED * float(values.abs().max())
                     if not (unproven and closed):
-                        break
+                        return edges
                     unproven, trusted_from = False, space.num_products + _RESTART_STEPS
                     direction = gaussian(operator, self._generator)
-                else:
-                    direction = space.residual(edge.value, coefficients[:, _index(worst)])
-            found = space.extend(direction, end=self.ends)
-            if not found and not space.extend(gaussian(operator, self._generator), end=self.ends):
+            joined = space.extend(direction, end=self.ends)
+            if not joined and not space.extend(gaussian(operator, self._generator), end=self.ends):
                 break
+        values, coefficients = space.ritz()
+        return {end: self._edge(space, end, values, coefficients)[0] for end in self._trails}
 
     def _due(self, end: str) -> bool:
         """Whether this update looks for an overtaking eigenvalue."""
@@ -263,24 +265,29 @@ class CurvatureTracker:
 
     def _edge(
         self, space: RitzSpace, end: str, values: Tensor, coefficients: Tensor
-    ) -> TrackedEdge:
-        """The end as the space knows it, with its residual and error."""
+    ) -> tuple[TrackedEdge, Tensor]:
+        """The end as the space knows it, with its error, and its residual ``(P,)``."""
         index = _index(end)
         value, column = float(values[index]), coefficients[:, index]
         floor = torch.finfo(space.operator.dtype).eps * float(values.abs().max())
         vector = space.vector(column)
-        residual = max(float(space.residual(value, column).norm()), floor)
-        trail = self._trails[end]
+        remainder = space.residual(value, column, vector)
+        residual = max(float(remainder.norm()), floor)
+        error = self._error(end, values, residual)
+        return TrackedEdge(value, residual, error, vector.div_(vector.norm())), remainder
+
+    def _error(self, end: str, values: Tensor, residual: float) -> float:
+        """``residual^2 / gap`` with a doubt of the gap, or the residual."""
+        trail, value = self._trails[end], float(values[_index(end)])
         if trail.vector is None:  # a gap seen from a random start means nothing
-            return TrackedEdge(value, residual, residual, vector / vector.norm())
+            return residual
         # Networks have their bulk at zero, so zero is a neighbour, whatever the space has seen.
         neighbours = [0.0] if trail.ratio is None else [0.0, trail.ratio * value]
         if len(values) > 1:
             neighbours.append(float(values[1 if end == "largest" else -2]))
         gap = min(abs(value - neighbour) for neighbour in neighbours)
         doubt = _DOUBT[0] if len(values) == 1 else _DOUBT[1]
-        error = residual if gap <= doubt * residual else doubt * residual**2 / gap
-        return TrackedEdge(value, residual, error, vector / vector.norm())
+        return residual if gap <= doubt * residual else doubt * residual**2 / gap
 
     def _remember(
         self,
@@ -311,11 +318,14 @@ class CurvatureTracker:
 
     def _slope(self, operator: LinearOperator, gradient: Tensor | None) -> Tensor | None:
         """The gradient, or None if there is none or it has no direction."""
+        if gradient is not None:
+            operator.check(gradient)
+        if self.vectors and not any(self._due(end) for end in self._trails):
+            return None  # nobody will ask
         if gradient is None and isinstance(operator, CurvatureMatrix):
             gradient = mean_gradient(operator)
         if gradient is None:
             return None
-        operator.check(gradient)
         norm = float(gradient.norm())
         return gradient if math.isfinite(norm) and norm > 0 else None
 
