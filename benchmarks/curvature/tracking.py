@@ -233,13 +233,13 @@ def render(rows: Sequence[results.Row]) -> str:
         for row in firsts
     )
     note = (
-        f"SGD with momentum at rate {LEARNING_RATE} from the initial weights, every step on a fresh "
-        "batch of the digits (the transformer: of random walks). The Hessian is that of one fixed "
-        "quarter of a batch. The tracker's tolerance is 0.03 where not said; rarely is every "
-        f"{RARELY} steps. Products and time are means over the updates after the first; gradients "
-        "are of the samples measured, set-up included. Errors are against eigsh (float32, tol 1e-4) "
-        f"every {RARELY} steps but the first. Last column: time of an update over that of {RARELY} "
-        "training steps."
+        f"SGD with momentum at rate {LEARNING_RATE} from the initial weights, every step on a "
+        "fresh batch of the digits (the transformer: of random walks). The Hessian is that of "
+        "one fixed quarter of a batch. The tracker's tolerance is 0.03 where not said; rarely "
+        f"is every {RARELY} steps. Products and time are means over the updates after the first; "
+        "gradients are of the samples measured, set-up included. Errors are against eigsh "
+        f"(float32, tol 1e-4) every {RARELY} steps but the first. Last column: time of an update "
+        f"over that of {RARELY} training steps."
     )
     header = ["network", "measured", "steps", "contestant", "every", "products", "mean error",
               "worst error", "gradients", "share of 20 steps"]  # fmt: skip
