@@ -257,6 +257,8 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
+    if options.steps <= RARELY:
+        parser.error(f"--steps must be more than {RARELY}, got {options.steps}")
     warnings.simplefilter("ignore")  # the rivals'
     for name in options.models:
         samples = options.samples or RECIPES[name].small
