@@ -1,13 +1,15 @@
 """Spectral measures against exact moments, and their spread against the law of one probe."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import wasserstein_distance
 
-from batchlr import DenseOperator, SpectralMeasure, stochastic_lanczos_quadrature
+from batchlr import DenseOperator, SpectralMeasure, lanczos, stochastic_lanczos_quadrature
 from cases import CASES, DiagonalOperator
 
 SIZE = 80
@@ -231,6 +233,128 @@ class TestOutliers:
         alone = SpectralMeasure(measure.nodes, measure.weights, measure.probes, 2)
         with pytest.raises(ValueError, match="outliers need to know P"):
             alone.outliers()
+
+
+class TestFixedNode:
+    def test_a_node_lies_there_and_moments_stay_exact(self):
+        matrix = symmetric()
+        options = {"num_steps": 6, "num_probes": 1}
+        fixed = 0
+        for seed in range(20):
+            plain, radau = (
+                stochastic_lanczos_quadrature(
+                    DenseOperator(matrix), fixed_node=node, generator=generator(seed), **options
+                )
+                for node in (None, 0.3)
+            )
+            if len(radau.nodes) == 7:  # else a node had to be left out, or the fixed one given up
+                fixed += 1
+                assert float((radau.nodes - 0.3).abs().min()) < 1e-12
+                for degree in range(12):
+                    moments = [float(m.weights @ m.nodes**degree) for m in (plain, radau)]
+                    assert moments[1] == pytest.approx(moments[0], abs=1e-12)
+        assert fixed >= 5
+
+    def test_a_network_like_spectrum_is_met_closer(self):
+        numbers = torch.randn(2000, dtype=torch.float64, generator=generator(1002))
+        spectrum = 0.1 * numbers**5
+        errors = []
+        for seed in range(20):
+            measures = [
+                stochastic_lanczos_quadrature(
+                    DiagonalOperator(spectrum),
+                    num_steps=16,
+                    num_probes=1,
+                    fixed_node=node,
+                    generator=generator(seed),
+                )
+                for node in (None, 0.0)
+            ]
+            assert float(measures[1].nodes.abs().min()) < 1e-12
+            errors.append(
+                [wasserstein_distance(spectrum, m.nodes, None, m.weights) for m in measures]
+            )
+        plain, fixed = (sum(column) for column in zip(*errors, strict=True))
+        assert fixed < plain
+
+    def test_residuals_are_those_of_the_vectors(self):
+        matrix = symmetric()
+        start = torch.randn(SIZE, dtype=torch.float64, generator=generator(3))
+        tridiagonal = lanczos(DenseOperator(matrix), 6, start=start)
+        fixed = stochastic_lanczos_quadrature(
+            DenseOperator(matrix), num_steps=6, num_probes=1, fixed_node=0.1, generator=generator(3)
+        )
+        # The null vector of the first rows of (T - node, beta e_m) is the Ritz vector's direction.
+        small = torch.diag(tridiagonal.diagonal)
+        small += torch.diag(tridiagonal.off_diagonal, 1) + torch.diag(tridiagonal.off_diagonal, -1)
+        for node, residual in zip(fixed.nodes, fixed.residuals, strict=True):
+            inside = torch.linalg.svd((small - node * torch.eye(6, dtype=torch.float64))[:-1])[2][
+                -1
+            ]
+            vector = tridiagonal.basis.T @ inside
+            exact = (matrix @ vector - node * vector).norm()
+            assert float(residual) == pytest.approx(float(exact), rel=1e-8)
+
+    def test_nothing_lies_beyond_what_lanczos_has_seen(self):
+        spectrum = torch.linspace(-1, 1, 1001, dtype=torch.float64)
+        for seed in range(40):
+            measure = stochastic_lanczos_quadrature(
+                DiagonalOperator(spectrum),
+                num_steps=9,
+                num_probes=1,
+                fixed_node=0.0,
+                generator=generator(seed),
+            )
+            assert float(measure.nodes.abs().max()) < 1.2
+            assert float(measure.weights.sum()) == pytest.approx(1)
+
+    def test_a_space_that_closes_needs_none(self):
+        operator = DiagonalOperator(torch.tensor([1.0, 2, 3], dtype=torch.float64))
+        measure = stochastic_lanczos_quadrature(operator, num_steps=3, num_probes=1, fixed_node=0.0)
+        torch.testing.assert_close(measure.nodes, operator.diagonal)
+
+
+class TestSettledWeights:
+    def test_isolated_eigenvalues_weigh_one_each(self):
+        operator = spiked()
+        measure = stochastic_lanczos_quadrature(operator, num_steps=25, num_probes=3).settled()
+        for probe in range(3):
+            nodes, weights = of_probe(measure, probe)
+            top = nodes.argsort(descending=True)[:10]
+            torch.testing.assert_close(nodes[top], operator.diagonal[:10], rtol=1e-6, atol=0)
+            torch.testing.assert_close(weights[top] * 3000, torch.ones_like(weights[top]))
+            assert float(weights.sum()) == pytest.approx(1)
+        assert measure.num_products == 75
+
+    def test_moments_of_one_probe_come_close(self):
+        operator = spiked()
+        exact = float(operator.diagonal.mean())
+        errors = []
+        for seed in range(20):
+            measure = stochastic_lanczos_quadrature(
+                operator, num_steps=25, num_probes=1, generator=generator(seed)
+            )
+            errors.append((abs(measure.mean - exact), abs(measure.settled().mean - exact)))
+        plain, settled = (sum(column) for column in zip(*errors, strict=True))
+        assert settled < plain / 20  # the bulk's own scatter is left: 0.02 of 20, measured 1/60
+
+    def test_a_bulk_is_left_alone(self):
+        spectrum = torch.linspace(-1, 1, 3000, dtype=torch.float64)
+        operator = DiagonalOperator(spectrum)
+        measure = stochastic_lanczos_quadrature(operator, num_steps=10, num_probes=2)
+        torch.testing.assert_close(measure.settled().weights, measure.weights)
+
+    def test_a_space_that_closes_on_many_copies_is_left_alone(self):
+        spectrum = torch.tensor([1.0, 2, 3], dtype=torch.float64).repeat_interleave(4)
+        operator = DiagonalOperator(spectrum)
+        measure = stochastic_lanczos_quadrature(operator, num_steps=3, num_probes=1)
+        torch.testing.assert_close(measure.settled().weights, measure.weights)
+
+    def test_it_needs_residuals(self):
+        measure = stochastic_lanczos_quadrature(spiked(), num_steps=2, num_probes=1)
+        bare = dataclasses.replace(measure, residuals=None)
+        with pytest.raises(ValueError, match="settled weights need to know P and residuals"):
+            bare.settled()
 
 
 class TestMemory:

@@ -48,6 +48,17 @@ class TestTracking:
         assert tracker.num_products == sum(products)
         assert tracker.num_updates == 30
 
+    def test_what_a_matrix_maps_to_zero_does_not_shrink_to_subnormal_numbers(self):
+        tracker, size = CurvatureTracker(explore_every=1), 60
+        null = torch.zeros(size, size)
+        for _ in range(12):
+            for matrix, _, _ in drifting(size=size // 2):
+                null[: size // 2, : size // 2] = matrix.float()
+                tracker.update(DenseOperator(null))
+                left = tracker.vectors[0][size // 2 :].abs()
+                assert bool(((left == 0) | (left > 1e-30)).all())
+        assert bool((left == 0).any())
+
     @pytest.mark.parametrize("unit", [1e-7, 1.0, 1e7])
     def test_units_do_not_matter(self, unit):
         tracker = CurvatureTracker()

@@ -10,6 +10,8 @@ from batchlr.operators.base import BatchedOperator
 
 _NOTHING_NEW = 1e-4  # assumed: a direction of which less than this lies outside is rounding
 
+_FIRST_ROWS = 4  # assumed: a warm search ends within; so few keep to memory already touched
+
 
 @final
 class RitzSpace:
@@ -40,7 +42,10 @@ class RitzSpace:
         self.size = 0
         self.num_products = 0
         self._vectors = torch.empty(
-            self.capacity, operator.shape[0], dtype=operator.dtype, device=operator.device
+            min(_FIRST_ROWS, self.capacity),
+            operator.shape[0],
+            dtype=operator.dtype,
+            device=operator.device,
         )
         self._images = torch.empty_like(self._vectors)
         self._gram = torch.zeros(self.capacity, self.capacity, dtype=torch.float64)
@@ -67,11 +72,11 @@ class RitzSpace:
             if self.capacity == self.operator.shape[0]:
                 return False
             self._restart(end)
-        vector = self._new_direction(direction)
-        if vector is None:
-            return False
         m = self.size
-        self._vectors[m] = vector
+        if m == len(self._vectors):
+            self._vectors, self._images = self._roomier(self._vectors), self._roomier(self._images)
+        if not self._add_direction(direction, self._vectors[m]):
+            return False
         self._images[m] = self._multiply(self._vectors[m])
         entries = (self._vectors[: m + 1] @ self._images[m]).double().cpu()
         if not bool(entries.isfinite().all()):
@@ -108,9 +113,10 @@ class RitzSpace:
         """``A`` times `vector`."""
         return self._images[: self.size].T @ coefficients.to(self._vectors)
 
-    def residual(self, value: float, coefficients: Tensor) -> Tensor:
-        """``A v - value v`` ``(P,)``."""
-        return self.image(coefficients).sub_(self.vector(coefficients), alpha=value)
+    def residual(self, value: float, coefficients: Tensor, vector: Tensor | None = None) -> Tensor:
+        """``A v - value v`` ``(P,)``, with ``v`` from `vector` unless it is at hand."""
+        vector = self.vector(coefficients) if vector is None else vector
+        return self.image(coefficients).sub_(vector, alpha=value)
 
     def overlaps(self, coefficients: Tensor) -> Tensor:
         """Squared overlaps ``(k,)`` of the vectors ``(m, k)`` with the first vector."""
@@ -131,17 +137,24 @@ class RitzSpace:
             total.addcmul_(product, share)
         return total
 
-    def _new_direction(self, direction: Tensor) -> Tensor | None:
+    def _roomier(self, rows: Tensor) -> Tensor:
+        """The same rows where twice as many fit."""
+        roomier = rows.new_empty(min(2 * len(rows), self.capacity), rows.shape[1])
+        roomier[: len(rows)] = rows
+        return roomier
+
+    def _add_direction(self, direction: Tensor, out: Tensor) -> bool:
+        """The unit vector along what is new in ``direction``, or False if there is nothing."""
         rows = self._vectors[: self.size]
         norm = torch.linalg.vector_norm(direction, dtype=torch.float64)
-        vector: Tensor = direction / norm.to(direction.dtype)
+        torch.div(direction, norm.to(direction.dtype), out=out)
         for _ in range(2):
-            vector.addmv_(rows.T, rows @ vector, alpha=-1)
-            left = torch.linalg.vector_norm(vector)
+            out.addmv_(rows.T, rows @ out, alpha=-1)
+            left = torch.linalg.vector_norm(out)
             if not bool(left > _NOTHING_NEW):  # also where the norm is not a number
-                return None
-            vector /= left
-        return vector
+                return False
+            out /= left
+        return True
 
     def _multiply(self, vector: Tensor) -> Tensor:
         if not self._by_batch:

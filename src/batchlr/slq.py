@@ -1,19 +1,22 @@
 """Stochastic Lanczos quadrature: an operator becomes its spectral measure."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from batchlr.krylov_basis import BasisForm
-from batchlr.lanczos import default_generator, gaussian, lanczos
+from batchlr.lanczos import Tridiagonal, default_generator, gaussian, lanczos
 from batchlr.measured import Measured
 from batchlr.operators import LinearOperator
 
 _FEW = 10.0  # assumed: a node that stands for at most so many eigenvalues is an outlier
 _RELIABLE = 0.3  # assumed: relative error of a weight that may be used as a number
+_APART = 0.1  # measured (docs/log.md): residual over gap of a node that is one eigenvalue
+_Rule = tuple[Tensor, Tensor, Tensor]  # nodes, weights and residuals of one probe
+
 _ONE_PROBE = math.sqrt(2)  # relative standard deviation of an isolated eigenvalue's weight
 
 
@@ -39,6 +42,7 @@ class SpectralMeasure:
     probes: Tensor  # (n,) int64, the probe each node belongs to
     num_products: int
     size: int | None = None  # P
+    residuals: Tensor | None = None  # (n,) norms of A v - node v, v the node's Ritz vector
 
     @property
     def num_probes(self) -> int:
@@ -121,6 +125,34 @@ class SpectralMeasure:
             )
         return tuple(found)
 
+    def settled(self) -> "SpectralMeasure":
+        """The measure with weight ``1/P`` on every node that is one eigenvalue; at no product.
+
+        A node is, if its Ritz vector has converged to a tenth of the distance to the nearest other
+        node and its weight is at most that of ten eigenvalues. What a probe happens to give such
+        a node scatters by ``sqrt(2)``; the others share what is left in proportion. Wasserstein's
+        distance from exact spectra falls by 4 to 40 % (docs/benchmarks.md). Moments of a probe are
+        no longer exact. An eigenvalue of small multiplicity looks like a single one and is
+        weighted too low.
+
+        Raises:
+            ValueError: the measure does not know P or its residuals.
+        """
+        if self.size is None or self.residuals is None:
+            msg = "settled weights need to know P and residuals: give the measure size, residuals"
+            raise ValueError(msg)
+        weights = self.weights.clone()
+        for probe in range(self.num_probes):
+            chosen = self.probes == probe
+            shares = _settled_weights(
+                self.nodes[chosen],
+                self.num_probes * self.weights[chosen],
+                self.residuals[chosen],
+                self.size,
+            )
+            weights[chosen] = shares / self.num_probes
+        return replace(self, weights=weights)
+
     def _densities(self, grid: Tensor, bandwidth: float) -> Tensor:
         if not bandwidth > 0:
             msg = f"bandwidth must be positive, got {bandwidth}"
@@ -142,6 +174,7 @@ def stochastic_lanczos_quadrature(
     *,
     num_steps: int,
     num_probes: int,
+    fixed_node: float | None = None,
     basis: BasisForm = "auto",
     basis_budget: int | None = None,
     generator: torch.Generator | None = None,
@@ -151,10 +184,17 @@ def stochastic_lanczos_quadrature(
     Moments up to ``2 num_steps - 1`` of each probe are exact. A breakdown ends a probe early. The
     basis of one probe is in memory at a time, ``num_steps P`` numbers in the form chosen.
 
+    A network's spectrum has most of its weight at zero. With ``fixed_node=0.0`` one node more lies
+    there, at no product (Gauss-Radau), and Wasserstein's distance from exact spectra falls by 2 to
+    15 %, by 6 to 46 % with `SpectralMeasure.settled` (docs/benchmarks.md). A node that this sends
+    beyond what Lanczos has seen of the spectrum is left out, and where its weight is more than one
+    eigenvalue's, the fixed one is given up.
+
     Args:
         operator: a symmetric matrix.
         num_steps: Lanczos steps of each probe.
         num_probes: random vectors.
+        fixed_node: where one node more has to lie; by default nowhere.
         basis: where the Krylov vectors are, see `lanczos`.
         basis_budget: bytes they may take; by default what is free.
         generator: for the probes; without one the seed is 0.
@@ -169,7 +209,7 @@ def stochastic_lanczos_quadrature(
         raise ValueError(msg)
     generator = default_generator(generator)
     before = operator.num_products
-    nodes, weights, probes = [], [], []
+    nodes, weights, probes, residuals = [], [], [], []
     for probe in range(num_probes):
         start = gaussian(operator, generator)
         tridiagonal = lanczos(
@@ -180,17 +220,67 @@ def stochastic_lanczos_quadrature(
             basis_budget=basis_budget,
             keep_basis=False,
         )
-        values, vectors = tridiagonal.eigh()
+        values, shares, norms = _gauss_rule(tridiagonal)
+        if fixed_node is not None:
+            values, shares, norms = _radau_rule(tridiagonal, fixed_node)
         nodes.append(values)
-        weights.append(vectors[0] ** 2 / num_probes)
+        weights.append(shares / num_probes)
         probes.append(torch.full_like(values, probe, dtype=torch.int64))
+        residuals.append(norms)
     return SpectralMeasure(
         torch.cat(nodes),
         torch.cat(weights),
         torch.cat(probes),
         operator.num_products - before,
         operator.shape[0],
+        torch.cat(residuals),
     )
+
+
+def _gauss_rule(tridiagonal: Tridiagonal) -> _Rule:
+    values, vectors = tridiagonal.eigh()
+    return values, vectors[0].square(), tridiagonal.residual * vectors[-1].abs()
+
+
+def _radau_rule(tridiagonal: Tridiagonal, node: float) -> _Rule:
+    """The rule with a node at ``node``: one row more, its diagonal chosen so (Golub 1973).
+
+    A residual is that of the vector within the Krylov space, of which all but the last entry of
+    ``A v - theta v`` cancels.
+    """
+    values, vectors = tridiagonal.eigh()
+    gauss = _gauss_rule(tridiagonal)
+    low, high = values[0] - gauss[2][0], values[-1] + gauss[2][-1]
+    beta, distances = tridiagonal.residual, values - node
+    rounding = torch.finfo(values.dtype).eps * values.abs().max()
+    if bool(beta <= rounding) or bool(distances.abs().min() <= rounding):
+        return gauss  # exact, or there already
+    last = node + beta.square() * (vectors[-1].square() / distances).sum()
+    values, vectors = Tridiagonal(
+        torch.cat([tridiagonal.diagonal, last[None]]),
+        torch.cat([tridiagonal.off_diagonal, beta[None]]),
+        tridiagonal.basis,
+        beta,
+    ).eigh()
+    within = vectors[:-1].norm(dim=0).clamp(min=float(rounding))
+    residuals = beta * torch.hypot(vectors[-1], vectors[-2]) / within
+    seen = (values >= low) & (values <= high)
+    weights = vectors[0].square()
+    kept = weights[seen].sum()
+    if bool(1 - kept > 1 / tridiagonal.basis.shape[1]):
+        return gauss
+    return values[seen], weights[seen] / kept, residuals[seen]
+
+
+def _settled_weights(nodes: Tensor, weights: Tensor, residuals: Tensor, size: int) -> Tensor:
+    """Weights ``(m,)`` of one probe, ``1/P`` where a node is one eigenvalue."""
+    distances = (nodes.unsqueeze(0) - nodes.unsqueeze(1)).abs().fill_diagonal_(math.inf)
+    single = (residuals <= _APART * distances.amin(1)) & (weights * size <= _FEW)
+    rest = weights[~single].sum()
+    if rest == 0:
+        return weights
+    left = 1 - int(single.sum()) / size
+    return torch.where(single, 1 / size, weights * (left / rest))
 
 
 def _standard_error(samples: Tensor) -> float:

@@ -27,6 +27,7 @@ _GRADIENT_SHARE = 0.2  # assumed: of the gradient's direction in such a look
 _DOUBT = (4.0, 1.4)  # measured (docs/log.md): of a gap remembered, of one seen
 _CLOSED = 1e-5  # assumed: a residual this small beside the spectrum is rounding
 _RESTART_STEPS = 5  # assumed: products from a random vector on before a space is believed again
+_FLUSHED = 1e-30  # assumed: entries of a unit vector that may be zero as well
 _FORGET = 0.97  # measured (docs/log.md): of the second eigenvalue seen, at each update
 
 
@@ -183,12 +184,11 @@ class CurvatureTracker:
             keep_products=2 * self.max_products * len(self._trails) if self.with_noise else 0,
         )
         try:
-            self._search(space, operator, slope)
+            edges = self._search(space, operator, slope)
         except ArithmeticError:
             self.num_products += space.num_products
             raise
         values, coefficients = space.ritz()
-        edges = {end: self._edge(space, end, values, coefficients) for end in self._trails}
         warm = self.max_products * len(self._trails)
         fell_back = space.num_products > warm
         products = space.num_products
@@ -212,7 +212,9 @@ class CurvatureTracker:
             noise=noise,
         )
 
-    def _search(self, space: RitzSpace, operator: LinearOperator, slope: Tensor | None) -> None:
+    def _search(
+        self, space: RitzSpace, operator: LinearOperator, slope: Tensor | None
+    ) -> dict[str, TrackedEdge]:
         """Let vectors join the space until the ends are settled."""
         limit = self.max_run * len(self._trails)
         for trail in self._trails.values():
@@ -228,21 +230,22 @@ class CurvatureTracker:
             if pending:
                 direction = self._exploration(pending.pop(), operator, slope)
             else:
-                edges = {end: self._edge(space, end, values, coefficients) for end in self._trails}
+                found = {end: self._edge(space, end, values, coefficients) for end in self._trails}
+                edges = {end: edge for end, (edge, _) in found.items()}
                 errors = {end: _relative(end, edge, values) for end, edge in edges.items()}
                 worst = max(errors, key=lambda end: errors[end])
-                edge = edges[worst]
+                edge, direction = found[worst]
                 if errors[worst] <= self.tol and space.num_products >= trusted_from:
                     closed = edge.residual <= _CLOSED * float(values.abs().max())
                     if not (unproven and closed):
-                        break
+                        return edges
                     unproven, trusted_from = False, space.num_products + _RESTART_STEPS
                     direction = gaussian(operator, self._generator)
-                else:
-                    direction = space.residual(edge.value, coefficients[:, _index(worst)])
-            found = space.extend(direction, end=self.ends)
-            if not found and not space.extend(gaussian(operator, self._generator), end=self.ends):
+            joined = space.extend(direction, end=self.ends)
+            if not joined and not space.extend(gaussian(operator, self._generator), end=self.ends):
                 break
+        values, coefficients = space.ritz()
+        return {end: self._edge(space, end, values, coefficients)[0] for end in self._trails}
 
     def _due(self, end: str) -> bool:
         """Whether this update looks for an overtaking eigenvalue."""
@@ -263,24 +266,29 @@ class CurvatureTracker:
 
     def _edge(
         self, space: RitzSpace, end: str, values: Tensor, coefficients: Tensor
-    ) -> TrackedEdge:
-        """The end as the space knows it, with its residual and error."""
+    ) -> tuple[TrackedEdge, Tensor]:
+        """The end as the space knows it, with its error, and its residual ``(P,)``."""
         index = _index(end)
         value, column = float(values[index]), coefficients[:, index]
         floor = torch.finfo(space.operator.dtype).eps * float(values.abs().max())
         vector = space.vector(column)
-        residual = max(float(space.residual(value, column).norm()), floor)
-        trail = self._trails[end]
+        remainder = space.residual(value, column, vector)
+        residual = max(float(remainder.norm()), floor)
+        error = self._error(end, values, residual)
+        return TrackedEdge(value, residual, error, vector.div_(vector.norm())), remainder
+
+    def _error(self, end: str, values: Tensor, residual: float) -> float:
+        """``residual^2 / gap`` with a doubt of the gap, or the residual."""
+        trail, value = self._trails[end], float(values[_index(end)])
         if trail.vector is None:  # a gap seen from a random start means nothing
-            return TrackedEdge(value, residual, residual, vector / vector.norm())
+            return residual
         # Networks have their bulk at zero, so zero is a neighbour, whatever the space has seen.
         neighbours = [0.0] if trail.ratio is None else [0.0, trail.ratio * value]
         if len(values) > 1:
             neighbours.append(float(values[1 if end == "largest" else -2]))
         gap = min(abs(value - neighbour) for neighbour in neighbours)
         doubt = _DOUBT[0] if len(values) == 1 else _DOUBT[1]
-        error = residual if gap <= doubt * residual else doubt * residual**2 / gap
-        return TrackedEdge(value, residual, error, vector / vector.norm())
+        return residual if gap <= doubt * residual else doubt * residual**2 / gap
 
     def _remember(
         self,
@@ -291,7 +299,7 @@ class CurvatureTracker:
         coefficients: Tensor,
     ) -> None:
         trail = self._trails[end]
-        trail.vector = edge.vector
+        trail.vector = _flushed(edge.vector)
         far = float(values[-1 if end == "largest" else 0])
         trail.far = (
             min(far, _FORGET * trail.far) if end == "largest" else max(far, _FORGET * trail.far)
@@ -303,7 +311,7 @@ class CurvatureTracker:
         # One step of power iteration, shifted so that the far end of the spectrum dies out.
         step = space.image(column).sub_(space.vector(column), alpha=trail.far)
         norm = step.norm()
-        trail.explorer = step / norm if bool(norm > 0) else space.vector(column)
+        trail.explorer = _flushed(step / norm if bool(norm > 0) else space.vector(column))
         if edge.value == 0:
             return
         found = float(values[second]) / edge.value
@@ -311,11 +319,14 @@ class CurvatureTracker:
 
     def _slope(self, operator: LinearOperator, gradient: Tensor | None) -> Tensor | None:
         """The gradient, or None if there is none or it has no direction."""
+        if gradient is not None:
+            operator.check(gradient)
+        if self.vectors and not any(self._due(end) for end in self._trails):
+            return None  # nobody will ask
         if gradient is None and isinstance(operator, CurvatureMatrix):
             gradient = mean_gradient(operator)
         if gradient is None:
             return None
-        operator.check(gradient)
         norm = float(gradient.norm())
         return gradient if math.isfinite(norm) and norm > 0 else None
 
@@ -379,6 +390,16 @@ def _relative(end: str, edge: TrackedEdge, values: Tensor) -> float:
     if scale == 0:
         return math.inf if edge.error > 0 else 0.0
     return edge.error / scale
+
+
+def _flushed(vector: Tensor) -> Tensor:
+    """The vector less its tiniest entries.
+
+    What a matrix maps to zero, such as the weights of dead units, shrinks by a factor at each
+    update. Some hundred updates later it consists of subnormal numbers, with which a CPU multiplies
+    four times as slowly (measured, docs/log.md).
+    """
+    return torch.nn.functional.hardshrink(vector, _FLUSHED)
 
 
 def _index(end: str) -> int:
