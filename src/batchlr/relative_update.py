@@ -69,7 +69,8 @@ class RelativeUpdate:
 def _norm(tensor: Tensor) -> Tensor:
     """In float32 at least: half precision is some percent off where there are many numbers."""
     dtype = torch.promote_types(tensor.dtype, torch.float32)
-    return torch.linalg.vector_norm(tensor, dtype=dtype)
+    found: Tensor = torch.linalg.vector_norm(tensor, dtype=dtype)
+    return found
 
 
 def _layers(model: nn.Module) -> list[nn.Parameter]:
