@@ -108,12 +108,12 @@ class CollapseDetector:
         """What the steps since the last look show."""
         rows: list[list[float]] = torch.stack(self.pending).tolist()
         self.pending = []
+        rows, change = self._until_leap(rows)
         loss = sum(row[0] for row in rows) / len(rows)
         norm = rows[-1][1]
         largest = max((row[1] for row in rows if math.isfinite(row[1])), default=0.0)
         silent = all(row[2] > _SILENT for row in rows)
         squares = sum((row[0] - loss) ** 2 for row in rows)
-        change = max((row[3] for row in rows if math.isfinite(row[3])), default=0.0)
         self.sunk = self.sunk + 1 if self.learnt and self._back(loss, squares, len(rows)) else 0
         lost = self._lost(rows, loss, silent)
         if same is not None:
@@ -121,14 +121,21 @@ class CollapseDetector:
             squares, change = same(squares), same(change)
             lost, silent = bool(same(float(lost))), bool(same(float(silent)))
             self.sunk = int(same(self.sunk))
-        change = change if self._unmoved(loss) else 0.0
-        if change > _LEAP:  # undone, but for the gradients, which are those of the plateau
-            lost, self.largest = True, max(self.largest, largest)
         if not lost:
             self._settle(loss, largest, silent, len(rows))
             self.squares, self.freedom = self.squares + squares, self.freedom + len(rows) - 1
-        sound, settled = self.sunk == 0, self._settled(loss)
-        return Look(loss, norm, lost, sound=sound, settled=settled, change=change)
+        change = change if self._unmoved(loss) else 0.0
+        lost, sound = lost or change > _LEAP, self.sunk == 0
+        return Look(loss, norm, lost, sound=sound, settled=self._settled(loss), change=change)
+
+    def _until_leap(self, rows: list[list[float]]) -> tuple[list[list[float]], float]:
+        """The steps up to a leap, which do not know yet where it led, and the largest change."""
+        changes = [row[3] if math.isfinite(row[3]) else 0.0 for row in rows]
+        for number, change in enumerate(changes, start=1):
+            before = sum(row[0] for row in rows[:number]) / number
+            if change > _LEAP and self._unmoved(before):
+                return rows[:number], change
+        return rows, max(changes)
 
     def _unmoved(self, loss: float) -> bool:
         if self.first is None:
