@@ -11,7 +11,7 @@ from batchlr.relative_update import RelativeUpdate
 from batchlr.snapshots import Snapshot
 from batchlr.spike_guard import SpikeGuard
 
-_CUT = 0.25  # measured (docs/log.md): factor on the rate at each attempt
+_CUT = 0.25  # measured (docs/log.md): factor on the rate at each attempt, and the least in one look
 _PROGRESS = 0.1  # assumed: an attempt has succeeded when the loss is down by this share
 _PATIENCE = 10  # assumed: or, once something is learnt, after so many quiet looks
 _ATTEMPTS = 8  # assumed: without success; then the run is left to itself
