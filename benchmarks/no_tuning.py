@@ -2,13 +2,15 @@
 
 A cell is a task, a network, an optimizer and a batch size. Its grid is seven fixed peak rates, a
 factor of about three apart, under the same cosine with warm-up and for the same epochs: one seed
-each, which chooses the best two, then three more for those. The seed that chooses does not judge:
-the best of the grid is the better of the two over the other three. `auto` runs with the same seeds
-and no option of its own. Finished runs are kept in the results file and skipped, so the script may
-be stopped and started at will, and any part run alone.
+each, which chooses the best two, then three more for those. What chose does not judge: the best of
+the grid is the better of the two over these three, and seeds by which rules of `auto` were chosen
+are not among them. `auto` runs with the same seeds and no option of its own. Finished runs are kept
+in the results file and skipped, so the script may be stopped and started at will, and any part run
+alone.
 
     python benchmarks/no_tuning.py --models mlp --batches 64
     python benchmarks/no_tuning.py --table
+    python benchmarks/no_tuning.py --table --judges 1 2 3    # what the seeds said that chose
 """
 
 import argparse
@@ -39,6 +41,8 @@ MODELS = {  # options, image size
     "preresnet": ({"name": "preresnet", "depth": 8, "block": "basic"}, 8),
     "wrn": ({"name": "wide_resnet", "depth": 10, "widen_factor": 1}, 8),
 }
+CHOOSES = 0  # the seed of the whole grid
+JUDGES = (4, 5, 6)  # 1 to 3 chose among the rules of `auto`
 EPOCHS = {16: 8, 64: 12, 256: 24, 1024: 60}
 RATES = {
     "sgd": (0.002, 0.006, 0.02, 0.06, 0.2, 0.6, 2.0),
@@ -101,26 +105,25 @@ def accuracy(row):
     return 100 * (row["test_accuracy"] or 0.0)
 
 
-def wanted(place, rows, seeds):
+def wanted(place, rows, judges):
     """The next runs of a cell: the grid, `auto`, then further seeds of the best two."""
     task, model, optimizer, batch = place
     cell = {"task": task, "model": model, "optimizer": optimizer, "batch": batch}
     for rate in RATES[optimizer]:
-        yield cell | {"rate": rate, "seed": 0}
-    for seed in range(seeds):
+        yield cell | {"rate": rate, "seed": CHOOSES}
+    for seed in (CHOOSES, *judges):
         yield cell | {"rate": "auto", "seed": seed}
-    if seeds == 1:
-        return
-    first = [rows.get(key(cell | {"rate": rate, "seed": 0})) for rate in RATES[optimizer]]
+    first = [rows.get(key(cell | {"rate": rate, "seed": CHOOSES})) for rate in RATES[optimizer]]
     if None not in first:
         best = sorted(first, key=lambda row: (accuracy(row), -(row["test_loss"] or np.inf)))[-2:]
-        for row, seed in itertools.product(best, range(1, seeds)):
+        for row, seed in itertools.product(best, judges):
             yield cell | {"rate": row["rate"], "seed": seed}
 
 
-def judged(runs):
-    """The runs that count: those of the first seed chose the rates, where there are others."""
-    return [row for row in runs if row["seed"]] or runs
+def judged(runs, judges):
+    """The runs that count: those of the judges, or the first where there are none."""
+    judging = [row for row in runs if row["seed"] in judges]
+    return judging or [row for row in runs if row["seed"] == CHOOSES]
 
 
 def mean(accuracies):
@@ -128,7 +131,7 @@ def mean(accuracies):
     return float(np.mean(list(accuracies.values())))
 
 
-def table(rows):
+def table(rows, judges):
     """Markdown: accuracy of auto and of each fixed rate, and the distance to the best."""
     names = "task, model, optimizer, batch, auto, peak, grid (rates ascending), auto - best"
     names += ", 2 s.e., measuring"
@@ -141,15 +144,16 @@ def table(rows):
         grid = [runs.get(str(rate)) for rate in RATES[place[2]]]
         if None in grid or "auto" not in runs:
             continue
-        fixed = [{row["seed"]: accuracy(row) for row in judged(some)} for some in grid]
-        auto = {row["seed"]: accuracy(row) for row in judged(runs["auto"])}
+        fixed = [{row["seed"]: accuracy(row) for row in judged(some, judges)} for some in grid]
+        autos = judged(runs["auto"], judges)
+        auto = {row["seed"]: accuracy(row) for row in autos}
         most = max(map(len, fixed))
         best = max((some for some in fixed if len(some) == most), key=mean)
         pairs = [auto[seed] - best[seed] for seed in auto.keys() & best.keys()]
         if not pairs:
             continue
         error = 2 * np.std(pairs, ddof=1) / np.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
-        found.append((place, np.mean(pairs), error, judged(runs["auto"])))
+        found.append((place, np.mean(pairs), error, autos))
         columns = [
             *map(str, place),
             f"{mean(auto):.1f}",
@@ -193,7 +197,7 @@ def main():
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--optimizers", nargs="+", default=list(RATES))
     parser.add_argument("--batches", nargs="+", type=int, default=list(EPOCHS))
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--judges", nargs="*", type=int, default=JUDGES, help="seeds")
     parser.add_argument("--only", choices=("auto", "fixed"))
     parser.add_argument("--policy", help="of `auto`, if not the default; asks for an --out")
     parser.add_argument("--table", action="store_true", help="print what there is and stop")
@@ -206,7 +210,7 @@ def main():
     options.out.parent.mkdir(parents=True, exist_ok=True)
     places = itertools.product(options.tasks, options.models, options.optimizers, options.batches)
     for place in [] if options.table else places:
-        for cell in wanted(place, rows, options.seeds):
+        for cell in wanted(place, rows, options.judges):
             kind = "auto" if cell["rate"] == "auto" else "fixed"
             if key(cell) in rows or options.only not in (None, kind):
                 continue
@@ -215,7 +219,7 @@ def main():
             with options.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(*key(row), f"{accuracy(row):.1f} %", f"{row['cpu_seconds']:.1f} s", flush=True)
-    table(rows)
+    table(rows, options.judges)
 
 
 if __name__ == "__main__":

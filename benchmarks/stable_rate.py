@@ -365,10 +365,11 @@ def check_replicas(rows, names):
 def predict(problem, batch_size, adam, cache):
     """Reports on which the prediction rests, from batches as near to ``batch_size`` as matters.
 
-    One measurement on batches of 16 serves SGD at all sizes unless samples interact; Adam's
-    preconditioner is measured nearer to the size asked for.
+    One measurement on batches of the smallest size serves SGD at all sizes unless samples interact:
+    80 batches of 16 of the same samples scatter by 15 % where single samples limit (docs/log.md).
+    Adam's preconditioner is measured nearer to the size asked for.
     """
-    near = min(max(batch_size, 16), SAMPLES // 8) if adam else 16
+    near = min(max(batch_size, 16), SAMPLES // 8) if adam else BATCHES[0]
     cut = batch_size if problem.coupled else near
     if (cut, adam) not in cache:
         rows = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(5))

@@ -48,12 +48,13 @@ def product(case: Case, device: str) -> Callable[[], object]:
 
 
 def by_weights(rounds: int, device: str) -> Iterator[list[results.Row]]:
-    """A product, and a density of 10 steps, of MLPs of growing width."""
+    """A gradient, a product, and a density of 10 steps, of MLPs of growing width."""
     rows = []
     for width in WIDTHS:
         case = mlp_case(width, 64, device)
         operator = rivals.our_operator(batchlr.HessianOperator, case)
         turns: dict[str, Callable[[], object]] = {
+            "gradient, 64 samples": rivals.gradient(case),
             "product, 64 samples": product(case, device),
             "10 Lanczos steps, 64 samples": lambda o=operator: batchlr.lanczos(o, 10),
         }
@@ -64,7 +65,11 @@ def by_weights(rounds: int, device: str) -> Iterator[list[results.Row]]:
 def by_samples(rounds: int, device: str) -> Iterator[list[results.Row]]:
     rows = []
     for count in SAMPLES:
-        turns = {"product, 1e6 weights": product(mlp_case(800, count, device), device)}
+        case = mlp_case(800, count, device)
+        turns = {
+            "gradient, 1e6 weights": rivals.gradient(case),
+            "product, 1e6 weights": product(case, device),
+        }
         rows += grown("samples", count, timing.take_turns(turns, rounds, device))
     yield rows
 

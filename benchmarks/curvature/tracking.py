@@ -27,8 +27,7 @@ PART = "tracking"
 TITLE = "Following the largest eigenvalue in training"
 STEPS = 200
 RARELY = 20  # steps between the updates of what starts from nothing, and between true values
-
-QUARTER = 4  # batches trained with are so many times the samples measured
+TIMES = 4  # batches trained with are so many times the samples measured
 
 Update = Callable[[], tuple[float, int]]  # -> value, products
 
@@ -135,13 +134,13 @@ def digits(recipe: Recipe) -> Batch:
     return images.expand(-1, recipe.channels, -1, -1), torch.tensor(raw.target)[order]
 
 
-def batches(recipe: Recipe, measured: int, device: str) -> Iterator[Batch]:
+def batches(recipe: Recipe, measured: int, trained: int, device: str) -> Iterator[Batch]:
     """What is measured, then what is trained on."""
     generator = torch.Generator().manual_seed(3)
     x, y = digits(recipe) if recipe.side else sentences(2000, generator)
     yield x[:measured].to(device), y[:measured].to(device)
     while True:
-        rows = torch.randperm(len(x), generator=generator)[: QUARTER * measured]
+        rows = torch.randperm(len(x), generator=generator)[:trained]
         yield x[rows].to(device), y[rows].to(device)
 
 
@@ -160,10 +159,10 @@ def train_step(case: Case, optimizer: torch.optim.Optimizer, batch: Batch) -> fl
 
 
 def measure(
-    name: str, samples: int, steps: int, without: Sequence[str], device: str
+    name: str, samples: int, size: int, steps: int, without: Sequence[str], device: str
 ) -> list[results.Row]:
     case = make_case(name, samples=samples, steps=0, device=device)
-    data = batches(RECIPES[name], samples, device)
+    data = batches(RECIPES[name], samples, size, device)
     case.batches[:] = [next(data)]
     everyone = contestants(case)
     records = {n: r for n, r in everyone.items() if not n.startswith(tuple(without))}
@@ -195,7 +194,7 @@ def measure(
             "model": name,
             "contestant": contestant,
             "samples": samples,
-            "batch": QUARTER * samples,
+            "batch": size,
             "steps": steps,
             "every": record.every,
             "products": record.products[1:],
@@ -235,7 +234,7 @@ def render(rows: Sequence[results.Row]) -> str:
     note = (
         f"SGD with momentum at rate {LEARNING_RATE} from the initial weights, every step on a "
         "fresh batch of the digits (the transformer: of random walks). The Hessian is that of "
-        "one fixed quarter of a batch. The tracker's tolerance is 0.03 where not said; rarely "
+        "the same few samples throughout. The tracker's tolerance is 0.03 where not said; rarely "
         f"is every {RARELY} steps. Products and time are means over the updates after the first; "
         "gradients are of the samples measured, set-up included. Errors are against eigsh "
         f"(float32, tol 1e-4) every {RARELY} steps but the first. Last column: time of an update "
@@ -251,6 +250,7 @@ def main() -> None:
     models = ["MLP", "PreResNet-20, eval", "transformer", "VGG-11"]
     parser.add_argument("--models", nargs="+", choices=list(RECIPES), default=models)
     parser.add_argument("--samples", type=int, help="measured, where not the network's own")
+    parser.add_argument("--times", type=int, default=TIMES, help="trained for each measured")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument(
         "--without", nargs="+", default=[], help="contestants, by their first words"
@@ -262,8 +262,9 @@ def main() -> None:
     warnings.simplefilter("ignore")  # the rivals'
     for name in options.models:
         samples = options.samples or RECIPES[name].small
-        measured = measure(name, samples, options.steps, options.without, options.device)
-        rows = results.store(PART, measured, ["model"], options.device)
+        size = options.times * samples
+        measured = measure(name, samples, size, options.steps, options.without, options.device)
+        rows = results.store(PART, measured, ["model", "samples", "batch"], options.device)
         results.publish(PART, rows, TITLE, render, options.device)
 
 

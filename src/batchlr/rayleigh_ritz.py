@@ -5,6 +5,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from batchlr.inner_products import norm
 from batchlr.operators import LinearOperator
 from batchlr.operators.base import BatchedOperator
 
@@ -146,8 +147,10 @@ class RitzSpace:
     def _add_direction(self, direction: Tensor, out: Tensor) -> bool:
         """The unit vector along what is new in ``direction``, or False if there is nothing."""
         rows = self._vectors[: self.size]
-        norm = torch.linalg.vector_norm(direction, dtype=torch.float64)
-        torch.div(direction, norm.to(direction.dtype), out=out)
+        length = norm(direction)
+        torch.div(direction, length.to(direction.dtype), out=out)
+        if len(rows) == 0:
+            return bool(length.isfinite() & (length > 0))
         for _ in range(2):
             out.addmv_(rows.T, rows @ out, alpha=-1)
             left = torch.linalg.vector_norm(out)
