@@ -692,6 +692,17 @@ def test_doubts_do_not_spread_to_what_they_do_not_touch():
     assert len(doubts.reasons) == 4
 
 
+def test_where_samples_interact_there_is_no_end_of_other_batches():
+    """All samples measured: batches of means of them have little left to say, others have."""
+    everything = {"num_samples": 5000, "dataset_size": 5000}
+    known, endless = (
+        make_report(coupled=coupled, **everything).max_lr(100, momentum=0.9)
+        for coupled in (False, True)
+    )
+    assert endless.high / endless.low > known.high / known.low > 1
+    assert endless.value > known.value
+
+
 # --- refusals ------------------------------------------------------------------------------------
 
 

@@ -233,7 +233,7 @@ class CurvatureReport:
             max_sgd_lr(self.largest)  # refuses curvature that is not positive
             dynamics = Dynamics(momentum, nesterov=self.nesterov, weight_decay=self.weight_decay)
             rate = self.projected.mean_square(
-                dynamics, inverse, largest=self.largest, population=self.dataset_size
+                dynamics, inverse, largest=self.largest, population=self._population
             )
             exponent = rate.exponent / (batch_size * inverse) if inverse > 0 else 0.0
             return Rate(rate.lr, rate.error, exponent, 1 - rate.lr / rate.noiseless, rate.ends)
@@ -251,9 +251,9 @@ class CurvatureReport:
                 dynamics,
                 self.inverse_effective_batch_size(size),
                 largest=largest,
-                population=self.dataset_size,
+                population=self._population,
                 with_error=with_error,
-                without=adam.without_groups_at(size, self.dataset_size) if with_error else None,
+                without=adam.without_groups_at(size, self._population) if with_error else None,
             )
 
         rate = rate_at(batch_size, with_error=True)
@@ -289,6 +289,15 @@ class CurvatureReport:
         low, high = self._around(batch_size)
         exponent = math.log(value_at(high) / value_at(low)) / math.log(high / low)
         return Rate(value, error, exponent, noise_share=weight * inverse)
+
+    @property
+    def _population(self) -> float:
+        """Samples whose matrices all batches' are means of: no number where they interact.
+
+        A batch is then no mean over samples, and to have met each of them once is not to know what
+        other batches of them do.
+        """
+        return math.inf if self.coupled else self.dataset_size
 
     def _measured_adam(self) -> AdamCurvature:
         if self.adam is None:
