@@ -13,9 +13,9 @@ environment of its own, with `lightning==2.5.2`.
 Finished cells are kept in the results file and skipped. `rule`, `fixed` and the table need the
 rows of the grid, from one or more results files of `no_tuning.py`.
 
-    python benchmarks/no_tuning_rivals.py --models mlp --tasks digits --batches 1024 --seeds 1
+    python benchmarks/no_tuning_rivals.py --models mlp --tasks digits --batches 1024
     python benchmarks/no_tuning_rivals.py --table
-    python benchmarks/no_tuning_rivals.py --table --judges --rivals momo --seeds 4
+    python benchmarks/no_tuning_rivals.py --table --rivals momo --seeds 4 5 6   # no choice
 """
 
 import argparse
@@ -38,7 +38,18 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from no_tuning import EPOCHS, MODELS, RATES, TASKS, accuracy, configuration, key, load, run
+from no_tuning import (
+    CHOOSES,
+    EPOCHS,
+    MODELS,
+    RATES,
+    TASKS,
+    accuracy,
+    configuration,
+    key,
+    load,
+    run,
+)
 from no_tuning import RESULTS as GRID
 from packaging.specifiers import SpecifierSet
 from torch import nn
@@ -373,7 +384,7 @@ class Outcome:
     failed: int  # seeds without a rate
 
 
-def table(rows, grid, rivals=RIVALS, seeds=(0,)):
+def table(rows, grid, rivals, seeds):
     """Markdown for each optimizer, over the cells that the grid and all its rivals have."""
     groups = {}
     for row in rows.values():
@@ -505,12 +516,9 @@ def main():
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--optimizers", nargs="+", default=list(RATES))
     parser.add_argument("--batches", nargs="+", type=int, default=list(EPOCHS))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[CHOOSES])
     parser.add_argument("--rivals", nargs="+", choices=list(RIVALS), default=list(RIVALS))
     parser.add_argument("--table", action="store_true", help="print what there is and stop")
-    parser.add_argument(
-        "--judges", action="store_true", help="the table by the seeds that did not choose the grid"
-    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -523,7 +531,7 @@ def main():
     if names:
         warm_up()
     places = itertools.product(
-        options.tasks, options.models, options.optimizers, options.batches, range(options.seeds)
+        options.tasks, options.models, options.optimizers, options.batches, options.seeds
     )
     for (task, model, optimizer, batch, seed), name in itertools.product(places, names):
         cell = {"task": task, "model": model, "optimizer": optimizer, "batch": batch, "seed": seed}
@@ -542,8 +550,7 @@ def main():
         words = row.get("failure") or f"{accuracy(row):.1f} %"
         print(*label, words, f"{row['cpu_seconds']:.1f} s", flush=True)
     asked = {name: row for name, row in rows.items() if row["model"] in options.models}
-    seeds = range(1, options.seeds) if options.judges else (0,)
-    table(asked, grid, options.rivals, seeds)
+    table(asked, grid, options.rivals, options.seeds)
 
 
 if __name__ == "__main__":
