@@ -107,12 +107,17 @@ def report(matrix: str, name: str) -> Callable[[nn.Module, Optimizer], list[floa
     return measure
 
 
+def followed(model: nn.Module, optimizer: Optimizer | None) -> list[float]:
+    tracker = batchlr.CurvatureTracker(with_noise=True)
+    kind = "sgd" if optimizer is None else optimizer
+    found = batchlr.track_curvature(tracker, model, LOSS, batches(), optimizer=kind)
+    return [float(found.largest), found.loss]
+
+
 def probes(model: nn.Module, optimizer: Optimizer) -> list[float]:
     """Everything else that measures."""
     sharpness = batchlr.batch_sharpness(model, LOSS, batches())
     along = update_curvature(model, LOSS, batches(), optimizer)
-    tracker = batchlr.CurvatureTracker(with_noise=True)
-    followed = batchlr.track_curvature(tracker, model, LOSS, batches(), optimizer=optimizer)
     with batchlr.unsharded(model):
         operator = batchlr.HessianOperator(model, LOSS, batches())
         layers = batchlr.layer_eigenpairs(operator)
@@ -120,7 +125,7 @@ def probes(model: nn.Module, optimizer: Optimizer) -> list[float]:
         float(sharpness.value),
         along.slope,
         along.curvature,
-        float(followed.largest),
+        *followed(model, optimizer),
         *(float(pairs.values[0]) for pairs in layers.values()),
     ]
 
@@ -331,9 +336,8 @@ def replicated() -> dict[str, Any]:
 def findings(folder: Path) -> dict[str, Any]:
     low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=False)
-    sgd = report("hessian", "sgd")
     return {
-        "hessian, sgd": pair(sgd, "sgd"),
+        "hessian, sgd": pair(report("hessian", "sgd"), "sgd"),
         "ggn, sgd": pair(report("ggn", "sgd"), "sgd"),
         "hessian, adam": pair(report("hessian", "adam"), "adam"),
         "ggn, adam": pair(report("ggn", "adam"), "adam"),
@@ -342,9 +346,9 @@ def findings(folder: Path) -> dict[str, Any]:
         "groups": pair(groups),
         "norms": pair(norms),
         "tied": tied(),
-        "half precision": pair(lambda m, _: sgd(m, None), mp_policy=low),
-        "offloaded": pair(sgd, "sgd", offload_policy=offload),
-        "gathered for good": pair(sgd, "sgd", reshard_after_forward=False),
+        "half precision": pair(followed, mp_policy=low),
+        "offloaded": pair(followed, "adam", offload_policy=offload),
+        "gathered for good": pair(followed, "adam", reshard_after_forward=False),
         "replicated": replicated(),
         "untouched": untouched(),
         "controlled, sgd": controlled("sgd"),

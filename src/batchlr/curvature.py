@@ -68,7 +68,8 @@ def measure_curvature(
     Adam or RMSprop take another run and one more.
 
     Args:
-        model: see `HessianOperator`.
+        model: see `HessianOperator`; one sharded by `fully_shard` is taken whole for the while, in
+            every process together and on the same batches (`unsharded`).
         loss_fn: ``loss_fn(model, batch)``, the scalar mean loss.
         batches: disjoint batches of training data. Four or more give the noise a meaningful
             error; a single one is cut into four.
