@@ -79,6 +79,12 @@ def same(value: float) -> float:
     return float(holder)
 
 
+def evaluate(model: nn.Module) -> None:
+    """A pass after which FSDP leaves the root's weights gathered."""
+    with torch.no_grad():
+        LOSS(model, batches(1)[0])
+
+
 def weights(model: nn.Module) -> list[Tensor]:
     return [gathered(p.detach()).clone() for p in model.parameters()]
 
@@ -215,8 +221,7 @@ def untouched() -> dict[str, bool]:
                 batchlr.measure_curvature(measured, failing, batches())
             except KeyError as error:
                 raised = error.args[0]
-            with torch.no_grad():  # leaves the root's weights gathered
-                measured(batch[0])
+            evaluate(measured)
             gathered_by_root = not isinstance(measured[2].weight, DTensor)
         batchlr.measure_curvature(measured, LOSS, batches(), optimizer=optimizers[1])
         for model, optimizer in zip((plain, measured), optimizers, strict=True):
@@ -276,6 +281,7 @@ def rolled_back(kind: str) -> dict[str, Any]:
     start, events = weights(model), []
     moved = False
     for batch in batches(12):
+        evaluate(model)
         if controller.maybe_update(model, batches(), same) is not None:
             controller.agree(same)
         scheduler.set_peak(1e4)
@@ -311,6 +317,7 @@ def resumed(folder: Path) -> dict[str, Any]:
     step(model, optimizer, batches(1)[0])
     moments = [gathered(s["exp_avg"]).clone() for s in optimizer.state.values()]
     optimizer.state.clear()
+    evaluate(model)
     event = other.rescue(same, lost=True)
     back = [gathered(s["exp_avg"]) for s in optimizer.state.values()]
     return {

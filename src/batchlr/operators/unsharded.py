@@ -59,7 +59,7 @@ def unsharded(model: nn.Module) -> Iterator[nn.Module]:
             finally:
                 reshard(model)
     finally:
-        for stand_in in stand_ins.values():  # an operator kept for longer then holds nothing
+        for stand_in in stand_ins.values():  # an operator kept for longer notices
             stand_in.data = stand_in.data.new_empty(0)
 
 
