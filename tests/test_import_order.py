@@ -13,6 +13,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src"
 LEVELS = [
+    {"sharded_tensors"},
     {"random_matrix", "learning_rates", "scaling_rules", "measured", "mean_square", "operators"}
     | {
         "lr_bound",
@@ -55,6 +56,7 @@ LEVELS = [
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 THEORY = ["random_matrix", "learning_rates", "scaling_rules", "policies", "usable_curvature"]
 HEAVY = ["torchvision", "matplotlib", "typer", "yaml", "pydantic", "sklearn", "batchlr.training"]
+HEAVY += ["torch.distributed.fsdp", "torch.distributed.tensor"]
 
 
 def module_name(path: Path) -> str:

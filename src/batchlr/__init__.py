@@ -35,6 +35,7 @@ from batchlr.operators import PreconditionedOperator as PreconditionedOperator
 from batchlr.operators import RestrictedOperator as RestrictedOperator
 from batchlr.operators import layer_blocks as layer_blocks
 from batchlr.operators import supervised as supervised
+from batchlr.operators import unsharded as unsharded
 from batchlr.probes import BatchSharpness as BatchSharpness
 from batchlr.probes import batch_sharpness as batch_sharpness
 from batchlr.random_matrix import SpikedMarchenkoPastur as SpikedMarchenkoPastur

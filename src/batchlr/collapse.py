@@ -9,6 +9,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from batchlr.sharded_tensors import local_part, norms_of_whole
+
 Same = Callable[[float], float]
 
 _OFTEN, _SELDOM = 2, 10  # assumed: steps between two looks, at least and at most
@@ -217,6 +219,7 @@ def _signs(loss: Tensor, gradients: Sequence[Tensor], change: Tensor | None) -> 
     dense = [gradient for gradient in gradients if not gradient.is_sparse]
     if not dense:
         return torch.stack([loss, *loss.new_zeros(2), moved])
-    norms = torch._foreach_norm(dense)
+    parts = torch._foreach_norm([local_part(gradient) for gradient in dense])
+    norms = norms_of_whole(parts, dense)
     each = torch.stack([norm.to(loss.device, torch.float32) for norm in norms])
     return torch.stack([loss, each.norm(), (each == 0).float().mean(), moved])

@@ -198,7 +198,8 @@ class CurvatureController:
         """Measure if due; call it once before every optimizer step.
 
         Args:
-            model: at the weights the step starts from.
+            model: at the weights the step starts from; sharded by `fully_shard`, in every process
+                together and on the same batches (`unsharded`).
             batches: one batch ``(x, y)``, a list of disjoint batches, or a function that makes the
                 list, called only when a measurement is due.
             same: as that of `observe`.
@@ -290,7 +291,7 @@ class CurvatureController:
         """Take over the decisions of the first of several processes; call it after a measurement.
 
         Without it processes whose figures differ in the last digit could measure, and wait for one
-        another, at different steps.
+        another, at different steps; with a sharded model for ever.
 
         Args:
             same: returns what the first process passed, in every process.
@@ -409,7 +410,10 @@ class CurvatureController:
         return CurvatureUpdate(self._step, self.scheduler.peak, get_momentum(optimizer))
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers, lists and tensors; with it a resumed controller goes on bit-identically."""
+        """Numbers, lists and tensors; with it a resumed controller goes on bit-identically.
+
+        Of a sharded model it holds this process's parts, for each process to save its own.
+        """
         return {
             "step": self._step,
             "cadence": self.cadence.state_dict(),

@@ -27,6 +27,7 @@ from batchlr.operators.curvature_matrix import (
     normalises_over_batches,
 )
 from batchlr.operators.supervised import LossFunction, SupervisedLoss, piecewise_linear
+from batchlr.operators.unsharded import unsharding
 from batchlr.optimizer_state import Optimizer, group_value, optimizer_kind
 from batchlr.report_memory import possible_micro_batches, share_of
 from batchlr.spectral_edges import EdgeSearch, SpectralEdges, followed_edges
@@ -40,6 +41,7 @@ _UNKNOWN = Measured(math.nan)
 _TRACE_PROBES = 4  # assumed: it only feeds laws given for comparison
 
 
+@unsharding
 def measure_curvature(
     model: nn.Module,
     loss_fn: LossFunction,
@@ -66,7 +68,8 @@ def measure_curvature(
     Adam or RMSprop take another run and one more.
 
     Args:
-        model: see `HessianOperator`.
+        model: see `HessianOperator`; one sharded by `fully_shard` is taken whole for the while, in
+            every process together and on the same batches (`unsharded`).
         loss_fn: ``loss_fn(model, batch)``, the scalar mean loss.
         batches: disjoint batches of training data. Four or more give the noise a meaningful
             error; a single one is cut into four.
@@ -179,6 +182,7 @@ def measure_curvature(
     )
 
 
+@unsharding
 def track_curvature(
     tracker: CurvatureTracker,
     model: nn.Module,

@@ -14,6 +14,7 @@ from batchlr.learning_rates import StepSize
 from batchlr.operators import HessianOperator
 from batchlr.operators.curvature_matrix import NormMode
 from batchlr.operators.supervised import LossFunction
+from batchlr.operators.unsharded import unsharding
 from batchlr.policies import POLICIES, PolicyName
 from batchlr.slq import stochastic_lanczos_quadrature
 
@@ -43,6 +44,7 @@ class LearnedStepSize:
         return self.ritz_values[0]
 
 
+@unsharding
 def learn_step_size(
     model: nn.Module,
     loss_fn: LossFunction,

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from batchlr.operators.parameters import trainable_parameters
+from batchlr.operators.unsharded import original
+from batchlr.sharded_tensors import gathered
 
 Kind = Literal["sgd", "adam", "rmsprop"]
 Optimizer = torch.optim.Optimizer | Kind | None
@@ -98,15 +100,16 @@ def second_moments(model: nn.Module, optimizer: Optimizer) -> SecondMoments | No
     }
     moments, shares = [], []
     age = 0.0
-    for parameter in trainable_parameters(model):
+    for parameter in map(original, trainable_parameters(model)):
         state = optimizer.state.get(parameter, {})
         if key not in state:
             return None
         age = float(state["step"])
         correction = 1 - decays[id(parameter)] ** age
-        moment = state[key].reshape(-1)
+        moment = gathered(state[key]).reshape(-1)
         if "grad_avg" in state:
-            moment = (moment - state["grad_avg"].reshape(-1).square()).clamp(min=0)
+            average = gathered(state["grad_avg"]).reshape(-1)
+            moment = (moment - average.square()).clamp(min=0)
         moments.append(moment / correction)
         shares.append(torch.full_like(moment, 1.0 if corrects else correction))
     return SecondMoments(torch.cat(moments), age, torch.cat(shares))
@@ -122,15 +125,15 @@ def rate_ratios(model: nn.Module, optimizer: Optimizer) -> Tensor | None:
         for p in group["params"]
     }
     parameters = trainable_parameters(model)
-    largest = max((rates.get(id(p), 0.0) for p in parameters), default=0.0)
-    if largest <= 0 or all(rates.get(id(p), 0.0) == largest for p in parameters):
+    own = [rates.get(id(original(p)), 0.0) for p in parameters]
+    largest = max(own, default=0.0)
+    if largest <= 0 or all(rate == largest for rate in own):
         return None
-    return torch.cat(
-        [
-            torch.full_like(p, rates.get(id(p), 0.0) / largest).reshape(-1).detach()
-            for p in parameters
-        ]
-    )
+    ratios = [
+        torch.full_like(p, rate / largest).reshape(-1).detach()
+        for p, rate in zip(parameters, own, strict=True)
+    ]
+    return torch.cat(ratios)
 
 
 def get_momentum(optimizer: torch.optim.Optimizer) -> float:

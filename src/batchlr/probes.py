@@ -15,6 +15,7 @@ from batchlr.operators import HessianOperator
 from batchlr.operators.batches import check_batches
 from batchlr.operators.curvature_matrix import NormMode
 from batchlr.operators.supervised import LossFunction
+from batchlr.operators.unsharded import unsharding
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class BatchSharpness:
         return (1.0 - momentum) / (1.0 + momentum) * large, large
 
 
+@unsharding
 def batch_sharpness(
     model: nn.Module,
     loss_fn: LossFunction,

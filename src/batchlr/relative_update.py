@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from batchlr.sharded_tensors import local_part, norms_of_whole
+
 _LEAST = 0.05  # assumed: of the norm of LeCun's initialisation, which a layer has at least
 
 
@@ -21,7 +23,8 @@ class RelativeUpdate:
     A layer whose norm is tiny, or zero, counts as if it had a twentieth of the norm of LeCun's
     initialisation. Where some layers are frozen nothing is measured: adapters change much beside
     their own norm and little beside that of the layers they are added to. Holds a copy of the
-    weights; a step costs five passes over them, and no synchronisation.
+    weights, of sharded ones this process's parts; a step costs five passes over them, and no
+    synchronisation.
     """
 
     def __init__(self) -> None:
@@ -35,9 +38,9 @@ class RelativeUpdate:
         layers = _layers(model)
         if self._compares(layers):
             if layers:
-                torch._foreach_copy_(self._before, list[Tensor](layers))
+                torch._foreach_copy_(self._before, [local_part(layer) for layer in layers])
         else:
-            self._of, self._before = layers, [layer.detach().clone() for layer in layers]
+            self._of, self._before = layers, [local_part(w).detach().clone() for w in layers]
         self._taken = True
 
     @torch.no_grad()
@@ -48,10 +51,13 @@ class RelativeUpdate:
             return torch.zeros(())
         self._taken = False
         norms = [_norm(before) for before in changes]
-        torch._foreach_sub_(changes, list[Tensor](layers))  # in place: no second copy
+        torch._foreach_sub_(changes, [local_part(w) for w in layers])  # in place: no second copy
+        norms += [_norm(change) for change in changes]
+        whole = norms_of_whole(norms, [*layers, *layers])
+        befores, moves = whole[: len(layers)], whole[len(layers) :]
         shares = [
-            _norm(change) / norm.clamp(min=_LEAST * len(layer) ** 0.5)
-            for change, norm, layer in zip(changes, norms, layers, strict=True)
+            move / before.clamp(min=_LEAST * len(layer) ** 0.5)
+            for move, before, layer in zip(moves, befores, layers, strict=True)
         ]
         return torch.stack([share.to(shares[0]) for share in shares]).sum()
 

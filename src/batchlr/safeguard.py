@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from batchlr.collapse import TRUSTED, CollapseDetector, Look, Same
+from batchlr.operators.unsharded import reshard
 from batchlr.relative_update import RelativeUpdate
 from batchlr.snapshots import Snapshot
 from batchlr.spike_guard import SpikeGuard
@@ -86,6 +87,7 @@ class Safeguard:
         """Remember whose weights to keep, and what they are before the next step."""
         if not self.rollback:
             return
+        reshard(model)
         if not self.detector.learnt or self._model is not model:
             self._update.take(model)
         if self._model is model:
@@ -200,6 +202,7 @@ class Safeguard:
             self.free = self.peak
             self.stop()
             return None
+        reshard(self._model)
         if not self._sure.fits(self._model):
             return None
         self._sure.restore(self._model, self.optimizer)

@@ -7,6 +7,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from batchlr.sharded_tensors import local_part
+
 
 @final
 class Snapshot:
@@ -14,7 +16,8 @@ class Snapshot:
 
     Rates, momentum, schedules, random states and data are not in it: a step undone is not made
     again. Memory is taken once: weights and buffers, and what the optimizer keeps beside them (as
-    much again with SGD's momentum, twice as much with Adam). Costs a copy, and no synchronisation.
+    much again with SGD's momentum, twice as much with Adam); of sharded ones, this process's parts.
+    Costs a copy, and no synchronisation.
     """
 
     def __init__(self) -> None:
@@ -105,6 +108,7 @@ def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
+    one, other = local_part(one), local_part(other)
     same = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
     return same and one.stride() == other.stride()
 
@@ -112,10 +116,8 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 @torch.no_grad()
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """In one kernel for each kind of tensor."""
-    kinds = groupby(
-        sorted(zip(targets, sources, strict=True), key=lambda pair: _kind(pair[0])),
-        key=lambda pair: _kind(pair[0]),
-    )
+    parts = zip(map(local_part, targets), map(local_part, sources), strict=True)
+    kinds = groupby(sorted(parts, key=lambda pair: _kind(pair[0])), key=lambda pair: _kind(pair[0]))
     for _, pairs in kinds:
         some: Iterable[tuple[Tensor, ...]] = zip(*pairs, strict=True)
         to, of = (list(tensors) for tensors in some)

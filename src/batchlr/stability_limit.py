@@ -16,6 +16,7 @@ from batchlr.lr_bound import LRBound, Rule
 from batchlr.operators.batches import count_samples
 from batchlr.operators.curvature_matrix import NormMode
 from batchlr.operators.supervised import LossFunction
+from batchlr.operators.unsharded import unsharding
 from batchlr.optimizer_state import Kind, group_value
 from batchlr.policy_choice import LimitPolicy
 from batchlr.slq import stochastic_lanczos_quadrature
@@ -87,6 +88,7 @@ class StabilityLimit:
         """Whether the limit is one at a momentum yet to be set."""
         return self.adjust_momentum or self._policy == "heavy_ball"
 
+    @unsharding
     def measure(
         self, model: nn.Module, loss_fn: LossFunction, batches: list[Any]
     ) -> tuple[CurvatureReport, LRBound]:

@@ -16,6 +16,8 @@ from batchlr.operators.batches import check_batches
 from batchlr.operators.curvature_matrix import NormMode
 from batchlr.operators.parameters import trainable_parameters
 from batchlr.operators.supervised import LossFunction
+from batchlr.operators.unsharded import original, unsharding
+from batchlr.sharded_tensors import gathered
 
 _SCALING = 2.0  # cited: Roulet et al. (2024), the edge; 1 is the least loss on the quadratic
 _MEMORY = 0.9  # assumed: share of the averages that a new measurement leaves
@@ -72,6 +74,7 @@ class CdatEdge:
         self.slope, self.curvature = state_dict["slope"], state_dict["curvature"]
 
 
+@unsharding
 def update_curvature(
     model: nn.Module,
     loss_fn: LossFunction,
@@ -125,8 +128,9 @@ def trial_step(model: nn.Module, optimizer: torch.optim.Optimizer, gradient: Ten
     gradients = torch.split(gradient, [w.numel() for w in weights])
     copies = {}
     for weight, part in zip(weights, gradients, strict=True):
-        copies[weight] = weight.detach().clone()
-        copies[weight].grad = part.view_as(weight).to(weight.dtype, copy=True)  # steps change it
+        twin = weight.detach().clone()
+        twin.grad = part.view_as(weight).to(weight.dtype, copy=True)  # steps change it
+        copies[original(weight)] = twin
     rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
     trial = copy.copy(optimizer)  # which leaves attributes of its own behind
     own = {name: value for name, value in vars(optimizer).items() if name != "step"}
@@ -143,8 +147,9 @@ def trial_step(model: nn.Module, optimizer: torch.optim.Optimizer, gradient: Ten
     for weight, twin in copies.items():
         if weight in optimizer.state:
             trial.state[twin] = {
-                key: value.clone() if isinstance(value, Tensor) else value
+                key: gathered(value).clone() if isinstance(value, Tensor) else value
                 for key, value in optimizer.state[weight].items()
             }
     trial.step()
-    return torch.cat([(copies[w] - w.detach()).reshape(-1).to(gradient) for w in weights])
+    changes = [copies[original(w)] - w.detach() for w in weights]
+    return torch.cat([change.reshape(-1).to(gradient) for change in changes])

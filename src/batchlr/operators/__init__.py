@@ -9,3 +9,4 @@ from batchlr.operators.preconditioned import PreconditionedOperator as Precondit
 from batchlr.operators.restricted import RestrictedOperator as RestrictedOperator
 from batchlr.operators.restricted import layer_blocks as layer_blocks
 from batchlr.operators.supervised import supervised as supervised
+from batchlr.operators.unsharded import unsharded as unsharded

@@ -19,6 +19,7 @@ from batchlr.operators.parameters import Adder, common_dtype, named_trainable_pa
 from batchlr.operators.repetition import RepetitionCheck
 from batchlr.operators.second_order import torchs_own_layers
 from batchlr.operators.supervised import LossFunction
+from batchlr.operators.unsharded import check_whole
 
 
 class CurvatureOptions(TypedDict, total=False):
@@ -60,7 +61,7 @@ class CurvatureMatrix(BatchedOperator):
     it. Products always refer to the model as it is: after an optimizer step, or a change of buffers
     or train/eval flags, the batches are recorded anew. Only changes in place through ``.data`` go
     unnoticed. Attention runs through torch's ``MATH`` kernels, a model wrapped for data parallelism
-    without its wrapper.
+    without its wrapper, one sharded by `fully_shard` inside `unsharded` only.
 
     Args:
         model: its own flags decide everything but the normalisation layers (dropout is on if the
@@ -84,8 +85,8 @@ class CurvatureMatrix(BatchedOperator):
             that of the last time it was recorded. It takes no product.
 
     Raises:
-        ValueError: no batches or all of weight zero, no trainable parameters, a loss that is not a
-            scalar, ``norm_mode`` missing, or another option illegal.
+        ValueError: no batches or all of weight zero, no trainable parameters or sharded ones, a
+            loss that is not a scalar, ``norm_mode`` missing, or another option illegal.
         ArithmeticError: in a product, if ``self_check`` finds it inconsistent.
     """
 
@@ -105,6 +106,7 @@ class CurvatureMatrix(BatchedOperator):
         self_check: bool = True,
     ) -> None:
         model = getattr(model, "module", model) if _is_wrapper(model) else model
+        check_whole(model)
         named = named_trainable_parameters(model)
         self.parameter_names = tuple(named)
         self._parameters = list(named.values())
@@ -311,6 +313,7 @@ class CurvatureMatrix(BatchedOperator):
         """Forget what was recorded if the model is another one now."""
         state = (self._versions(), [m.training for m in self._modules])
         if state != self._recorded_at:
+            check_whole(self._model)
             self._graphs.clear()
             self._recorded_at = state
             if self._check is not None:

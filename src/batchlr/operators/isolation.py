@@ -1,7 +1,7 @@
 """Running a model without a trace: nothing of it, or of the program around it, changes."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Literal, final
 
@@ -81,7 +81,7 @@ def _copied_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def swapped_parameters(model: nn.Module, tensors: dict[int, Tensor]) -> Iterator[None]:
+def swapped_parameters(model: nn.Module, tensors: Mapping[int, Tensor]) -> Iterator[None]:
     """Inside, the model computes with ``tensors``, by the ``id`` of the parameter replaced."""
     places = [
         (module, name, parameter)
