@@ -21,9 +21,8 @@ _JUMP, _SURGE = 0.1, 3.0  # measured (docs/log.md): rise of the loss, factor of 
 _SILENT = 0.5  # measured (docs/log.md): share of tensors without gradient in a dead network
 _EXPLODED = 100.0  # assumed: a loss this many times its first value, or 1, does not come back
 _BACK, _SUNK = 0.03, 3  # assumed: so near the first loss again, for so many looks
-_WORSE = 3.0  # assumed: nor does the mean of a look
-TRUSTED = math.log(2)  # Bernstein et al. 2020: sum of the layers' relative changes in a step
-_LEAP = 2 * TRUSTED  # measured (docs/log.md): beyond which the network is another one
+_WORSE = 3.0  # assumed: nor does the mean of a look before anything is learnt
+_LEAP = math.log(2)  # Bernstein et al. 2020: sum of the layers' relative changes in a step
 _KNOWN = 3  # assumed: degrees of freedom from which on the noise of losses is known
 _SIGMAS, _LITTLE = 5.0, 4.0  # measured (docs/log.md): standard errors beyond which is no noise
 
@@ -38,7 +37,6 @@ class Look:
     lost: bool
     sound: bool  # not back at the first loss after something was learnt
     settled: bool  # what was learnt will last
-    change: float  # largest of a step, where the loss has not moved yet; see `RelativeUpdate`
 
 
 @final
@@ -46,16 +44,17 @@ class Look:
 class CollapseDetector:
     """Looks at losses and gradients every few steps, and knows five kinds of collapse.
 
-    Explosion: a loss that is no finite number, or a hundred times the first, or three times in the
-    mean of a look (a first loss below 1 counts as 1). A jump: before the loss has come down by a
+    Explosion: a loss that is no finite number, or a hundred times the first, or in the mean of a
+    look three times, and a tenth more once something was learnt (a first loss below 1 counts as 1).
+    A jump: before the loss has come down by a
     tenth, a loss a tenth above the first one in the same step as a gradient three times the largest
     before. A leap: while the loss lies where it began, a step that changes the layers by more than
-    1.4 in sum (`RelativeUpdate`), and so what passes through them by up to three times its size.
+    ln 2 in sum (`RelativeUpdate`), and so what passes through them by up to its own size.
     Silence: in every step of a look most tensors of weights have a gradient of exactly zero, as
     behind units that have died, at a loss above half the first one. Oblivion: once something was
     learnt, three looks in a row whose loss is within 3 % of the first one, or worse.
     What compares losses does so beyond their noise, pooled from the scatter within quiet looks: a
-    jump, oblivion and a mean of three times are told from the third quiet look on.
+    jump, oblivion and a mean too large are told from the third quiet look on.
 
     A gradient that training clips cannot jump, and one that is gone before `observe` tells nothing;
     losses then have to do alone.
@@ -110,7 +109,7 @@ class CollapseDetector:
         """What the steps since the last look show."""
         rows: list[list[float]] = torch.stack(self.pending).tolist()
         self.pending = []
-        rows, change = self._until_leap(rows)
+        rows, leapt = self._until_leap(rows)
         loss = sum(row[0] for row in rows) / len(rows)
         norm = rows[-1][1]
         largest = max((row[1] for row in rows if math.isfinite(row[1])), default=0.0)
@@ -120,24 +119,22 @@ class CollapseDetector:
         lost = self._lost(rows, loss, silent)
         if same is not None:
             loss, norm, largest = (same(v) for v in (loss, norm, largest))
-            squares, change = same(squares), same(change)
+            squares, leapt = same(squares), bool(same(float(leapt)))
             lost, silent = bool(same(float(lost))), bool(same(float(silent)))
             self.sunk = int(same(self.sunk))
         if not lost:
             self._settle(loss, largest, silent, len(rows))
             self.squares, self.freedom = self.squares + squares, self.freedom + len(rows) - 1
-        change = change if self._unmoved(loss) else 0.0
-        lost, sound = lost or change > _LEAP, self.sunk == 0
-        return Look(loss, norm, lost, sound=sound, settled=self._settled(loss), change=change)
+        sound = self.sunk == 0
+        return Look(loss, norm, lost or leapt, sound=sound, settled=self._settled(loss))
 
-    def _until_leap(self, rows: list[list[float]]) -> tuple[list[list[float]], float]:
-        """The steps up to a leap, which do not know yet where it led, and the largest change."""
-        changes = [row[3] if math.isfinite(row[3]) else 0.0 for row in rows]
-        for number, change in enumerate(changes, start=1):
+    def _until_leap(self, rows: list[list[float]]) -> tuple[list[list[float]], bool]:
+        """The steps up to a leap, which do not know yet where it led, and whether there was one."""
+        for number, (_, _, _, change) in enumerate(rows, start=1):
             before = sum(row[0] for row in rows[:number]) / number
-            if change > _LEAP and self._unmoved(before):
-                return rows[:number], change
-        return rows, max(changes)
+            if _LEAP < change < math.inf and self._unmoved(before):
+                return rows[:number], True
+        return rows, False
 
     def _unmoved(self, loss: float) -> bool:
         if self.first is None:
@@ -178,7 +175,8 @@ class CollapseDetector:
         if self.first is None:
             return False
         known, noise = self.freedom >= _KNOWN, self._noise
-        if known and mean > _WORSE * self._unit + noise / math.sqrt(len(rows)):
+        worst = self.first + _JUMP * self._unit if self.learnt else _WORSE * self._unit
+        if known and mean > worst + noise / math.sqrt(len(rows)):
             return True
         if self.sunk >= _SUNK:
             self.sunk = 0

@@ -349,10 +349,12 @@ class CurvatureController:
 
     def _stay_stable(self, model: nn.Module, batches: list[Any]) -> CurvatureUpdate:
         """The largest stable rate of the batch size trained with."""
-        report, bound = self.limit.measure(model, self.loss_fn, batches)
+        settled = not self._guard.unsettled
+        report, bound = self.limit.measure(model, self.loss_fn, batches, settled=settled)
         optimizer, change = self.scheduler.optimizer, 1.0
         if self.limit.sets_momentum:  # rates known so far were for the momentum so far
-            before = self.limit.bound(report, bound.batch_size, get_momentum(optimizer))
+            momentum = get_momentum(optimizer)
+            before = self.limit.bound(report, bound.batch_size, momentum, settled=settled)
             change = bound.value / before.value
             if self._has_rate:
                 self._filter.scale(change)

@@ -6,7 +6,7 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 
-from batchlr.collapse import TRUSTED, CollapseDetector, Look, Same
+from batchlr.collapse import CollapseDetector, Look, Same
 from batchlr.operators.unsharded import reshard
 from batchlr.relative_update import RelativeUpdate
 from batchlr.snapshots import Snapshot
@@ -41,9 +41,7 @@ class Safeguard:
     its start does not get its rate back: each attempt has a ceiling on the peak of a quarter of the
     last one's, and after each step the ceiling is lowered in proportion as the gradient exceeds the
     largest before the first collapse. It is lifted when the loss has come down by a tenth: from
-    there on curvature is worth measuring, as if the run began anew. A step on the plateau that
-    changes the layers by more than ln 2 in sum (`RelativeUpdate`), short of a collapse, lowers the
-    peak in proportion, until the next measurement raises it again.
+    there on curvature is worth measuring, as if the run began anew.
 
     Keeps two snapshots, also in its state: twice the memory of weights, buffers and optimizer state
     (four times the weights with SGD's momentum, six times with Adam). Until something is learnt
@@ -109,6 +107,11 @@ class Safeguard:
         self.detector = CollapseDetector()
 
     @property
+    def unsettled(self) -> bool:
+        """Whether losses are watched that have not come down to stay, or are yet to be shown."""
+        return self.rollback and self.early
+
+    @property
     def unused(self) -> bool:
         """Whether no loss was ever shown."""
         return self.detector.steps == 0
@@ -172,8 +175,6 @@ class Safeguard:
         if self.ceiling < math.inf and 0 < look.norm < math.inf:
             self.norm = self.norm or look.norm  # zero if no look was quiet before the collapse
             self.ceiling = self.held * min(1.0, self.norm / look.norm)
-        if look.change > TRUSTED:
-            self.free = self.peak * max(TRUSTED / look.change, _CUT)
         self._keep(look)
         if self.detector.learnt:
             self._update.free()

@@ -42,7 +42,8 @@ class StabilityLimit:
         batch_size: trained with; None is that of the first batch measured on.
         dataset_size: what batches are drawn from without replacement.
         policy: ``"mean_square"`` is the limit in the mean square; ``"edge"`` that of a batch twice
-            as large; ``"heavy_ball"`` the lesser of Polyak's rate and the limit at his momentum.
+            as large, once the loss has settled; ``"heavy_ball"`` the lesser of Polyak's rate and
+            the limit at his momentum.
         adjust_momentum: take the limit at `balanced_momentum`, not at the optimizer's own.
         norm_mode: of the measurements.
         tol: of the search, see `CurvatureController`.
@@ -90,11 +91,17 @@ class StabilityLimit:
 
     @unsharding
     def measure(
-        self, model: nn.Module, loss_fn: LossFunction, batches: list[Any]
+        self, model: nn.Module, loss_fn: LossFunction, batches: list[Any], *, settled: bool = True
     ) -> tuple[CurvatureReport, LRBound]:
         """Measure and take the limit; two to five products, the first time up to ten.
 
         Heavy ball's lower edge takes ``max_products`` more, once per call.
+
+        Args:
+            model: at the weights to measure at.
+            loss_fn: ``(model, batch) -> mean loss``.
+            batches: disjoint ones.
+            settled: as that of `bound`.
 
         Raises:
             ValueError: an argument is illegal.
@@ -104,14 +111,26 @@ class StabilityLimit:
         report = self._track(model, loss_fn, batches)
         if self._policy == "heavy_ball":
             self._find_lower_edge(model, loss_fn, batches)
-        bound = self.bound(report, self.batch_size)
+        bound = self.bound(report, self.batch_size, settled=settled)
         self.last = replace(report, seconds=0.0)  # it goes into the state
         return report, bound
 
     def bound(
-        self, report: CurvatureReport, batch_size: int, momentum: float | None = None
+        self,
+        report: CurvatureReport,
+        batch_size: int,
+        momentum: float | None = None,
+        *,
+        settled: bool = True,
     ) -> LRBound:
-        """The limit at ``batch_size``, as the policy has it, at its own momentum or another.
+        """The limit at ``batch_size``, as the policy has it.
+
+        Args:
+            report: the last one.
+            batch_size: trained with.
+            momentum: another than the policy's.
+            settled: the loss has come down, and does not leave a plateau any more, where curvature
+                rises; before, ``"edge"`` keeps to the limit in the mean square.
 
         Raises:
             ArithmeticError: nothing limits the rate.
@@ -121,7 +140,7 @@ class StabilityLimit:
         if largest <= 0:
             msg = f"largest must be positive and finite, got {largest}: nothing limits the rate"
             raise ArithmeticError(msg)
-        size = _EDGE * batch_size if self._policy == "edge" else batch_size
+        size = _EDGE * batch_size if settled and self._policy == "edge" else batch_size
         bound = report.max_lr(
             min(size, report.dataset_size),
             optimizer=kind,
