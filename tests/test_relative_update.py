@@ -33,10 +33,11 @@ def test_each_step_counts_from_what_was_taken():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_sums_are_taken_in_float32(dtype):
     torch.manual_seed(0)
-    model, update = nn.Linear(2048, 2048, bias=False).to(dtype), RelativeUpdate()
+    layers = nn.Linear(2048, 1024, bias=False), nn.Linear(1024, 4, bias=False)
+    model, update = nn.Sequential(*layers).to(dtype), RelativeUpdate()
     update.take(model)
-    scale(model, 1.5)
-    assert update.measure(model).item() == pytest.approx(0.5, rel=1e-2)
+    scale(model, 1.5, 1.25)
+    assert update.measure(model).item() == pytest.approx(0.75, rel=1e-2)
 
 
 @pytest.mark.parametrize("shares", [(0.1, 0.2), (0.5, 0.05), (1e-3, 0.7)])
@@ -69,11 +70,18 @@ def test_beside_frozen_layers_nothing_is_measured():
     assert update.measure(model).item() == 0.0
 
 
+def test_of_a_single_layer_nothing_is_measured():
+    model, update = nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 4)), RelativeUpdate()
+    update.take(model)
+    scale(model, 3.0, 3.0)
+    assert update.measure(model).item() == 0.0
+
+
 def test_only_maps_count_and_each_once():
-    model = nn.ModuleList([nn.Embedding(3, 4), nn.Linear(4, 4), nn.Linear(4, 4)])
+    model = nn.ModuleList([nn.Embedding(3, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)])
     model[2].weight = nn.Parameter(torch.empty(0, 4))
     model.append(nn.Linear(4, 4))
-    model[3].weight = model[1].weight
+    model[4].weight = model[1].weight
     model.position = nn.Parameter(torch.zeros(1, 5, 4))
     update = RelativeUpdate()
     update.take(model)
@@ -85,24 +93,24 @@ def test_only_maps_count_and_each_once():
 
 
 def test_a_layer_begun_at_zero_counts_by_the_norm_it_needs():
-    model, update = nn.Linear(100, 16), RelativeUpdate()
-    nn.init.zeros_(model.weight)
+    model, update = nn.Sequential(nn.Linear(100, 16), nn.Linear(16, 2)), RelativeUpdate()
+    nn.init.zeros_(model[0].weight)
     update.take(model)
     with torch.no_grad():
-        model.weight[0, 0] = 0.05  # the norm of LeCun's initialisation is 4
+        model[0].weight[0, 0] = 0.05  # the norm of LeCun's initialisation is 4
     assert update.measure(model).item() == pytest.approx(0.25)
 
 
 def test_other_layers_are_not_compared():
     update = RelativeUpdate()
     update.take(network())
-    other, alike = nn.Linear(2, 2), nn.Linear(2, 2)
+    other, alike = (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(2))
     assert update.measure(other).item() == 0.0
     update.take(other)
     assert update.measure(alike).item() == 0.0  # of the same shape
     update.take(other)
     update.free()
-    scale(other, 2.0)
+    scale(other, 2.0, 2.0)
     assert update.measure(other).item() == 0.0
 
 

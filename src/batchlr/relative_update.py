@@ -21,7 +21,8 @@ class RelativeUpdate:
     knows nothing of where it leads when that is above 1.
 
     A layer whose norm is tiny, or zero, counts as if it had a twentieth of the norm of LeCun's
-    initialisation. Where some layers are frozen nothing is measured: adapters change much beside
+    initialisation. Of a single layer nothing is measured: what it makes of its input is as curved
+    after a step as before. Nor where some layers are frozen: adapters change much beside
     their own norm and little beside that of the layers they are added to. Holds a copy of the
     weights, of sharded ones this process's parts; a step costs five passes over them, and no
     synchronisation.
@@ -80,7 +81,7 @@ def _norm(tensor: Tensor) -> Tensor:
 
 
 def _layers(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of linear layers and convolutions, each once; none where some are frozen."""
+    """The weights of linear layers and convolutions, each once; none of one, or beside frozen."""
     weights = {
         id(module.weight): module.weight
         for module in model.modules()
@@ -88,4 +89,5 @@ def _layers(model: nn.Module) -> list[nn.Parameter]:
         and isinstance(module.weight, nn.Parameter)
         and module.weight.numel() > 0
     }
-    return list(weights.values()) if all(w.requires_grad for w in weights.values()) else []
+    whole = len(weights) > 1 and all(w.requires_grad for w in weights.values())
+    return list(weights.values()) if whole else []
