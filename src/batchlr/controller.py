@@ -80,10 +80,11 @@ class CurvatureController:
             measured with; ``"mean-square"`` knows all directions, but its correction for few
             batches is noisy where a measurement has only four.
         policy: ``"mean_square"`` keeps to the limit in the mean square; ``"edge"`` to that of a
-            batch twice as large, since training survives more noise (measured); ``"heavy_ball"``,
-            for SGD, sets Polyak's momentum for the curvature outside the bulk, and the lesser of
-            his rate and the limit at that momentum; ``"cdat"`` follows the edge along the
-            optimizer's own step (Roulet et al. 2024); or a key of `POLICIES`, for SGD.
+            batch twice as large, since training survives more noise (measured), once the loss that
+            `observe` sees has come down by 30 %; ``"heavy_ball"``, for SGD, sets Polyak's momentum
+            for the curvature outside the bulk, and the lesser of his rate and the limit at that
+            momentum; ``"cdat"`` follows the edge along the optimizer's own step (Roulet et al.
+            2024); or a key of `POLICIES`, for SGD.
         every_steps: measure before every so many steps, whatever the cost; None goes by need.
         rollback: undo the steps that destroyed the network, where `observe` sees it; see
             `Safeguard` for the memory it takes.
