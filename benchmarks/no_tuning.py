@@ -3,8 +3,8 @@
 A cell is a task, a network, an optimizer and a batch size. Its grid is seven fixed peak rates, a
 factor of about three apart, under the same cosine with warm-up and for the same epochs: one seed
 each, which chooses the best two, then three more for those. What chose does not judge: the best of
-the grid is the better of the two over these three, and seeds by which rules of `auto` were chosen
-are not among them. `auto` runs with the same seeds and no option of its own. Finished runs are kept
+the grid is the better of the two over these three, and the seeds by which rules of `auto` were
+chosen are not among them, though four of their runs were looked at (docs/log.md). `auto` runs with the same seeds and no option of its own. Finished runs are kept
 in the results file and skipped, so the script may be stopped and started at will, and any part run
 alone.
 
@@ -41,7 +41,7 @@ MODELS = {  # options, image size
     "wrn": ({"name": "wide_resnet", "depth": 10, "widen_factor": 1}, 8),
 }
 CHOOSES = 0  # the seed of the whole grid
-JUDGES = (4, 5, 6)  # 1 to 3 chose among the rules of `auto`
+JUDGES = (4, 5, 6)  # 1 to 3 and 7 to 10 chose among the rules of `auto`
 EPOCHS = {16: 8, 64: 12, 256: 24, 1024: 60}
 RATES = {
     "sgd": (0.002, 0.006, 0.02, 0.06, 0.2, 0.6, 2.0),
@@ -146,10 +146,12 @@ def table(rows, judges):
         fixed = [{row["seed"]: accuracy(row) for row in judged(some, judges)} for some in grid]
         autos = judged(runs["auto"], judges)
         auto = {row["seed"]: accuracy(row) for row in autos}
-        most = max(map(len, fixed))
-        best = max((some for some in fixed if len(some) == most), key=mean)
+        judging = [some for some in fixed if some.keys() & set(judges)] or fixed
+        most = max(map(len, judging))
+        best = max((some for some in judging if len(some) == most), key=mean)
         pairs = [auto[seed] - best[seed] for seed in auto.keys() & best.keys()]
         if not pairs:
+            print("| " + " | ".join(map(str, place)) + " | no seed in common |")
             continue
         error = 2 * np.std(pairs, ddof=1) / np.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
         found.append((place, np.mean(pairs), error, autos))

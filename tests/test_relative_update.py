@@ -11,7 +11,7 @@ from batchlr.relative_update import RelativeUpdate
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3))
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.PReLU(4), nn.Flatten(), nn.Linear(16, 3))
 
 
 def scale(model, *factors):
@@ -52,7 +52,17 @@ def test_without_normalisation_it_bounds_what_passes_through(shares):
     assert change <= math.exp(update.measure(model).item()) - 1
 
 
-def test_biases_and_normalisation_do_not_count():
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm([2, 2])])
+def test_where_the_network_normalises_nothing_is_measured(norm):
+    model, update = network(), RelativeUpdate()
+    model.insert(1, norm)
+    update.take(model)
+    with torch.no_grad():
+        model[0].weight.mul_(5.0)
+    assert update.measure(model).item() == 0.0
+
+
+def test_biases_and_slopes_do_not_count():
     model, update = network(), RelativeUpdate()
     update.take(model)
     with torch.no_grad():

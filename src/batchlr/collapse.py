@@ -45,8 +45,8 @@ class CollapseDetector:
     """Looks at losses and gradients every few steps, and knows five kinds of collapse.
 
     Explosion: a loss that is no finite number, or a hundred times the first, or in the mean of a
-    look three times, and a tenth more once something was learnt (a first loss below 1 counts as 1).
-    A jump: before the loss has come down by a
+    look three times the first, a tenth above it once something was learnt (a first loss below 1
+    counts as 1). A jump: before the loss has come down by a
     tenth, a loss a tenth above the first one in the same step as a gradient three times the largest
     before. A leap: while the loss lies where it began, a step that changes the layers by more than
     ln 2 in sum (`RelativeUpdate`), and so what passes through them by up to its own size.
@@ -110,6 +110,7 @@ class CollapseDetector:
         rows: list[list[float]] = torch.stack(self.pending).tolist()
         self.pending = []
         rows, leapt = self._until_leap(rows)
+        count = len(rows)
         loss = sum(row[0] for row in rows) / len(rows)
         norm = rows[-1][1]
         largest = max((row[1] for row in rows if math.isfinite(row[1])), default=0.0)
@@ -121,10 +122,10 @@ class CollapseDetector:
             loss, norm, largest = (same(v) for v in (loss, norm, largest))
             squares, leapt = same(squares), bool(same(float(leapt)))
             lost, silent = bool(same(float(lost))), bool(same(float(silent)))
-            self.sunk = int(same(self.sunk))
+            self.sunk, count = int(same(self.sunk)), int(same(count))
         if not lost:
-            self._settle(loss, largest, silent, len(rows))
-            self.squares, self.freedom = self.squares + squares, self.freedom + len(rows) - 1
+            self._settle(loss, largest, silent, count)
+            self.squares, self.freedom = self.squares + squares, self.freedom + count - 1
         sound = self.sunk == 0
         return Look(loss, norm, lost or leapt, sound=sound, settled=self._settled(loss))
 

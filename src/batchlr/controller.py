@@ -80,10 +80,11 @@ class CurvatureController:
             measured with; ``"mean-square"`` knows all directions, but its correction for few
             batches is noisy where a measurement has only four.
         policy: ``"mean_square"`` keeps to the limit in the mean square; ``"edge"`` to that of a
-            batch twice as large, since training survives more noise (measured), once the loss that
-            `observe` sees has come down by 30 %; ``"heavy_ball"``, for SGD, sets Polyak's momentum
-            for the curvature outside the bulk, and the lesser of his rate and the limit at that
-            momentum; ``"cdat"`` follows the edge along the optimizer's own step (Roulet et al.
+            batch twice as large, since training survives more noise (measured), but as long as
+            `observe` sees a loss that has not come down to stay (by 30 %, or by a tenth for as long
+            again as that took) to that of the batch itself; ``"heavy_ball"``, for SGD, sets
+            Polyak's momentum for the curvature outside the bulk, and the lesser of his rate and the
+            limit at that momentum; ``"cdat"`` follows the edge along the optimizer's own step (Roulet et al.
             2024); or a key of `POLICIES`, for SGD.
         every_steps: measure before every so many steps, whatever the cost; None goes by need.
         rollback: undo the steps that destroyed the network, where `observe` sees it; see
@@ -322,7 +323,9 @@ class CurvatureController:
         if last is None or size is None:
             msg = "nothing was measured yet: change the batch size after the first step"
             raise ValueError(msg)
-        factor = self.limit.bound(last, batch_size).value / self.limit.bound(last, size).value
+        settled = not self._guard.unsettled
+        there, here = (self.limit.bound(last, b, settled=settled) for b in (batch_size, size))
+        factor = there.value / here.value
         self.limit.batch_size = batch_size
         self._filter.scale(factor)
         if self.apply:

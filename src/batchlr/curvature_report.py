@@ -295,7 +295,8 @@ class CurvatureReport:
         """Samples whose matrices all batches' are means of: no number where they interact.
 
         A batch is then no mean over samples, and to have met each of them once is not to know what
-        other batches of them do.
+        other batches of them do. For the rule ``"mean-square"``; standard errors of the other rules
+        take a batch for a mean over samples.
         """
         return math.inf if self.coupled else self.dataset_size
 

@@ -11,6 +11,8 @@ from batchlr.operators.base import BatchedOperator
 
 _NOTHING_NEW = 1e-4  # assumed: a direction of which less than this lies outside is rounding
 
+_ROUNDING = 1e-3  # assumed: beyond it a unit vector is none
+
 _FIRST_ROWS = 4  # assumed: a warm search ends within; so few keep to memory already touched
 
 
@@ -150,7 +152,7 @@ class RitzSpace:
         length = norm(direction)
         torch.div(direction, length.to(direction.dtype), out=out)
         if len(rows) == 0:
-            return bool(length.isfinite() & (length > 0))
+            return bool((norm(out) - 1).abs() < _ROUNDING)  # it may have over- or underflowed
         for _ in range(2):
             out.addmv_(rows.T, rows @ out, alpha=-1)
             left = torch.linalg.vector_norm(out)

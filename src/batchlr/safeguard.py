@@ -108,8 +108,11 @@ class Safeguard:
 
     @property
     def unsettled(self) -> bool:
-        """Whether losses are watched that have not come down to stay, or are yet to be shown."""
-        return self.rollback and self.early
+        """Whether losses are watched that have not come down to stay, or are yet to be shown.
+
+        True for good where all attempts were in vain.
+        """
+        return self.early and (self.rollback or self.attempts >= _ATTEMPTS)
 
     @property
     def unused(self) -> bool:
@@ -137,6 +140,7 @@ class Safeguard:
         before = self.spikes.factor
         event: Event | None = "slowed" if self.spikes.observe(loss) else None
         if self._model is not None:
+            reshard(self._model)
             gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
             change = None if self.detector.learnt else self._update.measure(self._model)
             look = self.detector.observe(loss, gradients, same, change)

@@ -118,7 +118,8 @@ class CurvatureOptions(Options):
     policy: Policy = Field(
         default="edge",
         description="what a measurement sets: mean_square = the largest stable rate (Mulayoff and "
-        "Michaeli 2024, extended to momentum); edge = that of a batch twice as large (measured); "
+        "Michaeli 2024, extended to momentum); edge = that of a batch twice as large (measured) "
+        "once the loss has come down to stay; "
         "heavy_ball = Polyak's momentum, and the lesser of his rate and the limit; cdat = twice "
         "the greedy rate along the step (Roulet et al. 2024); paper_* = rate and momentum of the "
         "paper's on-the-fly learners as published, from one Lanczos run of max_products steps",
