@@ -4,9 +4,9 @@ A cell is a task, a network, an optimizer and a batch size. Its grid is seven fi
 factor of about three apart, under the same cosine with warm-up and for the same epochs: one seed
 each, which chooses the best two, then three more for those. What chose does not judge: the best of
 the grid is the better of the two over these three, and the seeds by which rules of `auto` were
-chosen are not among them, though four of their runs were looked at (docs/log.md). `auto` runs with the same seeds and no option of its own. Finished runs are kept
-in the results file and skipped, so the script may be stopped and started at will, and any part run
-alone.
+chosen are not among them, though four of their runs were looked at (docs/log.md). `auto` runs with
+the same seeds and no option of its own. Finished runs are kept in the results file and skipped, so
+the script may be stopped and started at will, and any part run alone.
 
     python benchmarks/no_tuning.py --models mlp --batches 64
     python benchmarks/no_tuning.py --table

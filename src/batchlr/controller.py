@@ -84,8 +84,8 @@ class CurvatureController:
             `observe` sees a loss that has not come down to stay (by 30 %, or by a tenth for as long
             again as that took) to that of the batch itself; ``"heavy_ball"``, for SGD, sets
             Polyak's momentum for the curvature outside the bulk, and the lesser of his rate and the
-            limit at that momentum; ``"cdat"`` follows the edge along the optimizer's own step (Roulet et al.
-            2024); or a key of `POLICIES`, for SGD.
+            limit at that momentum; ``"cdat"`` follows the edge along the optimizer's own step
+            (Roulet et al. 2024); or a key of `POLICIES`, for SGD.
         every_steps: measure before every so many steps, whatever the cost; None goes by need.
         rollback: undo the steps that destroyed the network, where `observe` sees it; see
             `Safeguard` for the memory it takes.

@@ -83,7 +83,7 @@ def _norm(tensor: Tensor) -> Tensor:
 
 
 def _layers(model: nn.Module) -> list[nn.Parameter]:
-    """Weights of linear layers and convolutions, each once; none where nothing is to be measured."""
+    """The weights of linear layers and convolutions, each once; none where none is measured."""
     if any("norm" in type(module).__name__.lower() for module in model.modules()):
         return []
     weights = {
