@@ -956,14 +956,18 @@ def test_a_controller_that_does_not_steer_does_not_back_off(options):
     assert scheduler.peak == peak
 
 
+@pytest.mark.parametrize(
+    ("policy", "rollback", "times"),
+    [("mean_square", True, 1), ("edge", True, 1), ("edge", False, 2)],  # True: not settled yet
+)
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
-def test_another_batch_size_gets_its_own_limit_at_once(kind):
+def test_another_batch_size_gets_its_own_limit_at_once(kind, policy, rollback, times):
     model, _, scheduler, batches = linear_problem(kind)
-    options = {"dataset_size": 128, "total_steps": 1000, "policy": "mean_square"}
+    options = {"dataset_size": 128, "total_steps": 1000, "policy": policy, "rollback": rollback}
     controller = controller_of(scheduler, MSE, **options)
     update = controller.maybe_update(model, batches)
     controller.set_batch_size(4)
-    want = update.report.max_lr(4, optimizer=update.bound.optimizer, rule="top-direction")
+    want = update.report.max_lr(4 * times, optimizer=update.bound.optimizer, rule="top-direction")
     assert scheduler.peak == pytest.approx(want.value, rel=1e-9)
     assert scheduler.batch_size == controller.batch_size == 4
     assert controller.due  # soon after

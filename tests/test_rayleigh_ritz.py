@@ -93,6 +93,13 @@ class TestRitz:
         with pytest.raises(ArithmeticError, match="products are not finite: the model"):
             RitzSpace(DenseOperator(matrix), 3).extend(torch.ones(5))
 
+    @pytest.mark.parametrize("size", [0.0, 3e38, 1e-44, torch.inf, torch.nan])
+    def test_a_first_vector_that_cannot_be_scaled_to_one_does_not_join(self, size):
+        space = RitzSpace(DenseOperator(torch.eye(5)), 3)
+        assert not space.extend(torch.full((5,), size))
+        assert space.extend(torch.ones(5))
+        assert space.num_products == 1
+
 
 class TestRestart:
     @pytest.mark.parametrize("end", ["largest", "smallest", "both"])

@@ -192,6 +192,20 @@ def test_after_eight_attempts_in_vain_the_run_is_left_to_itself():
     assert run.weight > 8
 
 
+def test_losses_settle_and_what_failed_for_good_never_does():
+    run = Run()
+    assert run.guard.unsettled
+    run.steps(*PLATEAU)
+    assert run.guard.unsettled
+    run.steps(*[1.0] * 10)
+    assert not run.guard.unsettled
+    failed = Run()
+    failed.steps(*PLATEAU, *[math.nan] * 40)
+    assert not failed.guard.rollback
+    assert failed.guard.unsettled
+    assert not Run(rollback=False).guard.unsettled
+
+
 def test_attempts_long_past_do_not_count():
     run = Run()
     run.steps(*LEARNT)

@@ -46,13 +46,13 @@ class CollapseDetector:
 
     Explosion: a loss that is no finite number, or a hundred times the first, or in the mean of a
     look three times the first, a tenth above it once something was learnt (a first loss below 1
-    counts as 1). A jump: before the loss has come down by a
-    tenth, a loss a tenth above the first one in the same step as a gradient three times the largest
-    before. A leap: while the loss lies where it began, a step that changes the layers by more than
-    ln 2 in sum (`RelativeUpdate`), and so what passes through them by up to its own size.
-    Silence: in every step of a look most tensors of weights have a gradient of exactly zero, as
-    behind units that have died, at a loss above half the first one. Oblivion: once something was
-    learnt, three looks in a row whose loss is within 3 % of the first one, or worse.
+    counts as 1). A jump: before the loss has come down by a tenth, a loss a tenth above the first
+    one in the same step as a gradient three times the largest before. A leap: while the loss lies
+    where it began, a step that changes the layers by more than ln 2 in sum (`RelativeUpdate`), and
+    so what passes through them by up to its own size. Silence: in every step of a look most tensors
+    of weights have a gradient of exactly zero, as behind units that have died, at a loss above half
+    the first one. Oblivion: once something was learnt, three looks in a row whose loss is within
+    3 % of the first one, or worse.
     What compares losses does so beyond their noise, pooled from the scatter within quiet looks: a
     jump, oblivion and a mean too large are told from the third quiet look on.
 

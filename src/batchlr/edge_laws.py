@@ -59,59 +59,77 @@ def edge_laws(report: CurvatureReport, batch_size: float) -> dict[str, EdgeLaw]:
             largest, noise.orthogonal, inverse, "homogeneous noise of the top direction's size"
         ),
     }
-    random = noise.random_direction
-    if math.isfinite(random):
-        laws["wigner"] = _wigner(
-            largest, random, inverse, "homogeneous noise, a matrix of low rank"
+    return (
+        laws
+        | _with_random_noise(report, inverse)
+        | _with_trace(report, inverse)
+        | _with_small_batches(report, inverse)
+    )
+
+
+def _with_random_noise(report: CurvatureReport, inverse: float) -> dict[str, EdgeLaw]:
+    """Laws of the noise along a random direction."""
+    largest, random = report.largest, report.noise.random_direction
+    if not math.isfinite(random):
+        return {}
+    laws = {"wigner": _wigner(largest, random, inverse, "homogeneous noise, a matrix of low rank")}
+    if report.ritz_weights:
+        pairs = zip(report.ritz_values[1:], report.ritz_weights[1:], strict=True)
+        bulk = [(value, weight) for value, weight in pairs if value < largest]
+        total = sum(weight for _, weight in bulk)
+        outlier = subordinated_outlier(
+            largest,
+            [value for value, _ in bulk],
+            [weight / total for _, weight in bulk],
+            random * inverse,
         )
-        if report.ritz_weights:
-            pairs = zip(report.ritz_values[1:], report.ritz_weights[1:], strict=True)
-            bulk = [(value, weight) for value, weight in pairs if value < largest]
-            total = sum(weight for _, weight in bulk)
-            outlier = subordinated_outlier(
-                largest,
-                [value for value, _ in bulk],
-                [weight / total for _, weight in bulk],
-                random * inverse,
-            )
-            laws["subordinated"] = EdgeLaw(
-                _shifted(largest, outlier - largest, _relative(random)),
-                math.nan,
-                "homogeneous noise, any spectrum",
-            )
+        laws["subordinated"] = EdgeLaw(
+            _shifted(largest, outlier - largest, _relative(random)),
+            math.nan,
+            "homogeneous noise, any spectrum",
+        )
+    return laws
+
+
+def _with_trace(report: CurvatureReport, inverse: float) -> dict[str, EdgeLaw]:
+    """Laws of what the trace leaves beside the largest eigenvalue."""
+    largest = report.largest
     rest = Measured(report.trace - largest, report.trace.stderr)
-    if math.isfinite(rest) and rest > 0:
-        laws["trace"] = EdgeLaw(
+    if not (math.isfinite(rest) and rest > 0):
+        return {}
+    laws = {
+        "trace": EdgeLaw(
             _shifted(largest, rest * inverse, _relative(rest)),
             math.nan,
             "rank-one samples with Gaussian features",
         )
-        scale, ratio = rest / report.num_params, report.num_params * inverse
-        covariance = SpikedMarchenkoPastur(noise_scale=scale, ratio=ratio)
-        addition = SpikedMarchenkoPastur(noise_scale=scale, ratio=ratio, form="additive")
-        # Of an added noise the mean belongs to the mean matrix already.
-        for name, law, mean in (
-            ("marchenko-pastur", covariance, 0.0),
-            ("additive", addition, scale),
-        ):
-            spike = largest - mean
-            laws[name] = EdgeLaw(
-                _shifted(largest, law.outlier(spike) - largest, _relative(rest)),
-                law.overlap(spike),
-                "positive semi-definite noise, alike in all directions",
-            )
-    if report.small_batch is not None:
-        size, mean = report.small_batch
-        there = report.inverse_effective_batch_size(size)
-        if there > 0:
-            shift = max(mean - largest, 0.0) * inverse / there
-            error = mean.stderr * inverse / there
-            laws["two-point"] = EdgeLaw(
-                Measured(largest + shift, math.hypot(_finite(largest.stderr), _finite(error))),
-                math.nan,
-                "a shift proportional to 1/b",
-            )
+    }
+    scale, ratio = rest / report.num_params, report.num_params * inverse
+    covariance = SpikedMarchenkoPastur(noise_scale=scale, ratio=ratio)
+    addition = SpikedMarchenkoPastur(noise_scale=scale, ratio=ratio, form="additive")
+    # Of an added noise the mean belongs to the mean matrix already.
+    for name, law, mean in (("marchenko-pastur", covariance, 0.0), ("additive", addition, scale)):
+        spike = largest - mean
+        laws[name] = EdgeLaw(
+            _shifted(largest, law.outlier(spike) - largest, _relative(rest)),
+            law.overlap(spike),
+            "positive semi-definite noise, alike in all directions",
+        )
     return laws
+
+
+def _with_small_batches(report: CurvatureReport, inverse: float) -> dict[str, EdgeLaw]:
+    """The law of the mean largest eigenvalue of small batches."""
+    if report.small_batch is None:
+        return {}
+    largest, (size, mean) = report.largest, report.small_batch
+    there = report.inverse_effective_batch_size(size)
+    if there <= 0:
+        return {}
+    shift = max(mean - largest, 0.0) * inverse / there
+    error = mean.stderr * inverse / there
+    edge = Measured(largest + shift, math.hypot(_finite(largest.stderr), _finite(error)))
+    return {"two-point": EdgeLaw(edge, math.nan, "a shift proportional to 1/b")}
 
 
 def _wigner(largest: Measured, variance: Measured, inverse: float, assumes: str) -> EdgeLaw:

@@ -25,9 +25,8 @@ class RelativeUpdate:
     after a step as before. Nor where the network normalises (a module with "norm" in the name of
     its class), so that sums of 2.5 do no harm (measured, docs/log.md); nor where some layers are
     frozen: adapters change much beside their own norm and little beside that of the layers they are
-    added to. Holds a copy of the
-    weights, of sharded ones this process's parts; a step costs five passes over them, and no
-    synchronisation.
+    added to. Holds a copy of the weights, of sharded ones this process's parts; a step costs five
+    passes over them, and no synchronisation.
     """
 
     def __init__(self) -> None:
