@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 PARALLEL := OMP_NUM_THREADS=1
 WORKERS := -n 2 --dist worksteal
 LAW := $(sort $(wildcard benchmarks/*.py))
-PARTS ?= product_cost top_eigenvalue slq_cost density_error memory report_cost tracking scaling
+PARTS ?= product_cost top_eigenvalue slq_cost density_error memory report_cost tracking scaling compiled_products
 BENCH_ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

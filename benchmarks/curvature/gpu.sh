@@ -4,7 +4,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-for part in ${PARTS:-product_cost top_eigenvalue slq_cost memory report_cost tracking scaling}; do
+PARTS=${PARTS:-product_cost top_eigenvalue slq_cost memory report_cost tracking scaling compiled_products}
+for part in $PARTS; do
   echo "== $part"
   "${PYTHON:-python}" "$part.py" --device "${DEVICE:-cuda}"
 done
