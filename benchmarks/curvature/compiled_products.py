@@ -166,8 +166,9 @@ def render(rows: Sequence[results.Row]) -> str:
     note = (
         "How many times faster a product is than on the library's kept graph: medians (and "
         "quartiles) of the ratios within a round. Seconds to the first product, compilers "
-        "included and nothing cached; after how many products they are won back, by medians; "
-        "relative distance of the product. A gain whose quartiles contain 1 is a draw."
+        "included and nothing cached (CPU time; on a GPU wall time); after how many products they "
+        "are won back, by medians; relative distance of the product. A gain whose quartiles "
+        "contain 1 is a draw."
     )
     header = ["network", "samples", "product", "route", "faster", "set-up, s", "pays after"]
     return f"{note}\n\n{results.table([*header, 'distance'], lines)}"
