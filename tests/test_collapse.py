@@ -107,6 +107,23 @@ def test_so_is_a_mean_of_three_times_the_first_loss_or_of_three(first, loss):
         assert show(detector, [mean, mean]) == [lost]
 
 
+@pytest.mark.parametrize("steep", [0.0, 0.2])
+def test_a_descent_is_no_noise(steep):
+    detector = CollapseDetector()
+    losses = [2.3 - steep * max(0, step - 4) for step in range(10)]
+    assert not any(show(detector, [2.3] * 2 + losses))
+    assert show(detector, [2.9, 3.0]) == [steep > 0]  # well above the first, as it had learnt
+
+
+@pytest.mark.parametrize(("loss", "settled"), [(2.3, False), (2.1, False), (2.0, True)])
+def test_what_time_alone_settles_is_still_down_by_a_tenth(loss, settled):
+    detector = CollapseDetector()
+    show(detector, [2.3] * 4 + [2.0] * 4)
+    assert detector.learnt
+    looks = [detector.observe(torch.tensor(loss), gradients(1.0)) for _ in range(16)]
+    assert [look for look in looks if look][-1].settled == settled
+
+
 def test_before_the_noise_is_known_a_jump_is_none():
     detector = CollapseDetector()
     show(detector, [2.3] * 4)

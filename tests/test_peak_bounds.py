@@ -27,6 +27,14 @@ def test_a_step_stays_within_its_bounds(bounds, limit, last):
         assert peak == aim
 
 
+@given(bounds=BOUNDS, last=POSITIVE, doubt=st.floats(0, 2))
+def test_a_doubtful_peak_may_have_been_too_low_by_its_error(bounds, last, doubt):
+    assert bounds.peak(math.inf, last, doubt) == pytest.approx(
+        bounds.growth * last * math.exp(doubt), rel=1e-12
+    )
+    assert bounds.peak(0.0, last, doubt) == bounds.drop * last
+
+
 @given(bounds=BOUNDS, limit=POSITIVE)
 def test_a_steady_limit_is_reached(bounds, limit):
     peak = bounds.peak(limit, None)

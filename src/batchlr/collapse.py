@@ -53,8 +53,9 @@ class CollapseDetector:
     of weights have a gradient of exactly zero, as behind units that have died, at a loss above half
     the first one. Oblivion: once something was learnt, three looks in a row whose loss is within
     3 % of the first one, or worse.
-    What compares losses does so beyond their noise, pooled from the scatter within quiet looks: a
-    jump, oblivion and a mean too large are told from the third quiet look on.
+    What compares losses does so beyond their noise, pooled from the scatter within quiet looks, of
+    those that descend about the descent: a jump, oblivion and a mean too large are told from the
+    third quiet look on.
 
     A gradient that training clips cannot jump, and one that is gone before `observe` tells nothing;
     losses then have to do alone.
@@ -65,12 +66,13 @@ class CollapseDetector:
 
     steps: int = 0
     close: bool = False  # look at every step
-    squares: float = 0.0  # of losses about the means of their looks, the quiet ones
+    squares: float = 0.0  # of losses about the means of their looks, or their descent; quiet ones
     freedom: int = 0  # degrees of freedom of that sum
     first: float | None = None  # mean loss of the first look
     largest: float = 0.0  # norm of a gradient up to the last look that was quiet
     sparse: bool = False  # most tensors had no gradient from the start
     learnt: int = 0  # steps after which the loss had come down; 0 is not yet
+    before: list[float] = field(default_factory=list)  # mean loss and steps of the last quiet look
     sunk: int = 0  # looks since it is back at the first
     pending: list[Tensor] = field(default_factory=list)  # (4,) each, see `_signs`
 
@@ -115,8 +117,10 @@ class CollapseDetector:
         norm = rows[-1][1]
         largest = max((row[1] for row in rows if math.isfinite(row[1])), default=0.0)
         silent = all(row[2] > _SILENT for row in rows)
-        squares = sum((row[0] - loss) ** 2 for row in rows)
+        losses = [row[0] for row in rows]
+        squares = _squares(losses, loss, slope=0.0)
         self.sunk = self.sunk + 1 if self.learnt and self._back(loss, squares, len(rows)) else 0
+        squares = min(squares, _squares(losses, loss, self._slope(loss, len(rows))))
         lost = self._lost(rows, loss, silent)
         if same is not None:
             loss, norm, largest = (same(v) for v in (loss, norm, largest))
@@ -126,8 +130,16 @@ class CollapseDetector:
         if not lost:
             self._settle(loss, largest, silent, count)
             self.squares, self.freedom = self.squares + squares, self.freedom + count - 1
+            self.before = [loss, count]
         sound = self.sunk == 0
         return Look(loss, norm, lost or leapt, sound=sound, settled=self._settled(loss))
+
+    def _slope(self, mean: float, count: int) -> float:
+        """Of the losses from the last look to this one, a step."""
+        if not self.before:
+            return 0.0
+        last, steps = self.before
+        return (mean - last) / ((steps + count) / 2)
 
     def _until_leap(self, rows: list[list[float]]) -> tuple[list[list[float]], bool]:
         """The steps up to a leap, which do not know yet where it led, and whether there was one."""
@@ -145,7 +157,9 @@ class CollapseDetector:
     def _settled(self, loss: float) -> bool:
         if not self.learnt or self.first is None:
             return False
-        return loss < self.first - _SETTLED * abs(self.first) or self.steps >= 2 * self.learnt
+        down, unit = self.first - loss, abs(self.first)
+        lasting = self.steps >= 2 * self.learnt and down > _LEARNT * unit
+        return down > _SETTLED * unit or lasting
 
     @property
     def _noise(self) -> float:
@@ -200,6 +214,10 @@ class CollapseDetector:
         if not self.learnt and loss < self.first - down:
             self.learnt = self.steps
 
+    def restart(self) -> None:
+        """The next step does not go on from the last."""
+        self.pending, self.before = [], []
+
     def state_dict(self) -> dict[str, Any]:
         """Numbers and the signs not yet looked at."""
         return asdict(self)
@@ -207,7 +225,13 @@ class CollapseDetector:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         for name, value in state_dict.items():
-            setattr(self, name, list(value) if name == "pending" else value)
+            setattr(self, name, list(value) if isinstance(value, list) else value)
+
+
+def _squares(losses: list[float], mean: float, slope: float) -> float:
+    """Sum of the squares about a line through the middle."""
+    middle = (len(losses) - 1) / 2
+    return sum((loss - mean - slope * (i - middle)) ** 2 for i, loss in enumerate(losses))
 
 
 @torch.no_grad()

@@ -301,7 +301,7 @@ class CurvatureController:
         self.scheduler.set_peak(same(self.scheduler.peak))
         if self.sets_momentum:
             set_momentum(self.scheduler.optimizer, same(get_momentum(self.scheduler.optimizer)))
-        for name in ("free", "held", "ceiling", "norm"):
+        for name in ("free", "held", "top", "ceiling", "norm"):
             setattr(self._guard, name, same(getattr(self._guard, name)))
         for part in (self.cadence, self._filter):
             part.load_state_dict(
@@ -362,12 +362,13 @@ class CurvatureController:
             change = bound.value / before.value
             if self._has_rate:
                 self._filter.scale(change)
+        doubt = self._filter.doubt
         rate = self._filter.update(self._step, bound.value, relative_error(bound))
         if self.apply:
             bounds = replace(self.bounds, start=_ANEW) if self._anew else self.bounds
             last = self._guard.free * change if self._has_rate and not self._anew else None
             self._anew = False
-            peak = bounds.peak(self._guard.factor * rate, last)
+            peak = bounds.peak(self._guard.factor * rate, last, doubt)
             self.scheduler.set_peak(self._guard.limited(peak))
             if self.limit.sets_momentum:
                 set_momentum(optimizer, bound.momentum)

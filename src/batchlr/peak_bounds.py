@@ -1,5 +1,6 @@
 """How fast the peak of a schedule follows the limit measured."""
 
+import math
 from dataclasses import dataclass
 from typing import final
 
@@ -13,7 +14,8 @@ class PeakBounds:
         safety: share of the limit that is aimed at, in (0, 1].
         start: share of that at the first measurement, in (0, 1]; curvature rises most in the first
             steps (measured against 1: docs/log.md).
-        growth: largest factor a measurement, above 1 (measured: 3 overshoots).
+        growth: largest factor a measurement, above 1 (measured: 3 overshoots), beyond the error of
+            the limit before.
         drop: smallest factor a measurement, in [0, 1). A rate that falls at once with every rise of
             the curvature lets it rise further (measured: it starved a VGG, docs/log.md).
 
@@ -39,14 +41,15 @@ class PeakBounds:
             msg = f"drop must lie in [0, 1), got {self.drop}; 0 is no bound"
             raise ValueError(msg)
 
-    def peak(self, limit: float, last: float | None) -> float:
+    def peak(self, limit: float, last: float | None, doubt: float = 0.0) -> float:
         """The next peak.
 
         Args:
             limit: on the rate, positive.
             last: the peak before; None at the first measurement.
+            doubt: standard error of the logarithm of the limit that ``last`` came from.
         """
         aim = self.safety * limit
         if last is None:
             return self.start * aim
-        return min(max(aim, self.drop * last), self.growth * last)
+        return min(max(aim, self.drop * last), self.growth * math.exp(doubt) * last)

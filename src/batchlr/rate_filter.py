@@ -27,6 +27,11 @@ class RateFilter:
         """The estimate; NaN before the first measurement."""
         return math.exp(self.log_rate)
 
+    @property
+    def doubt(self) -> float:
+        """Standard error of `log_rate`; 0 while there is no estimate to doubt."""
+        return self.variance**0.5 if math.isfinite(self.variance) else 0.0
+
     def update(self, step: int, rate: float, error: float) -> float:
         """The estimate after a measurement before ``step``.
 

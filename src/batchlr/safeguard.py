@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from batchlr.collapse import CollapseDetector, Look, Same
 from batchlr.operators.unsharded import reshard
+from batchlr.optimizer_state import optimizer_kind
 from batchlr.relative_update import RelativeUpdate
 from batchlr.snapshots import Snapshot
 from batchlr.spike_guard import SpikeGuard
@@ -24,7 +25,10 @@ EVENTS = {
     "recovered": "the network has left the plateau on which it was lost before",
 }
 
-_NUMBERS = ("rollback", "free", "held", "ceiling", "norm", "attempts", "early", "quiet", "level")
+_NUMBERS = (
+    "rollback", "free", "held", "top", "ceiling", "start", "norm", "seen", "attempts", "leaving",
+    "early", "quiet", "level",
+)  # fmt: skip
 
 
 @final
@@ -39,9 +43,12 @@ class Safeguard:
 
     On a plateau curvature says nothing about the rate that its end will bear, so a network back at
     its start does not get its rate back: each attempt has a ceiling on the peak of a quarter of the
-    last one's, and after each step the ceiling is lowered in proportion as the gradient exceeds the
-    largest before the first collapse. It is lifted when the loss has come down by a tenth: from
-    there on curvature is worth measuring, as if the run began anew.
+    last one's. As the gradient grows, curvature does (Zhang et al. 2020, arXiv 1905.11881): the
+    ceiling is lowered in proportion as the gradient exceeds that of the first look, but not for
+    Adam and RMSprop, whose steps do not grow with the gradient. When the loss has come down by a
+    tenth curvature is worth measuring, as if the run began anew, and what was measured is the
+    ceiling, lowered as the gradient exceeds that of the measurement; when it has come down to stay
+    there is none any more.
 
     Keeps two snapshots, also in its state: twice the memory of weights, buffers and optimizer state
     (four times the weights with SGD's momentum, six times with Adam). Until something is learnt
@@ -59,15 +66,20 @@ class Safeguard:
         self.spikes = SpikeGuard()
         self.detector = CollapseDetector()
         self.free = math.nan  # the peak were there no ceiling
-        self.held = math.inf  # the ceiling of this attempt, at the gradients of the plateau
+        self.held = math.inf  # the ceiling of this attempt on the plateau
+        self.top = math.inf  # the ceiling at gradients of `norm`
         self.ceiling = math.inf  # at the last gradient
-        self.norm = math.nan  # the plateau's largest gradient
+        self.start = 0.0  # largest gradient of the first look
+        self.norm = 0.0  # above which a gradient lowers the ceiling
+        self.seen = 0.0  # last gradient looked at
         self.attempts = 0  # since the last success
+        self.leaving = False  # the plateau was left, by what may not last
         self.early = True  # the snapshots are of the start
         self.quiet = 0  # looks since the last attempt
         self.level = math.nan  # loss of the snapshot gone back to
         self.losses = [math.nan, math.nan]  # at the two snapshots
         self._model: nn.Module | None = None
+        self._scales = optimizer_kind(optimizer) == "sgd"
         self._sure, self._latest = Snapshot(), Snapshot()
         self._update = RelativeUpdate()
 
@@ -92,7 +104,8 @@ class Safeguard:
             return
         if self._model is not None:  # another network: nothing is known of it
             self.detector = CollapseDetector()
-            self.early, self.attempts, self.ceiling, self.held = True, 0, math.inf, math.inf
+            self.early, self.leaving, self.attempts = True, False, 0
+            self.held = self.top = self.ceiling = math.inf
             self.losses = [math.nan, math.nan]
         if self._model is not None or not self._sure.fits(model):
             for snapshot in (self._sure, self._latest):
@@ -101,7 +114,8 @@ class Safeguard:
 
     def stop(self) -> None:
         """Do without rollback from now on, and free its memory."""
-        self.rollback, self.ceiling, self._model = False, math.inf, None
+        self.rollback, self._model = False, None
+        self.top = self.ceiling = math.inf
         self._sure, self._latest = Snapshot(), Snapshot()
         self._update.free()
         self.detector = CollapseDetector()
@@ -120,14 +134,17 @@ class Safeguard:
         return self.detector.steps == 0
 
     def limited(self, peak: float) -> float:
-        """``peak``, or the ceiling where that is lower."""
+        """``peak``, just measured, or the ceiling where that is lower."""
         self.free = peak
+        if self.leaving:
+            self._set_ceiling(peak, self.seen)
         return self.peak
 
     def rescale(self, factor: float) -> None:
         """Carry the rates over to a setting that bears ``factor`` times as much."""
         self.free *= factor
         self.held *= factor
+        self.top *= factor
         self.ceiling *= factor
 
     def observe(self, loss: Tensor, same: Same | None = None) -> Event | None:
@@ -169,20 +186,25 @@ class Safeguard:
     def _judge(self, look: Look, factor: float) -> Event | None:
         if look.lost:
             return self._undo(factor)
+        self.seen = look.norm
+        event: Event | None = None
         if self.attempts and self._succeeded(look.loss):
-            lifted = self.ceiling < math.inf
+            event = "recovered" if self.ceiling < math.inf else None
             self.free = self.peak  # until the next limit is measured
-            self.attempts, self.ceiling = 0, math.inf
-            self.detector.close = False
-            self._keep(look)
-            return "recovered" if lifted else None
-        if self.ceiling < math.inf and 0 < look.norm < math.inf:
+            self.attempts, self.leaving = 0, self.early
+            self._set_ceiling(math.inf, 0.0)
+        elif self._scales and self.top < math.inf and 0 < look.norm < math.inf:
             self.norm = self.norm or look.norm  # zero if no look was quiet before the collapse
-            self.ceiling = self.held * min(1.0, self.norm / look.norm)
+            self.ceiling = self.top * min(1.0, self.norm / look.norm)
         self._keep(look)
         if self.detector.learnt:
             self._update.free()
-        return None
+        return event
+
+    def _set_ceiling(self, top: float, norm: float) -> None:
+        """At gradients of ``norm`` and below it is ``top``."""
+        self.top = self.ceiling = top
+        self.norm = norm
 
     def _succeeded(self, loss: float) -> bool:
         self.quiet += 1
@@ -190,13 +212,17 @@ class Safeguard:
         return down or (not self.early and self.quiet >= _PATIENCE)
 
     def _keep(self, look: Look) -> None:
+        assert self._model is not None
         if math.isnan(self.losses[0]):
             self.losses = [look.loss, look.loss]
-            self.level = look.loss
-        self.early = self.early and not look.settled
+            self.level, self.start = look.loss, self.detector.largest
+        if self.early and look.settled:
+            self.early = self.leaving = self.detector.close = False
+            self._set_ceiling(math.inf, 0.0)
+            self._latest.take(self._model, self.optimizer)  # the start is too far back now
+            self.losses[1] = look.loss
         if self.early or not look.sound:
             return
-        assert self._model is not None
         self._sure, self._latest = self._latest, self._sure
         self._latest.take(self._model, self.optimizer)
         self.losses = [self.losses[1], look.loss]
@@ -214,15 +240,14 @@ class Safeguard:
         self._latest.take(self._model, self.optimizer)
         self.level = self.losses[0]
         self.losses = [self.level, self.level]
-        self.detector.pending = []
+        self.detector.restart()
         self.spikes.pending = []
         if self.early:
             self.detector.learnt = 0
-            if self.held == math.inf:
-                self.norm, self.held = self.detector.largest, self.free
-            self.detector.largest = self.norm
-            self.held *= _CUT
-            self.ceiling = self.held
+            self.detector.largest = self.start
+            self.held = _CUT * (self.free if self.held == math.inf else self.held)
+            self.leaving = False
+            self._set_ceiling(self.held, self.start)
             self.free = max(self.free, self.held)  # what was learnt of the rate is undone, too
             self.detector.close = True
             self.spikes.factor = factor
