@@ -6,7 +6,6 @@ otherwise, and the step after which the second process loses its weights.
 
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from batchlr.operators.unsharded import reshard
 from batchlr.sharded_tensors import local_part
 from batchlr.training import loop
 from batchlr.training.config import load_config
@@ -27,9 +27,8 @@ poisoned = -1
 def leave(run: _Run, summary: dict[str, Any]) -> None:
     """What this process ended with."""
     experiment = run.experiment
-    moments = [
-        value for state in experiment.optimizer.state.values() for value in state.values()
-    ]
+    reshard(experiment.model)  # an evaluation leaves the root's weights gathered
+    moments = [value for state in experiment.optimizer.state.values() for value in state.values()]
     end = {
         "peaks": [update.peak for update in run.updates],
         "eigenvalues": [update.largest_eigenvalue for update in run.updates],
@@ -64,6 +63,6 @@ if __name__ == "__main__":
     _Run.update_weights = poison  # type: ignore[method-assign]
     folder, leave_group = Path(sys.argv[1]), dist.destroy_process_group
     meet_once()
-    for out, overrides, poisoned in json.loads((folder / "runs.json").read_text()):
+    for out, overrides, poisoned in json.loads((folder / "runs.json").read_text()):  # noqa: B007
         loop.train(load_config(folder / "tiny.yaml", overrides).config, folder / out)
     leave_group()
