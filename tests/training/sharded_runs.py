@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from batchlr.operators.unsharded import reshard
-from batchlr.sharded_tensors import local_part
+from batchlr.sharded_tensors import local_part, norms_of_whole
 from batchlr.training import loop
 from batchlr.training.config import load_config
 from batchlr.training.loop import _Run
@@ -28,11 +28,14 @@ def leave(run: _Run, summary: dict[str, Any]) -> None:
     """What this process ended with."""
     experiment = run.experiment
     reshard(experiment.model)  # an evaluation leaves the root's weights gathered
+    gradients = [p.grad for p in experiment.model.parameters()]
+    parts = [local_part(gradient).norm() for gradient in gradients]
     moments = [value for state in experiment.optimizer.state.values() for value in state.values()]
     end = {
         "peaks": [update.peak for update in run.updates],
         "eigenvalues": [update.largest_eigenvalue for update in run.updates],
         "buffers": [float(buffer.double().sum()) for buffer in experiment.model.buffers()],
+        "gradient_norm": float(torch.stack(norms_of_whole(parts, gradients)).norm()),
         "summary": summary,
         "weights": sum(local_part(p).numel() for p in experiment.model.parameters()),
         "groups": sum("FSDP" in type(m).__name__ for m in experiment.model.modules()),
@@ -52,7 +55,7 @@ def poison(run: _Run, batch: Any) -> torch.Tensor:
 
 
 def meet_once() -> None:
-    """One group for all runs: gloo's hang now and then in a process that had one before."""
+    """One group for all runs: gloo's hung now and then in a process that had left one."""
     dist.init_process_group("gloo")
     dist.init_process_group = dist.destroy_process_group = lambda *_: None
 

@@ -119,7 +119,7 @@ def test_sharded_runs_need_a_test_image_in_each_process(tmp_path):
         "data={name: synthetic, num_samples: 64, num_test_samples: 3, image_size: 4}",
         "batch.global_size=32",
     )
-    with pytest.raises(ValueError, match=r"needs a test image in each of its 4 processes, .* has 3"):
+    with pytest.raises(ValueError, match=r"test image in each of its 4 processes, .* has 3"):
         build_experiment(config, Processes(world_size=4, shards=True))
 
 

@@ -23,8 +23,10 @@ from runs import (
 
 from batchlr.training import loop
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("sharded_runs.py")
-HALF = "train.max_steps=5"
+HALF = "train.max_steps=4"
 # Shares of the test set of 257 and 256: a pass of 256 at most leaves one process more to do.
 DATA = "data={name: synthetic, num_samples: 96, num_test_samples: 513, image_size: 4}"
 KINDS = {
@@ -34,6 +36,7 @@ KINDS = {
         "optim.lr=auto",
         "batch.micro_size=8",  # of a share of 16
         "train.clip_norm=0.5",
+        "train.epochs=2",
     ],
     "adam": ["optim={name: adam, lr: auto}"],
     "low": [
@@ -52,8 +55,8 @@ RUNS = [
     ("lost-fsdp", "fsdp", "adam", [], 7),
     ("lost-resumed", "fsdp", "adam", ["resume={}/half/checkpoints"], 7),
     ("one-to-two", "fsdp", "adam", ["resume={}/one-half/checkpoints"], -1),
-    ("low-ddp", "ddp", "low", ["train.max_steps=4"], -1),
-    ("low-fsdp", "fsdp", "low", ["train.max_steps=4"], -1),
+    ("low-ddp", "ddp", "low", ["train.max_steps=3"], -1),
+    ("low-fsdp", "fsdp", "low", ["train.max_steps=3"], -1),
 ]
 
 
@@ -149,20 +152,17 @@ def test_sharded_runs_are_those_of_ddp(folder, kind, tolerance):
 def test_processes_apply_the_same_rates_and_judge_the_same_network(folder, out):
     first, second = ends(folder, out)
     assert first["peaks"] == second["peaks"]
-    assert len(first["peaks"]) >= 5  # before steps 0, 1, 2, 4 and 8
+    assert len(first["peaks"]) == 4  # before steps 0, 1, 2 and 4
     assert first["eigenvalues"] == second["eigenvalues"]
     assert first["buffers"] == second["buffers"]
     for key in ("test_loss", "test_accuracy", "train_loss", "final_lr"):
         assert first["summary"][key] == second["summary"][key]
 
 
-def test_gradients_were_clipped(folder):
-    """Else the run would not show that clipping agrees."""
-    rates = [line["lr"] for line in metrics(folder / "everything-fsdp")]
-    moment = state(folder / "everything-fsdp")["optimizer"]["state"]
-    assert len(rates) == 12
-    norm = sum(kept["momentum_buffer"].square().sum() for kept in moment.values()) ** 0.5
-    assert 0.5 < norm <= 5.0  # the geometric sum of gradients of norm 0.5 at momentum 0.9
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_gradients_are_clipped_by_their_norm_over_all_processes(folder, strategy):
+    for end in ends(folder, f"everything-{strategy}"):
+        assert end["gradient_norm"] == pytest.approx(0.5, rel=1e-4)
 
 
 def test_a_resumed_run_ends_with_the_same_bits(folder):
@@ -174,7 +174,7 @@ def test_a_network_lost_after_resuming_goes_back_to_the_same_bits(folder):
     assert [line["loss"] is None for line in metrics(folder / "lost-fsdp")].count(True) >= 1
     assert summary(folder / "lost-fsdp")["diverged"] is False
     assert_same(state(folder / "lost-resumed"), state(folder / "lost-fsdp"))
-    assert_same(metrics(folder / "lost-resumed"), metrics(folder / "lost-fsdp")[5:])
+    assert_same(metrics(folder / "lost-resumed"), metrics(folder / "lost-fsdp")[4:])
 
 
 def test_two_processes_go_on_from_one_and_one_from_two(folder, tmp_path):
@@ -182,7 +182,7 @@ def test_two_processes_go_on_from_one_and_one_from_two(folder, tmp_path):
     assert_close_end(folder / "one-to-two", whole, 1e-3)
     half = f"resume={folder / 'half' / 'checkpoints'}"
     two_to_one = run(tmp_path, *KINDS["adam"], half, out="two-to-one")
-    assert [line["step"] for line in metrics(two_to_one)] == list(range(5, 12))
+    assert [line["step"] for line in metrics(two_to_one)] == list(range(4, 12))
     assert_close_end(two_to_one, whole, 1e-3)
 
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from batchlr.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Processes:
         for alike in by_type.values():
             joined = torch.cat([tensor.flatten() for tensor in alike])
             dist.broadcast(joined, src=0)
-            parts = joined.split([tensor.numel() for tensor in alike])
+            parts = torch.split(joined, [tensor.numel() for tensor in alike])
             for tensor, part in zip(alike, parts, strict=True):
                 tensor.copy_(part.view_as(tensor))
 
@@ -97,7 +101,8 @@ def shard(model: nn.Module, device: torch.device, world_size: int) -> nn.Module:
     mesh = init_device_mesh(device.type, (world_size,))
     for block in _blocks(model):
         fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
@@ -114,11 +119,11 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 def averaging(model: nn.Module, *, now: bool) -> Iterator[None]:
     """Backward passes inside average the gradients of a wrapped ``model``, or add up for later."""
     if isinstance(model, DistributedDataParallel) and not now:
-        with model.no_sync():  # type: ignore[no-untyped-call]
+        with model.no_sync():
             yield
         return
-    if hasattr(model, "set_requires_gradient_sync"):  # fully_shard's
-        model.set_requires_gradient_sync(now)
+    if hasattr(model, "set_requires_gradient_sync"):
+        cast("FSDPModule", model).set_requires_gradient_sync(now)
     yield
 
 
