@@ -33,6 +33,7 @@ KINDS = {
     "everything": [
         *NETWORKS["batch norm"],
         DATA,
+        "curvature.norm_mode=eval",  # with running means, which have to be the same
         "optim.lr=auto",
         "batch.micro_size=8",  # of a share of 16
         "train.clip_norm=0.5",

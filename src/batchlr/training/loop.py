@@ -207,6 +207,7 @@ class _Run:
             return None
         if experiment.controller.due:
             self.check_losses()  # do not measure where training has already failed
+            experiment.processes.share(experiment.model.buffers())
         update = experiment.controller.maybe_update(
             experiment.model, experiment.measurement_batches, self.same
         )
@@ -236,8 +237,6 @@ class _Run:
         size = micro_size(config, experiment.processes.world_size)
         parts = list(zip(torch.split(images, size), torch.split(labels, size), strict=True))
         optimizer.zero_grad(set_to_none=True)
-        if experiment.processes.shards:  # as DDP does by itself
-            experiment.processes.share(experiment.model.buffers())
         total = torch.zeros((), device=experiment.device)
         for number, part in enumerate(parts):
             with averaging(model, now=number == len(parts) - 1):
