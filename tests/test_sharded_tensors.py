@@ -4,7 +4,14 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from batchlr.sharded_tensors import gathered, is_sharded, local_part, norms_of_whole
+from batchlr.sharded_tensors import (
+    gathered,
+    gathered_state,
+    is_sharded,
+    local_part,
+    norms_of_whole,
+    sharded_like,
+)
 
 
 def sharded(tensor: torch.Tensor) -> DTensor:
@@ -55,3 +62,28 @@ def test_norms_keep_their_order_dtype_and_the_tiniest_values(alone):
     assert [norm.dtype for norm in found] == [tensor.dtype for tensor in tensors]
     assert torch.stack(found[:3]).tolist() == torch.stack(parts[:3]).tolist()
     assert float(found[3]) == 1.0
+
+
+def test_a_state_is_gathered_wherever_in_it_a_tensor_is_sharded(alone):
+    values, plain = torch.arange(6.0).reshape(3, 2), torch.ones(2)
+    state = {"a": [sharded(values), 3], 1: (plain, None, {"b": sharded(plain)}), "text": "c"}
+    whole = gathered_state(state)
+    assert type(whole["a"][0]) is type(whole[1][2]["b"]) is torch.Tensor
+    assert torch.equal(whole["a"][0], values)
+    assert torch.equal(whole[1][2]["b"], plain)
+    assert whole[1][0] is plain
+    assert (whole["a"][1], whole[1][1], whole["text"]) == (3, None, "c")
+    assert is_sharded(state["a"][0])
+    left = gathered_state(state, keep=False)
+    assert left == {"a": [None, 3], 1: (plain, None, {"b": None}), "text": "c"}
+
+
+def test_a_whole_tensor_is_sharded_as_another_of_its_shape(alone):
+    values = torch.arange(6.0).reshape(3, 2)
+    like = sharded(torch.zeros(3, 2))
+    found = sharded_like(values, like)
+    assert is_sharded(found)
+    assert found.placements == like.placements
+    assert torch.equal(gathered(found), values)
+    for other, model in ((values, torch.zeros(3, 2)), (torch.ones(()), like), (found, like)):
+        assert sharded_like(other, model) is other

@@ -6,7 +6,9 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
+from batchlr.sharded_tensors import gathered, gathered_state, is_sharded
 from batchlr.snapshots import Snapshot
 
 OPTIMIZERS = {
@@ -156,3 +158,22 @@ def test_another_network_is_refused():
     assert not snapshot.fits(model)
     with pytest.raises(ValueError, match="not those the snapshot was taken of: take another after"):
         snapshot.restore(model, optimizer)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_gathered_state_is_sharded_again_and_restored(alone, kind):
+    model = fully_shard(network())
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    steps(model, optimizer, 2)
+    snapshot, other = Snapshot(), Snapshot()
+    snapshot.take(model, optimizer)
+    then = [gathered(p.detach()).clone() for p in model.parameters()]
+    other.load_state_dict(gathered_state(snapshot.state_dict()))
+    other.shard(model, optimizer)
+    for name, tensor in other.state_dict()["tensors"].items():
+        assert is_sharded(tensor) == is_sharded(snapshot.state_dict()["tensors"][name]), name
+    steps(model, optimizer, 2)
+    other.restore(model, optimizer)
+    for parameter, weight in zip(model.parameters(), then, strict=True):
+        assert torch.equal(gathered(parameter.detach()), weight)
+    steps(model, optimizer, 1)

@@ -419,7 +419,8 @@ class CurvatureController:
     def state_dict(self) -> dict[str, Any]:
         """Numbers, lists and tensors; with it a resumed controller goes on bit-identically.
 
-        Of a sharded model it holds this process's parts, for each process to save its own.
+        Of a sharded model it holds this process's parts, for each process to save its own;
+        `gathered_state` makes one state for all of it, which goes with the model unsharded, too.
         """
         return {
             "step": self._step,

@@ -110,6 +110,8 @@ class Safeguard:
         if self._model is not None or not self._sure.fits(model):
             for snapshot in (self._sure, self._latest):
                 snapshot.take(model, self.optimizer)
+        for snapshot in (self._sure, self._latest):
+            snapshot.shard(model, self.optimizer)
         self._model = model
 
     def stop(self) -> None:

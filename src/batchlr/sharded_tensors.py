@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -37,6 +37,40 @@ def gathered(tensor: Tensor) -> Tensor:
     there = tensor if tensor.device.type == device else cast("DTensor", tensor.to(device))
     whole: Tensor = there.full_tensor()
     return whole
+
+
+def gathered_state(state: Any, *, keep: bool = True) -> Any:
+    """``state`` with all of each sharded tensor in it, on the CPU, in place of this process's part.
+
+    For all processes to call together, as `gathered`; one tensor at a time is whole on the device.
+
+    Args:
+        state: dictionaries, lists and tuples of tensors and whatever else, which stays as it is.
+        keep: whether this process wants it; else what is sharded becomes None.
+    """
+    if isinstance(state, Tensor) and is_sharded(state):
+        whole = gathered(state)
+        return whole.cpu() if keep else None
+    if isinstance(state, dict):
+        return {key: gathered_state(value, keep=keep) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(gathered_state(value, keep=keep) for value in state)
+    return state
+
+
+@torch.no_grad()
+def sharded_like(whole: Tensor, like: Tensor) -> Tensor:
+    """``whole``, of which each process keeps the part it has of ``like``.
+
+    For all processes to call together: one scatter, of the first one's values. Itself if ``like``
+    is not sharded or of another shape, or if ``whole`` is sharded already.
+    """
+    if not is_sharded(like) or is_sharded(whole) or whole.shape != like.shape:
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = like.device_mesh
+    return distribute_tensor(whole.to(mesh.device_type), mesh, like.placements)
 
 
 @torch.no_grad()

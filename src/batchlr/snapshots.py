@@ -7,7 +7,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from batchlr.sharded_tensors import local_part
+from batchlr.sharded_tensors import local_part, sharded_like
 
 
 @final
@@ -40,6 +40,17 @@ class Snapshot:
         """Whether ``model`` has the weights and buffers it had then."""
         then = {name: t.shape for name, t in self._tensors.items() if name[0] != "s"}
         return then == {name: tensor.shape for name, tensor in _model_tensors(model).items()}
+
+    def shard(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Of whole tensors, loaded for a sharded ``model``, keep this process's parts.
+
+        For all processes to call together. Nothing is done to what is as it should be.
+        """
+        like = _model_tensors(model)
+        like |= {f"s{number}": p for number, p in enumerate(_parameters(optimizer))}
+        for name, tensor in self._tensors.items():
+            key = name.partition(".")[0] if name[0] == "s" else name
+            self._tensors[name] = sharded_like(tensor, like.get(key, tensor))
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Make the present what was remembered, in place.
@@ -78,14 +89,14 @@ class Snapshot:
                     state[key] = value.to(device, copy=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, copied to the CPU, and numbers."""
+        """Tensors, copied to the CPU, and numbers; of sharded tensors this process's parts."""
         return {
             "tensors": {name: t.to("cpu", copy=True) for name, t in self._tensors.items()},
             "values": dict(self._values),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned, or what `gathered_state` made of it: then `shard`."""
         self._tensors = {name: tensor.clone() for name, tensor in state_dict["tensors"].items()}
         self._values = dict(state_dict["values"])
 

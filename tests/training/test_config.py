@@ -156,7 +156,10 @@ def test_memory_is_given_in_bytes_or_with_a_unit(write, text, size):
         ("schedule: {name: step, milestones: [0.5, 0.2]}", "must increase from one milestone to"),
         ("resume: true", "1:1: resume: must be false, auto or a path, got true"),
         ("name: .hidden", "1:1: name: must be text of letters a-z, digits, '_', '-' and '.',"),
-        ("dist: {strategy: dpp}", "must be auto, single or ddp, got 'dpp'; did you mean 'ddp'?"),
+        (
+            "dist: {strategy: fsdpp}",
+            "must be auto, single, ddp or fsdp, got 'fsdpp'; did you mean 'fsdp'?",
+        ),
     ],
 )
 def test_values_out_of_bounds_are_refused_with_the_bounds(write, text, complaint):

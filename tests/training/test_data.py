@@ -223,6 +223,14 @@ def test_processes_divide_the_test_set():
     assert labels(test_batches(data, batch_size=2, rank=7, world_size=8)) == []
 
 
+def test_processes_make_equally_many_passes_over_the_test_set():
+    """Sharded networks gather their weights in each: shares of 3 and 2 in batches of 2 make two."""
+    shares = [
+        labels(test_batches(numbered(4), batch_size=2, rank=r, world_size=2)) for r in range(2)
+    ]
+    assert shares == [[[0, 2], [4]], [[1], [3]]]
+
+
 def test_measurement_batches_are_disjoint_unaugmented_and_drawn_by_the_generator():
     data = numbered(40, augmentation=CropAndFlip(2))
     options = {"batch_size": 6, "num_batches": 5}

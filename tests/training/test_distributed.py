@@ -9,11 +9,14 @@ import pytest
 import torch
 from runs import metrics, run, state, strict_json, summary, tiny
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from typer.testing import CliRunner
 
 from batchlr.cli import app
 from batchlr.training import loop
-from batchlr.training.distributed import Processes, processes
+from batchlr.training.distributed import Processes, processes, shard
+from batchlr.training.models import MLP, VGG, PreResNet, WideResNet
 
 CPU = torch.device("cpu")
 
@@ -75,19 +78,20 @@ def test_a_process_alone_shares_with_itself(tmp_path, monkeypatch):
 
 def test_torchrun_with_one_process_is_one_process(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
-    for strategy in ("auto", "single", "ddp"):
+    for strategy in ("auto", "single", "ddp", "fsdp"):
         with processes(tiny(tmp_path, f"dist.strategy={strategy}")) as alone:
             assert alone.world_size == 1
 
 
-def test_ddp_outside_torchrun_exits_2(tmp_path, monkeypatch):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_several_processes_outside_torchrun_exit_2(tmp_path, monkeypatch, strategy):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     tiny(tmp_path)
-    command = ["train", str(tmp_path / "tiny.yaml"), "dist.strategy=ddp"]
+    command = ["train", str(tmp_path / "tiny.yaml"), f"dist.strategy={strategy}"]
     result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "out")])
     assert result.exit_code == 2
     assert result.stderr == (
-        "dist.strategy is ddp, but this process was not started by torchrun: run "
+        f"dist.strategy is {strategy}, but this process was not started by torchrun: run "
         "torchrun --nproc-per-node N scripts/train.py CONFIG\n"
     )
     assert not (tmp_path / "out").exists()
@@ -101,6 +105,24 @@ def test_single_among_several_processes_is_refused(tmp_path, monkeypatch):
         processes(config),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("model", "blocks"),
+    [
+        (VGG(11, num_classes=3, width=0.05, batch_norm=True), 8),  # convolutions
+        (PreResNet(8, num_classes=3, block="basic", width=0.25), 3),
+        (WideResNet(10, 1, num_classes=3), 3),
+        (MLP([4, 4], num_classes=3, in_features=5), 3),
+    ],
+)
+def test_blocks_are_sharded_by_themselves_and_the_rest_together(alone, model, blocks):
+    assert shard(model, CPU, 1) is model
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    assert len(modules) == blocks + 1
+    assert modules[0] is model
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in modules)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 # Two processes ---------------------------------------------------------------------------------

@@ -112,6 +112,17 @@ def test_batches_that_processes_cannot_share_are_refused(tmp_path, batch, world_
         build_experiment(tiny(tmp_path, f"batch={batch}"), Processes(0, world_size))
 
 
+def test_sharded_runs_need_a_test_image_in_each_process(tmp_path):
+    """Else one would not take part in gathering the weights, and the others wait for ever."""
+    config = tiny(
+        tmp_path,
+        "data={name: synthetic, num_samples: 64, num_test_samples: 3, image_size: 4}",
+        "batch.global_size=32",
+    )
+    with pytest.raises(ValueError, match=r"test image in each of its 4 processes, .* has 3"):
+        build_experiment(config, Processes(world_size=4, shards=True))
+
+
 def test_a_micro_batch_larger_than_a_share_is_the_share(tmp_path):
     config = tiny(tmp_path, "batch={global_size: 8, micro_size: 8}")
     assert [micro_size(config, world_size) for world_size in (1, 2, 4)] == [8, 4, 2]

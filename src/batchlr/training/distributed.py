@@ -1,9 +1,10 @@
-"""The processes of one run, as torchrun starts them."""
+"""The processes of one run, as torchrun starts them, and what they share of the network."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from batchlr.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,7 @@ class Processes:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    shards: bool = False  # each process keeps a part of the weights
 
     @property
     def is_first(self) -> bool:
@@ -50,13 +55,76 @@ class Processes:
         """Until all processes are here."""
         self.any(False, device)
 
+    @torch.no_grad()
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Make ``tensors`` the first process's, in place; one message for each dtype."""
+        if self.world_size == 1:
+            return
+        by_type: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            by_type.setdefault(tensor.dtype, []).append(tensor)
+        for alike in by_type.values():
+            joined = torch.cat([tensor.flatten() for tensor in alike])
+            dist.broadcast(joined, src=0)
+            parts = torch.split(joined, [tensor.numel() for tensor in alike])
+            for tensor, part in zip(alike, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
+
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """``model`` with averaged gradients, if there is anything to average."""
+        """``model`` with averaged gradients, if there is anything to average.
+
+        Where processes keep parts of the weights only, ``model`` itself has other parameters from
+        then on: make its optimizer afterwards.
+        """
         if self.world_size == 1:
             return model
+        if self.shards:
+            return shard(model, device, self.world_size)
         return DistributedDataParallel(
             model, device_ids=[device.index] if device.type == "cuda" else None
         )
+
+
+def shard(model: nn.Module, device: torch.device, world_size: int) -> nn.Module:
+    """``model``, its weights split over all processes by `torch.distributed.fsdp.fully_shard`.
+
+    A block is gathered when it runs and freed after it. Blocks are the members of the outermost
+    `nn.Sequential`s that have weights other than vectors: residual blocks, the convolutions of a
+    VGG, the layers of an MLP. All the rest (stem, head, norms between blocks) is the root's and
+    gathered together.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where fully_shard expects the weights
+    mesh = init_device_mesh(device.type, (world_size,))
+    for block in _blocks(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if not isinstance(child, nn.Sequential):
+            yield from _blocks(child)
+            continue
+        for member in child:
+            if any(weight.dim() > 1 for weight in member.parameters()):
+                yield member
+
+
+@contextmanager
+def averaging(model: nn.Module, *, now: bool) -> Iterator[None]:
+    """Backward passes inside average the gradients of a wrapped ``model``, or add up for later."""
+    if isinstance(model, DistributedDataParallel) and not now:
+        with model.no_sync():
+            yield
+        return
+    if hasattr(model, "set_requires_gradient_sync"):
+        cast("FSDPModule", model).set_requires_gradient_sync(now)
+    yield
 
 
 @contextmanager
@@ -64,17 +132,18 @@ def processes(config: TrainConfig) -> Iterator[Processes]:
     """The process group of the run, joined and left.
 
     Raises:
-        ValueError: the configuration asks for ``ddp`` outside torchrun, or for ``single`` under it
-            with several processes.
+        ValueError: the configuration asks for ``ddp`` or ``fsdp`` outside torchrun, or for
+            ``single`` under it with several processes.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if config.dist.strategy == "ddp" and "WORLD_SIZE" not in os.environ:
+    strategy = config.dist.strategy
+    if strategy in ("ddp", "fsdp") and "WORLD_SIZE" not in os.environ:
         msg = (
-            "dist.strategy is ddp, but this process was not started by torchrun: run "
+            f"dist.strategy is {strategy}, but this process was not started by torchrun: run "
             "torchrun --nproc-per-node N scripts/train.py CONFIG"
         )
         raise ValueError(msg)
-    if config.dist.strategy == "single" and world_size > 1:
+    if strategy == "single" and world_size > 1:
         msg = f"dist.strategy is single, but torchrun started {world_size} processes: use auto"
         raise ValueError(msg)
     if world_size == 1:
@@ -83,6 +152,7 @@ def processes(config: TrainConfig) -> Iterator[Processes]:
     on_gpu = torch.cuda.is_available() and config.train.device in ("auto", "cuda")
     dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
-        yield Processes(dist.get_rank(), world_size, int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        yield Processes(dist.get_rank(), world_size, local_rank, shards=strategy == "fsdp")
     finally:
         dist.destroy_process_group()

@@ -18,8 +18,12 @@ class TestResult:
 
 
 def evaluate(experiment: Experiment) -> TestResult:
-    """Accuracy and loss of the network in eval mode; its mode is put back."""
+    """Accuracy and loss of the network in eval mode; its mode is put back.
+
+    All processes take the first one's buffers (running means), which checkpoints hold.
+    """
     model = experiment.model
+    experiment.processes.share(model.buffers())
     training = model.training
     model.eval()
     # Sums over samples, so that batches and processes need not be of equal size.

@@ -10,6 +10,7 @@ from batchlr.controller import CurvatureController
 from batchlr.operators.supervised import SupervisedLoss, supervised
 from batchlr.policies import POLICIES
 from batchlr.schedulers import BatchAwareLR
+from batchlr.sharded_tensors import gathered_state, sharded_like
 from batchlr.training.config import TrainConfig
 from batchlr.training.config.variants import SGDOptions
 from batchlr.training.data import (
@@ -35,7 +36,7 @@ class Experiment:
     processes: Processes
     device: torch.device
     data: ImageData
-    model: nn.Module  # as built
+    model: nn.Module  # as built, or sharded
     parallel: nn.Module  # the same with averaged gradients, if there are several processes
     loss_fn: SupervisedLoss
     optimizer: torch.optim.Optimizer
@@ -71,7 +72,11 @@ class Experiment:
         return images.contiguous(memory_format=torch.channels_last)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and primitives from which `load_state_dict` goes on bit-identically."""
+        """Tensors and primitives from which `load_state_dict` goes on bit-identically.
+
+        What is sharded is gathered, by all processes together, and whole in the first one's only:
+        the state says nothing of how many processes there were, or of how they shared the weights.
+        """
         state: dict[str, Any] = {
             "model": dict(self.model.state_dict()),
             "optimizer": self.optimizer.state_dict(),
@@ -82,12 +87,16 @@ class Experiment:
         }
         if self.device.type == "cuda":
             state["cuda_random_state"] = torch.cuda.get_rng_state(self.device)
+        if self.processes.shards:
+            state = gathered_state(state, keep=self.processes.is_first)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Restore what `state_dict` returned in the first process, in all of them together."""
+        like = self.model.state_dict()
+        weights = {name: sharded_like(t, like.get(name, t)) for name, t in state["model"].items()}
+        self.model.load_state_dict(weights)
+        self.optimizer.load_state_dict(_sharded_as(self.optimizer, state["optimizer"]))
         self.scheduler.load_state_dict(state["scheduler"])
         if self.controller is not None and state["controller"] is not None:
             self.controller.load_state_dict(state["controller"])
@@ -111,7 +120,7 @@ def build_experiment(config: TrainConfig, processes: Processes | None = None) ->
     torch.manual_seed(config.seed)
     data = build_data(config)
     steps_per_epoch = batches_per_epoch(data, batch_size=config.batch.global_size)
-    _check_sharing(config, processes)
+    _check_sharing(config, data, processes)
     total_steps = steps_per_epoch * config.train.epochs
     options = config.model.model_dump(exclude={"name"})
     model = build_model(
@@ -121,8 +130,9 @@ def build_experiment(config: TrainConfig, processes: Processes | None = None) ->
         image_size=data.image_size,
         **options,
     ).to(device)
-    if config.train.channels_last:
+    if config.train.channels_last and not processes.shards:  # fully_shard keeps its own layout
         model = model.to(memory_format=torch.channels_last)
+    parallel = processes.wrap(model, device)
     loss_fn = supervised(nn.CrossEntropyLoss(label_smoothing=config.train.label_smoothing))
     optimizer = _optimizer(config, model)
     automatic = config.optim.lr == "auto"
@@ -140,7 +150,7 @@ def build_experiment(config: TrainConfig, processes: Processes | None = None) ->
         device=device,
         data=data.to(device),
         model=model,
-        parallel=processes.wrap(model, device),
+        parallel=parallel,
         loss_fn=loss_fn,
         optimizer=optimizer,
         scheduler=scheduler,
@@ -218,8 +228,14 @@ def find_device(config: TrainConfig, processes: Processes) -> torch.device:
     return device
 
 
-def _check_sharing(config: TrainConfig, processes: Processes) -> None:
+def _check_sharing(config: TrainConfig, data: ImageData, processes: Processes) -> None:
     size, world, micro = config.batch.global_size, processes.world_size, config.batch.micro_size
+    if processes.shards and len(data.test) < world:
+        msg = (
+            f"dist.strategy fsdp needs a test image in each of its {world} processes, {data.name} "
+            f"has {len(data.test)}: use ddp, or fewer processes"
+        )
+        raise ValueError(msg)
     share = max(1, size // world)
     unit = world if micro == "auto" else world * min(micro, share)
     if size % unit:
@@ -230,6 +246,23 @@ def _check_sharing(config: TrainConfig, processes: Processes) -> None:
             f"shareable sizes are {lower} and {lower + unit}"
         )
         raise ValueError(msg)
+
+
+def _sharded_as(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """The optimizer's ``state``, loaded whole, split as its parameters are.
+
+    Not by `torch.distributed.checkpoint.state_dict`: its `get_optimizer_state_dict` makes a step of
+    an optimizer that has made none, after which Adam counts one too many.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    split = {
+        number: {
+            key: sharded_like(value, parameters[number]) if torch.is_tensor(value) else value
+            for key, value in kept.items()
+        }
+        for number, kept in state["state"].items()
+    }
+    return state | {"state": split}
 
 
 def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:

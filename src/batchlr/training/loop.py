@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from batchlr.collapse import Same
 from batchlr.curvature_update import CurvatureUpdate
@@ -21,7 +19,7 @@ from batchlr.training.checkpoint import latest_checkpoint, save_checkpoint
 from batchlr.training.config import TrainConfig
 from batchlr.training.console import RunConsole
 from batchlr.training.data import Batch, train_batches
-from batchlr.training.distributed import processes
+from batchlr.training.distributed import averaging, processes
 from batchlr.training.evaluation import TestResult, evaluate
 from batchlr.training.experiment import Experiment, build_experiment, micro_size
 from batchlr.training.interruption import StopRequest, stop_request
@@ -209,6 +207,7 @@ class _Run:
             return None
         if experiment.controller.due:
             self.check_losses()  # do not measure where training has already failed
+            experiment.processes.share(experiment.model.buffers())
         update = experiment.controller.maybe_update(
             experiment.model, experiment.measurement_batches, self.same
         )
@@ -240,9 +239,7 @@ class _Run:
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=experiment.device)
         for number, part in enumerate(parts):
-            last = number == len(parts) - 1
-            alone = isinstance(model, DistributedDataParallel) and not last
-            with model.no_sync() if alone else nullcontext():  # type: ignore[operator]
+            with averaging(model, now=number == len(parts) - 1):
                 with torch.autocast(
                     experiment.device.type,
                     dtype=torch.bfloat16,
@@ -320,8 +317,9 @@ class _Run:
         return result
 
     def save(self) -> None:
-        """Write a checkpoint."""
-        if not self.experiment.processes.is_first:
+        """Write a checkpoint; processes other than the first only lend their parts of it."""
+        group = self.experiment.processes
+        if not (group.is_first or group.shards):
             return
         self.progress.wall_seconds = time.perf_counter() - self.began
         state = {
@@ -330,7 +328,8 @@ class _Run:
             "experiment": self.experiment.state_dict(),
         }
         keep = self.experiment.config.checkpoint.keep
-        save_checkpoint(self.out / "checkpoints", self.progress.step, state, keep=keep)
+        if group.is_first:
+            save_checkpoint(self.out / "checkpoints", self.progress.step, state, keep=keep)
 
     def give_up(self, error: ArithmeticError) -> None:
         """Record a run that diverged."""

@@ -201,8 +201,10 @@ class RunOptions(Options):
 class DistOptions(Options):
     """How processes share the work."""
 
-    strategy: Literal["auto", "single", "ddp"] = Field(
-        default="auto", description="auto = ddp under torchrun, else single"
+    strategy: Literal["auto", "single", "ddp", "fsdp"] = Field(
+        default="auto",
+        description="auto = ddp under torchrun, else single; fsdp = weights, gradients and "
+        "optimizer state sharded (fully_shard)",
     )
 
 

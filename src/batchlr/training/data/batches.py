@@ -81,7 +81,10 @@ def test_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """The test set in order, unaugmented; the last batch may be smaller.
+    """The test set in order, unaugmented, in batches whose sizes differ by one at most.
+
+    All processes that receive samples receive equally many batches, for networks that are sharded
+    over them run in step.
 
     Args:
         data: The data set.
@@ -97,7 +100,9 @@ def test_batches(
     _check_batch_size(batch_size)
     _check_rank(rank, world_size)
     own = torch.arange(len(data.test))[rank::world_size]
-    index_batches = torch.split(own, batch_size) if len(own) else ()
+    largest_share = -(-len(data.test) // world_size)
+    num_batches = -(-largest_share // batch_size)
+    index_batches = torch.tensor_split(own, num_batches) if len(own) else ()
     return data.test.batches(index_batches, device=torch.device(device))
 
 
