@@ -28,7 +28,7 @@ LEVELS = [
         "usable_curvature",
     }
     | {"inner_products", "orthogonality", "ritz_bounds"},
-    {"krylov_basis", "rayleigh_ritz", "safeguard"},
+    {"krylov_basis", "rayleigh_ritz"},
     {"lanczos_process", "memory_plan"},
     {"lanczos", "dataclass_files", "policies", "projected_curvature", "outlying_directions"},
     {
@@ -41,7 +41,7 @@ LEVELS = [
         "optimizer_state",
         "policy_choice",
     },
-    {"tracker", "curvature_report"},
+    {"tracker", "curvature_report", "safeguard"},
     {"curvature_point", "spectral_edges"},
     {"adam_measurement", "report_memory"},
     {"curvature", "edge_laws", "on_the_fly", "layer_spectra", "update_curvature"},

@@ -221,13 +221,13 @@ class Safeguard:
         if self.early and look.settled:
             self.early = self.leaving = self.detector.close = False
             self._set_ceiling(math.inf, 0.0)
-            self._latest.take(self._model, self.optimizer)  # the start is too far back now
-            self.losses[1] = look.loss
-        if self.early or not look.sound:
+        if not self.detector.learnt or not look.sound:
             return
-        self._sure, self._latest = self._latest, self._sure
+        if not self.early:
+            self._sure, self._latest = self._latest, self._sure
+            self.losses[0] = self.losses[1]
         self._latest.take(self._model, self.optimizer)
-        self.losses = [self.losses[1], look.loss]
+        self.losses[1] = look.loss
 
     def _undo(self, factor: float) -> Event | None:
         assert self._model is not None

@@ -163,7 +163,8 @@ def test_the_rate_is_the_measured_limit_times_the_shape(automatic):
         shape = 0.5 if step == 0 else (1 + math.cos(math.pi * (step - 1) / 11)) / 2
         if "max_lr" in line:
             error = math.log(line["max_lr_high"] / line["max_lr_low"]) / (2 * 1.645)
-            peak = bounds.peak(estimate.update(step, line["max_lr"], error), peak)
+            doubt = estimate.doubt
+            peak = bounds.peak(estimate.update(step, line["max_lr"], error), peak, doubt)
             assert line["peak_lr"] == pytest.approx(peak, rel=1e-12)
         assert line["lr"] == pytest.approx(peak * shape, rel=1e-12)
 
