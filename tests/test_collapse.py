@@ -201,7 +201,7 @@ def test_looks_grow_apart_with_the_run_and_can_be_made_close():
     assert steps[:8] == [2, 4, 6, 8, 10, 12, 14, 16]
     assert gaps == sorted(gaps)
     assert gaps[-1] == 10
-    detector.close = True
+    detector.within = 1
     assert len(show(detector, [2.3] * 5)) == 5
 
 

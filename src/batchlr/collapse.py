@@ -13,7 +13,7 @@ from batchlr.sharded_tensors import local_part, norms_of_whole
 
 Same = Callable[[float], float]
 
-_OFTEN, _SELDOM = 2, 10  # assumed: steps between two looks, at least and at most
+OFTEN, SELDOM = 2, 10  # assumed: steps between two looks, at least and at most
 _AGE = 8  # assumed: between those, the steps so far over this
 _LEARNT = 0.1  # assumed: the loss has come down by this share
 _SETTLED = 0.3  # assumed: by this share, or that other long ago, and it is not about to be lost
@@ -65,7 +65,7 @@ class CollapseDetector:
     """
 
     steps: int = 0
-    close: bool = False  # look at every step
+    within: int = SELDOM  # steps between two looks at most
     squares: float = 0.0  # of losses about the means of their looks, or their descent; quiet ones
     freedom: int = 0  # degrees of freedom of that sum
     first: float | None = None  # mean loss of the first look
@@ -97,7 +97,7 @@ class CollapseDetector:
         sign = _signs(loss, gradients, change)
         self.pending = [*(other.to(sign.device) for other in self.pending), sign]
         self.steps += 1
-        apart = 1 if self.close else min(max(self.steps // _AGE, _OFTEN), _SELDOM)
+        apart = min(max(self.steps // _AGE, OFTEN), self.within)
         return self.look(same) if len(self.pending) >= apart else None
 
     @property
@@ -135,11 +135,11 @@ class CollapseDetector:
         return Look(loss, norm, lost or leapt, sound=sound, settled=self._settled(loss))
 
     def _slope(self, mean: float, count: int) -> float:
-        """Of the losses from the last look to this one, a step."""
+        """Of losses that fall from the last look to this one, a step."""
         if not self.before:
             return 0.0
         last, steps = self.before
-        return (mean - last) / ((steps + count) / 2)
+        return min(0.0, (mean - last) / ((steps + count) / 2))
 
     def _until_leap(self, rows: list[list[float]]) -> tuple[list[list[float]], bool]:
         """The steps up to a leap, which do not know yet where it led, and whether there was one."""

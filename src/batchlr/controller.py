@@ -236,7 +236,7 @@ class CurvatureController:
             self._step,
             self._cost(update, listed),
             math.inf if update.failure or math.isnan(change) else change,
-            self._filter.variance**0.5,
+            self._filter.doubt,
         )
         self._step += 1
         return replace(update, overhead=self.overhead)

@@ -6,9 +6,8 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 
-from batchlr.collapse import CollapseDetector, Look, Same
+from batchlr.collapse import OFTEN, SELDOM, CollapseDetector, Look, Same
 from batchlr.operators.unsharded import reshard
-from batchlr.optimizer_state import optimizer_kind
 from batchlr.relative_update import RelativeUpdate
 from batchlr.snapshots import Snapshot
 from batchlr.spike_guard import SpikeGuard
@@ -36,7 +35,8 @@ class Safeguard:
     """Halves the rate when the loss jumps, and undoes the steps that destroyed the network.
 
     What a jump is says `SpikeGuard`, what destroyed is `CollapseDetector`. A network that is lost
-    becomes what it was at a look that at least one more quiet look has followed. Until the loss has
+    becomes what it was at a look that at least one more quiet look has followed (the start, where
+    the loss settled in the first look that had learnt anything). Until the loss has
     come down by 30 %, or for as long again as its first tenth took, it becomes what it was at the
     start. Weights, buffers and the optimizer's state go back; data, schedule and random states go
     on. The rate is cut to a quarter, which `SpikeGuard` gives back while it is quiet.
@@ -64,8 +64,15 @@ class Safeguard:
         self.optimizer = optimizer
         self.rollback = rollback
         self.spikes = SpikeGuard()
-        self.detector = CollapseDetector()
         self.free = math.nan  # the peak were there no ceiling
+        self._know_nothing()
+        self._model: nn.Module | None = None
+        self._scales = isinstance(optimizer, torch.optim.SGD)
+        self._sure, self._latest = Snapshot(), Snapshot()
+        self._update = RelativeUpdate()
+
+    def _know_nothing(self) -> None:
+        self.detector = CollapseDetector()
         self.held = math.inf  # the ceiling of this attempt on the plateau
         self.top = math.inf  # the ceiling at gradients of `norm`
         self.ceiling = math.inf  # at the last gradient
@@ -78,10 +85,6 @@ class Safeguard:
         self.quiet = 0  # looks since the last attempt
         self.level = math.nan  # loss of the snapshot gone back to
         self.losses = [math.nan, math.nan]  # at the two snapshots
-        self._model: nn.Module | None = None
-        self._scales = optimizer_kind(optimizer) == "sgd"
-        self._sure, self._latest = Snapshot(), Snapshot()
-        self._update = RelativeUpdate()
 
     @property
     def factor(self) -> float:
@@ -102,11 +105,8 @@ class Safeguard:
             self._update.take(model)
         if self._model is model:
             return
-        if self._model is not None:  # another network: nothing is known of it
-            self.detector = CollapseDetector()
-            self.early, self.leaving, self.attempts = True, False, 0
-            self.held = self.top = self.ceiling = math.inf
-            self.losses = [math.nan, math.nan]
+        if self._model is not None:  # another network
+            self._know_nothing()
         if self._model is not None or not self._sure.fits(model):
             for snapshot in (self._sure, self._latest):
                 snapshot.take(model, self.optimizer)
@@ -116,7 +116,7 @@ class Safeguard:
 
     def stop(self) -> None:
         """Do without rollback from now on, and free its memory."""
-        self.rollback, self._model = False, None
+        self.rollback, self.leaving, self._model = False, False, None
         self.top = self.ceiling = math.inf
         self._sure, self._latest = Snapshot(), Snapshot()
         self._update.free()
@@ -188,13 +188,16 @@ class Safeguard:
     def _judge(self, look: Look, factor: float) -> Event | None:
         if look.lost:
             return self._undo(factor)
-        self.seen = look.norm
+        if 0 < look.norm < math.inf:
+            self.seen = look.norm
         event: Event | None = None
-        if self.attempts and self._succeeded(look.loss):
+        settles = self.early and look.settled
+        if self.attempts and (self._succeeded(look.loss) or settles):
             event = "recovered" if self.ceiling < math.inf else None
             self.free = self.peak  # until the next limit is measured
             self.attempts, self.leaving = 0, self.early
             self._set_ceiling(math.inf, 0.0)
+            self.detector.within = OFTEN if self.early else SELDOM
         elif self._scales and self.top < math.inf and 0 < look.norm < math.inf:
             self.norm = self.norm or look.norm  # zero if no look was quiet before the collapse
             self.ceiling = self.top * min(1.0, self.norm / look.norm)
@@ -219,8 +222,9 @@ class Safeguard:
             self.losses = [look.loss, look.loss]
             self.level, self.start = look.loss, self.detector.largest
         if self.early and look.settled:
-            self.early = self.leaving = self.detector.close = False
+            self.early = self.leaving = False
             self._set_ceiling(math.inf, 0.0)
+            self.detector.within = SELDOM
         if not self.detector.learnt or not look.sound:
             return
         if not self.early:
@@ -251,7 +255,7 @@ class Safeguard:
             self.leaving = False
             self._set_ceiling(self.held, self.start)
             self.free = max(self.free, self.held)  # what was learnt of the rate is undone, too
-            self.detector.close = True
+            self.detector.within = 1
             self.spikes.factor = factor
         else:
             self.spikes.factor = _CUT * factor
@@ -272,11 +276,12 @@ class Safeguard:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        for name in _NUMBERS:
-            setattr(self, name, state_dict[name])
+        for name in _NUMBERS:  # what an older version did not know is as at the start
+            setattr(self, name, state_dict.get(name, getattr(self, name)))
         self.losses = list(state_dict["losses"])
         self.spikes.load_state_dict(state_dict["spikes"])
         self.detector.load_state_dict(state_dict["detector"])
         if self.rollback and "sure" in state_dict:
             self._sure.load_state_dict(state_dict["sure"])
             self._latest.load_state_dict(state_dict["latest"])
+        self._model = None  # so that the next `watch` shards what is whole

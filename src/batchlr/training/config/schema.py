@@ -96,8 +96,8 @@ class CurvatureOptions(Options):
     )
     growth: AboveOne = Field(
         default=1.5,
-        description="largest factor by which one measurement may raise the rate (measured: "
-        "docs/log.md)",
+        description="largest factor by which one measurement may raise the rate, beyond the error "
+        "of the last limit (measured: docs/log.md)",
     )
     drop: Fraction = Field(
         default=0.5,
