@@ -819,7 +819,9 @@ def test_cdat_applies_the_edge_along_the_step_at_one_product():
         step(model, optimizer, scheduler, batches[k])
 
 
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize(
+    "kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam]
+)
 def test_cdat_trains_a_quadratic(kind):
     problem = linear_problem(kind)
     model, _, scheduler, batches = problem

@@ -84,7 +84,7 @@ def test_batches(
     """The test set in order, unaugmented, in batches whose sizes differ by one at most.
 
     All processes that receive samples receive equally many batches, for networks that are sharded
-    over them run in step.
+    over them run in step; with a ``batch_size`` of 1 the last one of some may be empty.
 
     Args:
         data: The data set.
