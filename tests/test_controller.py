@@ -820,7 +820,7 @@ def test_cdat_applies_the_edge_along_the_step_at_one_product():
 
 
 @pytest.mark.parametrize(
-    "kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam]
+    "kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad]
 )
 def test_cdat_trains_a_quadratic(kind):
     problem = linear_problem(kind)
