@@ -55,7 +55,7 @@ class CollapseDetector:
     3 % of the first one, or worse.
     What compares losses does so beyond their noise, pooled from the scatter within quiet looks, of
     those that descend about the descent: a jump, oblivion and a mean too large are told from the
-    third quiet look on.
+    third quiet look of two steps on.
 
     A gradient that training clips cannot jump, and one that is gone before `observe` tells nothing;
     losses then have to do alone.
