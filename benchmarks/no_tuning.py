@@ -41,7 +41,7 @@ MODELS = {  # options, image size
     "wrn": ({"name": "wide_resnet", "depth": 10, "widen_factor": 1}, 8),
 }
 CHOOSES = 0  # the seed of the whole grid
-JUDGES = (4, 5, 6)  # 1 to 3 and 7 to 10 chose among the rules of `auto`
+JUDGES = (4, 5, 6)  # 1 to 3 and 7 to 13 chose among the rules of `auto`
 EPOCHS = {16: 8, 64: 12, 256: 24, 1024: 60}
 RATES = {
     "sgd": (0.002, 0.006, 0.02, 0.06, 0.2, 0.6, 2.0),

@@ -1,9 +1,6 @@
 """A model sharded over processes is measured, trained and put back as one that is not."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import batchlr
+from two_processes import run_in_two
 
 LOSS = batchlr.supervised(nn.CrossEntropyLoss())
 SCRIPT = Path(__file__).parents[1] / "fully_sharded.py"
@@ -28,22 +26,7 @@ SCRIPT = Path(__file__).parents[1] / "fully_sharded.py"
 def ranks(tmp_path_factory) -> list[dict[str, Any]]:
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("ranks")
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", str(SCRIPT), str(folder), str(rank)],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        for process in running:
-            complaints = process.communicate(timeout=280)[1]
-            assert process.returncode == 0, complaints
-    finally:
-        for process in running:
-            process.kill()
+    run_in_two(SCRIPT, folder, timeout=280)
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
 

@@ -1,10 +1,6 @@
 """A run whose weights are sharded over processes is the run of DDP, and goes on as any other."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ from runs import (
 )
 
 from batchlr.training import loop
+from two_processes import run_in_two
 
 pytestmark = pytest.mark.slow
 
@@ -82,26 +79,7 @@ def folder(tmp_path_factory) -> Path:
         for out, strategy, kind, others, lost in RUNS
     ]
     (folder / "runs.json").write_text(json.dumps(runs))
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
-    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", str(SCRIPT), str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | meeting | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in ("0", "1")
-    ]
-    try:
-        for process in running:
-            complaints = process.communicate(timeout=240)[1]
-            assert process.returncode == 0, complaints
-    finally:
-        for process in running:
-            process.kill()
+    run_in_two(SCRIPT, folder, timeout=240)
     return folder
 
 
