@@ -308,6 +308,15 @@ class TestFixedNode:
             assert float(measure.nodes.abs().max()) < 1.2
             assert float(measure.weights.sum()) == pytest.approx(1)
 
+    def test_a_definite_matrix_gets_none_at_zero(self):
+        operator = DiagonalOperator(torch.linspace(1, 2, 500, dtype=torch.float64))
+        plain, fixed = (
+            stochastic_lanczos_quadrature(operator, num_steps=6, num_probes=2, fixed_node=node)
+            for node in (None, 0.0)
+        )
+        torch.testing.assert_close(fixed.nodes, plain.nodes, rtol=0, atol=0)
+        torch.testing.assert_close(fixed.weights, plain.weights, rtol=0, atol=0)
+
     def test_a_space_that_closes_needs_none(self):
         operator = DiagonalOperator(torch.tensor([1.0, 2, 3], dtype=torch.float64))
         measure = stochastic_lanczos_quadrature(operator, num_steps=3, num_probes=1, fixed_node=0.0)

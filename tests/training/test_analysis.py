@@ -326,6 +326,7 @@ def test_the_spectrum_is_that_of_the_dense_hessian(command, tmp_path):
     assert set(probes) == set(range(content["num_probes"]))
     assert nodes.max() == pytest.approx(scale, rel=1e-3)
     assert nodes.min() >= float(values[0]) - 1e-4 * scale
+    assert np.abs(nodes).min() < 1e-9 * scale  # the node at zero
     first, record = result.stdout.splitlines()
     assert first.startswith("83 parameters, 60 samples: eigenvalues from ")
     assert record.startswith(f"{content['num_products']} products in ")

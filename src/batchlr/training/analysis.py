@@ -94,7 +94,8 @@ def measure_spectrum(
 ) -> dict[str, Any]:
     """Spectrum of the batch Hessian: JSON, NPZ and a picture below ``out / "curvature"``.
 
-    Of ``curvature.samples`` samples; which matrix, and how many products, ``spectrum`` says.
+    Of ``curvature.samples`` samples; which matrix, and how many products, ``spectrum`` says. The
+    measure has a node at zero, where networks have most of their eigenvalues.
 
     Returns:
         The content of ``spectrum.json``.
@@ -113,7 +114,11 @@ def measure_spectrum(
     generator = torch.Generator().manual_seed(config.seed)
     steps = min(config.spectrum.steps, operator.shape[0])
     measure = stochastic_lanczos_quadrature(
-        operator, num_steps=steps, num_probes=config.spectrum.probes, generator=generator
+        operator,
+        num_steps=steps,
+        num_probes=config.spectrum.probes,
+        fixed_node=0.0,
+        generator=generator,
     )
     limit = min(_END_STEPS, operator.shape[0])
     ends = top_eigenpairs(operator, which="both", tol=1e-2, max_steps=limit, generator=generator)
