@@ -115,6 +115,27 @@ def test_a_descent_is_no_noise(steep):
     assert show(detector, [2.9, 3.0]) == [steep > 0]  # well above the first, as it had learnt
 
 
+def test_the_scatter_of_a_jump_is_no_noise():
+    """Losses of VGG-11 with batch norm at batch 1024 (`no_tuning.py`), which did not come back."""
+    detector = CollapseDetector()
+    falling = [2.31, 2.30, 2.26, 2.22, 2.11, 1.90, 1.66, 1.42]
+    assert show(detector, falling) == [False] * 4
+    noise, freedom = detector.squares, detector.freedom
+    looks = [detector.observe(torch.tensor(loss), gradients(5.0)) for loss in (2.16, 3.16)]
+    assert (looks[1].lost, looks[1].sound) == (False, False)  # not yet, but nothing to go back to
+    assert (detector.squares, detector.freedom) == (noise, freedom)
+    assert show(detector, [3.11, 2.61]) == [True]
+
+
+def test_a_level_that_has_risen_is_noisy_again_from_the_next_look_on():
+    detector = CollapseDetector()
+    show(detector, [2.30, 2.31] * 3 + [2.10, 1.93])
+    freedom = detector.freedom
+    looks = [detector.observe(torch.tensor(loss), gradients(1.0)) for loss in [2.2, 2.21] * 2]
+    assert [look.sound for look in looks if look is not None] == [False, True]
+    assert detector.freedom == freedom + 1
+
+
 @pytest.mark.parametrize(("loss", "settled"), [(2.3, False), (2.1, False), (2.0, True)])
 def test_what_time_alone_settles_is_still_down_by_a_tenth(loss, settled):
     detector = CollapseDetector()

@@ -35,7 +35,7 @@ class Look:
     loss: float  # their mean
     norm: float  # of the last one's gradient
     lost: bool
-    sound: bool  # not back at the first loss after something was learnt
+    sound: bool  # not back at the first loss after something was learnt, nor risen since the last
     settled: bool  # what was learnt will last
 
 
@@ -54,8 +54,8 @@ class CollapseDetector:
     the first one. Oblivion: once something was learnt, three looks in a row whose loss is within
     3 % of the first one, or worse.
     What compares losses does so beyond their noise, pooled from the scatter within quiet looks, of
-    those that descend about the descent: a jump, oblivion and a mean too large are told from the
-    third quiet look of two steps on.
+    those that descend about the descent, of those that rise by more than noise not at all: a jump,
+    oblivion and a mean too large are told from the third quiet look of two steps on.
 
     A gradient that training clips cannot jump, and one that is gone before `observe` tells nothing;
     losses then have to do alone.
@@ -121,18 +121,27 @@ class CollapseDetector:
         squares = _squares(losses, loss, slope=0.0)
         self.sunk = self.sunk + 1 if self.learnt and self._back(loss, squares, len(rows)) else 0
         squares = min(squares, _squares(losses, loss, self._slope(loss, len(rows))))
-        lost = self._lost(rows, loss, silent)
+        lost, risen = self._lost(rows, loss, silent), self._risen(loss, len(rows))
         if same is not None:
             loss, norm, largest = (same(v) for v in (loss, norm, largest))
             squares, leapt = same(squares), bool(same(float(leapt)))
             lost, silent = bool(same(float(lost))), bool(same(float(silent)))
+            risen = bool(same(float(risen)))
             self.sunk, count = int(same(self.sunk)), int(same(count))
         if not lost:
             self._settle(loss, largest, silent, count)
-            self.squares, self.freedom = self.squares + squares, self.freedom + count - 1
+            if not risen:
+                self.squares, self.freedom = self.squares + squares, self.freedom + count - 1
             self.before = [loss, count]
-        sound = self.sunk == 0
+        sound = self.sunk == 0 and not risen
         return Look(loss, norm, lost or leapt, sound=sound, settled=self._settled(loss))
+
+    def _risen(self, mean: float, count: int) -> bool:
+        """Whether the mean has risen since the last look by more than noise: then it is none."""
+        if not self.before or self.freedom < _KNOWN:
+            return False
+        last, steps = self.before
+        return mean > last + self._noise * math.sqrt(1 / count + 1 / steps)
 
     def _slope(self, mean: float, count: int) -> float:
         """Of losses that fall from the last look to this one, a step."""
