@@ -42,7 +42,7 @@ LEVELS = [
         "policy_choice",
     },
     {"tracker", "curvature_report", "safeguard"},
-    {"curvature_point", "spectral_edges"},
+    {"curvature_point", "spectral_edges", "batch_size_change"},
     {"adam_measurement", "report_memory"},
     {"curvature", "edge_laws", "on_the_fly", "layer_spectra", "update_curvature"},
     {"schedulers", "stability_limit", "probes", "curvature_update"},

@@ -1,5 +1,10 @@
 """Learning rates and momentum measured from the batch Hessian, at any batch size."""
 
+# What to change with the batch size
+from batchlr.batch_size_change import SettingChange as SettingChange
+from batchlr.batch_size_change import batch_size_change as batch_size_change
+from batchlr.batch_size_change import scaling_reach as scaling_reach
+
 # Curvature matrices, known through their products
 # When to measure while training, and what to apply
 from batchlr.controller import CurvatureController as CurvatureController

@@ -128,6 +128,39 @@ def sweep_command(
         )
 
 
+@app.command("explain")
+def explain_command(
+    old: Annotated[
+        int, typer.Option("--from", min=1, help="Batch size now, of one optimizer step.")
+    ],
+    new: Annotated[int, typer.Option("--to", min=1, help="Batch size to train with.")],
+    optimizer: Annotated[str, typer.Option(help="sgd, adam, adamw or rmsprop.")] = "sgd",
+    lr: Annotated[float | None, typer.Option(help="Learning rate now.  [default: factors]")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Weight decay now.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the run now.")] = None,
+    momentum: Annotated[
+        float | None, typer.Option(help="Momentum or beta1.  [default: the report's]")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Measured before: runs/NAME/curvature/report.json.")
+    ] = None,
+) -> None:
+    """Tabulate what to change with the batch size, and how far that holds."""
+    with _exit_codes():
+        from batchlr.training.decision_table import print_decision_table
+
+        print_decision_table(
+            old,
+            new,
+            optimizer=optimizer,  # type: ignore[arg-type]  # the table refuses others
+            lr=lr,
+            weight_decay=weight_decay,
+            steps=steps,
+            momentum=momentum,
+            report=report,
+        )
+
+
 @app.command("env")
 def env_command() -> None:
     """Print versions and devices as JSON."""

@@ -1,0 +1,58 @@
+"""The table that `batchlr explain` prints."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from batchlr import measure_curvature, supervised
+from batchlr.cli import app
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs a command in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    runner = CliRunner()
+    return lambda *arguments: runner.invoke(app, [str(argument) for argument in arguments])
+
+
+def test_explain_prints_the_table(run):
+    result = run("explain", "--from", "128", "--to", "1024", "--optimizer", "adamw", "--lr", "1e-3")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[1].split("  ")[0].strip() == "adamw, batch 128 -> 1024"
+    (rate,) = (line for line in lines if line.startswith(" learning rate"))
+    assert rate.split()[2] == "0.002828"
+    assert "only a measurement tells: batchlr lr CONFIG" in result.stdout
+
+
+def test_explain_with_a_report_says_how_far_the_rule_holds(run):
+    model = torch.nn.Linear(3, 2)
+    x, y = torch.randn(64, 3), torch.randint(2, (64,))
+    batches = list(zip(x.split(8), y.split(8), strict=True))
+    report = measure_curvature(model, supervised(torch.nn.CrossEntropyLoss()), batches)
+    report.save(Path("report.json"))
+    result = run("explain", "--from", 8, "--to", 64, "--report", "report.json")
+    assert result.exit_code == 0, result.output
+    assert f"largest stable rate is {report.max_lr(8).value:.3g} at 8 (" in result.stdout
+    assert f"and {report.max_lr(64).value:.3g} at 64 (" in result.stdout
+    assert "Carried over from 8, the linear rule holds" in result.stdout
+    refused = run("explain", "--from", 8, "--to", 640, "--report", "report.json")
+    assert refused.exit_code == 2
+    assert "batch_size must lie in [1, 64], the size of the data set" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "complaint"),
+    [
+        (("--from", 0, "--to", 8), 2, "Invalid value for '--from'"),
+        (("--from", 8, "--to", 8, "--optimizer", "lion"), 2, "optimizer must be one of sgd, adam"),
+        (("--from", 8, "--to", 8, "--report", "no.json"), 3, "no.json is no file; batchlr lr"),
+    ],
+)
+def test_explain_refuses(run, options, code, complaint):
+    result = run("explain", *options)
+    assert result.exit_code == code
+    assert complaint in result.stderr
