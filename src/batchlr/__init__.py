@@ -1,5 +1,10 @@
 """Learning rates and momentum measured from the batch Hessian, at any batch size."""
 
+# Averages of the iterates as rates, and how long noise takes to leave a minimum
+from batchlr.averaging import ExponentialAverage as ExponentialAverage
+from batchlr.averaging import UniformAverage as UniformAverage
+from batchlr.averaging import effective_lr as effective_lr
+
 # Curvature matrices, known through their products
 # When to measure while training, and what to apply
 from batchlr.controller import CurvatureController as CurvatureController
@@ -12,6 +17,13 @@ from batchlr.curvature_update import CurvatureUpdate as CurvatureUpdate
 from batchlr.edge_laws import EdgeLaw as EdgeLaw
 from batchlr.edge_laws import edge_laws as edge_laws
 
+# Formulas on plain floats
+from batchlr.escape import CurvatureShapedEscape as CurvatureShapedEscape
+from batchlr.escape import IsotropicEscape as IsotropicEscape
+from batchlr.escape import LogBarrierEscape as LogBarrierEscape
+from batchlr.escape import SgdNoise as SgdNoise
+from batchlr.escape import log_escape_ratio as log_escape_ratio
+
 # Spectra
 from batchlr.lanczos import Eigenpairs as Eigenpairs
 from batchlr.lanczos import Tridiagonal as Tridiagonal
@@ -19,13 +31,15 @@ from batchlr.lanczos import lanczos as lanczos
 from batchlr.lanczos import top_eigenpairs as top_eigenpairs
 from batchlr.layer_spectra import layer_eigenpairs as layer_eigenpairs
 from batchlr.layer_spectra import layer_measures as layer_measures
-
-# Formulas on plain floats
 from batchlr.learning_rates import StepSize as StepSize
 from batchlr.learning_rates import heavy_ball as heavy_ball
 from batchlr.learning_rates import max_adam_lr as max_adam_lr
 from batchlr.learning_rates import max_sgd_lr as max_sgd_lr
 from batchlr.learning_rates import min_damping as min_damping
+from batchlr.loss_probe import LossParabola as LossParabola
+from batchlr.loss_probe import LossProbe as LossProbe
+from batchlr.loss_probe import ProbedLosses as ProbedLosses
+from batchlr.loss_probe import mean_vertex as mean_vertex
 from batchlr.lr_bound import LRBound as LRBound
 from batchlr.operators import DenseOperator as DenseOperator
 from batchlr.operators import GGNOperator as GGNOperator
@@ -46,6 +60,7 @@ from batchlr.scaling_rules import rescale_lr as rescale_lr
 from batchlr.schedulers import BatchAwareLR as BatchAwareLR
 from batchlr.slq import SpectralMeasure as SpectralMeasure
 from batchlr.slq import stochastic_lanczos_quadrature as stochastic_lanczos_quadrature
+from batchlr.stationarity import fluctuation_dissipation as fluctuation_dissipation
 
 # Following the edge of the spectrum along training
 from batchlr.tracker import CurvatureTracker as CurvatureTracker
