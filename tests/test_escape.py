@@ -72,7 +72,7 @@ def test_other_directions_enter_by_their_determinants():
 
 
 def test_sgd_itself_leaves_the_double_well_in_that_time():
-    """Per-sample noise of variance 3.2, batches of 4: T = lr variance / (2 B) = 0.1 at 1/4."""
+    """At a barrier of 2.5 temperatures, noise of the gradient in batches of 4."""
     lr, variance, batch = 0.05, 16.0, 4
     noise = SgdNoise(lr=lr, batch_size=batch)
     assert noise.temperature(variance) == pytest.approx(0.1)
@@ -131,9 +131,7 @@ def test_noise_in_proportion_to_the_loss_makes_a_logarithmic_barrier():
     beyond = top + 0.9 * math.sqrt(2 * (least + barrier) / saddle)
     for k in (4.0, 8.0):  # 1 / (ratio h)
         noise = SgdNoise(lr=1 / (k * h), batch_size=1)
-        exact = passage_time(
-            slope, lambda x, n=noise: n.ratio * h * loss(x), 0.0, beyond, -6.0
-        )
+        exact = passage_time(slope, lambda x, n=noise: n.ratio * h * loss(x), 0.0, beyond, -6.0)
         prefactor = 2 * math.pi / math.sqrt(h * saddle) * k / (k + 0.5)
         # What the model takes for parabolas ends at the turn: a few percent.
         assert exact == pytest.approx(prefactor * math.exp(model.log_time(noise)), rel=0.05)
@@ -235,5 +233,5 @@ def test_spectra_that_do_not_determine_the_time_are_refused(minimum, saddle):
 
 
 def test_a_barrier_is_needed():
-    with pytest.raises(ValueError, match="barrier must be positive and finite, got -0.1"):
+    with pytest.raises(ValueError, match=r"barrier must be positive and finite, got -0\.1"):
         log_escape_steps(SgdNoise(0.1, 8), 1.0, -0.1, minimum=[1.0], saddle=[-1.0])
