@@ -91,7 +91,7 @@ def stationary_vertex(name, *, fresh):
 
     model = Valley([[0.0] * 5] * 400)
     optimizer = STATIONARY[name](model.parameters())
-    for _ in range(700):
+    for _ in range(400):
         optimizer.zero_grad()
         run(model, draw()).backward()
         optimizer.step()

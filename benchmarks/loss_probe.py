@@ -1,0 +1,271 @@
+"""Losses along steps below, at and above the measured limit, and averages beside decayed rates.
+
+A tanh network (64-32-10) on digits with fresh pixel noise at every draw, so that the expected loss
+does not go to zero and training at a constant rate can settle; batches of 32, plain SGD.
+
+- ``vertices``: from weights trained at 0.2 of the limit, runs at other multiples of it. Where does
+  the held-out vertex of a step lie, and does it tell descending from standing still?
+- ``averages``: from settled runs, the loss of averaged weights beside that of (a) a run whose rate
+  decays as the average's weights say (`schedule_from_weights`), and (b) runs at lower constant
+  rates, which give the average's effective rate.
+
+    python benchmarks/loss_probe.py vertices averages
+"""
+
+import argparse
+import copy
+import itertools
+import math
+import statistics
+
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import batchlr
+from batchlr import ExponentialAverage, LossProbe, UniformAverage, effective_lr, mean_vertex
+from batchlr.averaging import schedule_from_weights
+
+BATCH, HELD_OUT, NOISE = 32, 2048, 0.5
+LOSS = batchlr.supervised(nn.CrossEntropyLoss())
+
+
+class Digits:
+    """Endless digits: fresh noise on every image drawn."""
+
+    def __init__(self, seed):
+        pixels, labels = load_digits(return_X_y=True)
+        self.x, self.y = torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(labels)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def draw(self, size=BATCH):
+        rows = torch.randint(len(self.y), (size,), generator=self.generator)
+        noise = torch.randn(size, 64, generator=self.generator)
+        return self.x[rows] + NOISE * noise, self.y[rows]
+
+
+def network(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+
+
+@torch.no_grad()
+def loss_on(model, batch):
+    return float(LOSS(model, batch))
+
+
+def train(model, data, rates, each=lambda step: None):
+    """One step at each of the ``rates``."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for step, rate in enumerate(rates):
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        LOSS(model, data.draw()).backward()
+        optimizer.step()
+        each(step)
+    return model
+
+
+def measure(model, data):
+    """Its curvature and largest stable rate."""
+    endless = 10**9  # draws do not run out: no correction for a finite data set
+    batches = [data.draw(2048)]
+    report = batchlr.measure_curvature(
+        model, LOSS, batches, batch_size=BATCH, dataset_size=endless, optimizer="sgd"
+    )
+    return report, report.max_lr(BATCH)
+
+
+def settled(seed, share, steps):
+    """A network after ``steps`` at ``share`` of its own limit, the data, report and limit."""
+    data, model = Digits(seed), network(seed)
+    train(model, data, [0.3] * 1000)
+    _, bound = measure(model, Digits(seed + 1000))
+    train(model, data, [share * bound.value] * steps)
+    return model, data, *measure(model, Digits(seed + 1000))
+
+
+# --- vertices ------------------------------------------------------------------------------------
+
+WINDOWS = ((0, 250), (250, 1000), (1000, 4000))
+PROBED_EVERY = 4
+
+
+def probed_run(model, data, optimizer, evaluation):
+    """For each window: mean vertices, fits, and the expected loss before and after."""
+    probe, other, rows = LossProbe(LOSS), Digits(8), []
+    for first, last in WINDOWS:
+        before, found = loss_on(model, evaluation), []
+        for step in range(first, last):
+            batch, looks = data.draw(), step % PROBED_EVERY == 0
+            optimizer.zero_grad()
+            LOSS(model, batch).backward()
+            if looks:
+                probe.take(model)
+            optimizer.step()
+            if looks:
+                found.append(probe.measure(model, batch, other.draw(HELD_OUT)))
+        rows.append((found, before, loss_on(model, evaluation)))
+    return rows
+
+
+def optimizers(limit):
+    for share in (0.01, 0.1, 0.3, 0.6, 1.0, 1.5):
+        yield f"SGD, {share:g}", lambda p, lr=share * limit: torch.optim.SGD(p, lr=lr)
+    yield "momentum 0.9, 0.03", lambda p: torch.optim.SGD(p, lr=0.03 * limit, momentum=0.9)
+    yield "Adam, 0.002", lambda p: torch.optim.Adam(p, lr=0.002)
+
+
+def vertices(options):
+    start, _, report, bound = settled(0, 0.2, 1000)
+    evaluation = Digits(99).draw(20_000)
+    print(
+        f"limit {bound.value:.2f} ({bound.low:.2f} to {bound.high:.2f}), largest eigenvalue "
+        f"{report.largest:.2f}, loss {loss_on(start, evaluation):.4f}\n\n"
+        "| rate, in limits | steps | loss before, after | held-out vertex | own vertex "
+        "| R^2 held out, own (medians) |\n|---|---|---|---|---|---|"
+    )
+    for name, build in optimizers(bound.value):
+        model = copy.deepcopy(start)
+        rows = probed_run(model, Digits(7), build(model.parameters()), evaluation)
+        for (first, last), (found, before, after) in zip(WINDOWS, rows, strict=True):
+            held, own = [p.held_out for p in found], [p.own for p in found]
+            fits = [statistics.median(line.r_squared for line in lines) for lines in (held, own)]
+            print(
+                f"| {name} | {first} - {last} | {before:.4f}, {after:.4f} | {mean_vertex(held)} "
+                f"| {mean_vertex(own)} | {fits[0]:.5f}, {fits[1]:.5f} |",
+                flush=True,
+            )
+
+
+# --- averages ------------------------------------------------------------------------------------
+
+AVERAGES = (
+    UniformAverage(2, spacing=10),
+    UniformAverage(2, spacing=100),
+    UniformAverage(2, spacing=1000),
+    UniformAverage(4, spacing=300),
+    UniformAverage(10),
+    UniformAverage(100),
+    UniformAverage(1000),
+    ExponentialAverage(0.9),
+    ExponentialAverage(0.99),
+    ExponentialAverage(0.998),
+)
+LENGTH = 1000  # updates averaged over: of EMAs what is older counts for the first
+LOWER = (1.0, 0.7, 0.5, 0.35, 0.2, 0.1, 0.05, 0.02)  # constant rates to compare with
+
+
+def averager(model, averaging):
+    """Torch's averaged model, and after which updates it takes part."""
+    if isinstance(averaging, ExponentialAverage):
+        return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(averaging.decay)), 1
+    return AveragedModel(model), averaging.spacing
+
+
+def averaged_losses(start, seed, rate, evaluation):
+    """Of every average over one run at ``rate``, and of the run's end."""
+    model, found = copy.deepcopy(start), []
+    for averaging in AVERAGES:
+        mean, spacing = averager(model, averaging)
+        weights = averaging.weights(LENGTH)
+        begin = next(number for number, weight in enumerate(weights) if weight > 0)
+        if begin == 0:
+            mean.update_parameters(model)
+        found.append((mean, spacing, begin))
+
+    def each(step):
+        for mean, spacing, begin in found:
+            if step + 1 >= begin and (step + 1 - begin) % spacing == 0:
+                mean.update_parameters(model)
+
+    train(model, Digits(seed), [rate] * LENGTH, each)
+    return loss_on(model, evaluation), [loss_on(mean, evaluation) for mean, _, _ in found]
+
+
+def decayed_losses(start, seed, rate, evaluation):
+    losses = []
+    for averaging in AVERAGES:
+        factors = schedule_from_weights(averaging.weights(LENGTH))
+        model = train(copy.deepcopy(start), Digits(seed), [rate * f for f in factors])
+        losses.append(loss_on(model, evaluation))
+    return losses
+
+
+def lower_losses(start, seed, rate, evaluation):
+    """Of runs at lower constant rates, twice as long."""
+    return [
+        loss_on(train(copy.deepcopy(start), Digits(seed), [rate * f] * (2 * LENGTH)), evaluation)
+        for f in LOWER
+    ]
+
+
+def rate_with(loss, curve):
+    """Share of the rate whose run ends at ``loss``, log-linear between those tried; NaN outside."""
+    points = list(zip(LOWER, curve, strict=True))
+    for (above, high), (below, low) in itertools.pairwise(points):
+        if low <= loss <= high:
+            share = (loss - low) / (high - low)
+            return math.exp(math.log(below) + share * math.log(above / below))
+    return math.nan
+
+
+def averages(options):
+    evaluation = Digits(99).draw(20_000)
+    for share in options.shares:
+        means, decays, curves, ends, largest = [], [], [], [], []
+        for seed in range(options.seeds):
+            start, data, report, bound = settled(seed, share, 10_000)
+            rate = share * bound.value
+            largest.append(rate * report.largest)
+            for segment in range(options.segments):
+                stream = 10_000 * (seed + 1) + segment
+                end, mean = averaged_losses(start, stream, rate, evaluation)
+                ends.append(end)
+                means.append(mean)
+                decays.append(decayed_losses(start, stream, rate, evaluation))
+                curves.append(lower_losses(start, stream, rate, evaluation))
+                train(start, data, [rate] * LENGTH)
+        step = statistics.mean(largest)
+        curve = [statistics.mean(column) for column in zip(*curves, strict=True)]
+        print(
+            f"\nrate {share:g} limits, lr x largest eigenvalue {step:.3f}; constant rate "
+            f"{statistics.mean(ends):.4f} after {LENGTH} steps; lower rates: "
+            + ", ".join(f"{f:g}: {loss:.4f}" for f, loss in zip(LOWER, curve, strict=True))
+            + "\n\n| average | its loss | decayed run | average - decayed "
+            "| effective rate: by loss | law, steepest direction | law, flat limit |\n|---|---|---|---|---|---|---|"
+        )
+        for number, averaging in enumerate(AVERAGES):
+            mean = [row[number] for row in means]
+            decay = [row[number] for row in decays]
+            differences = [a - b for a, b in zip(mean, decay, strict=True)]
+            error = statistics.stdev(differences) / math.sqrt(len(differences))
+            flat = 1e-4 * step  # a direction 10^4 times flatter than the steepest
+            print(
+                f"| {averaging} | {statistics.mean(mean):.4f} | {statistics.mean(decay):.4f} "
+                f"| {statistics.mean(differences):+.4f} +- {error:.4f} "
+                f"| {rate_with(statistics.mean(mean), curve):.3f} "
+                f"| {effective_lr(1.0, step, averaging):.3f} "
+                f"| {effective_lr(1.0, flat, averaging):.3f} |",
+                flush=True,
+            )
+
+
+PARTS = {"vertices": vertices, "averages": averages}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.1, 0.3])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--segments", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for part in options.parts:
+        PARTS[part](options)
+
+
+if __name__ == "__main__":
+    main()
