@@ -27,7 +27,7 @@ import batchlr
 from batchlr import ExponentialAverage, LossProbe, UniformAverage, effective_lr, mean_vertex
 from batchlr.averaging import schedule_from_weights
 
-BATCH, HELD_OUT, NOISE = 32, 2048, 0.5
+BATCH, HELD_OUT, NOISE = 32, 512, 0.5
 LOSS = batchlr.supervised(nn.CrossEntropyLoss())
 
 
@@ -88,8 +88,8 @@ def settled(seed, share, steps):
 
 # --- vertices ------------------------------------------------------------------------------------
 
-WINDOWS = ((0, 250), (250, 1000), (1000, 4000))
-PROBED_EVERY = 4
+WINDOWS = ((0, 200), (200, 1000), (1000, 3000))
+PROBED_EVERY = 5
 
 
 def probed_run(model, data, optimizer, evaluation):
@@ -111,7 +111,7 @@ def probed_run(model, data, optimizer, evaluation):
 
 
 def optimizers(limit):
-    for share in (0.01, 0.1, 0.3, 0.6, 1.0, 1.5):
+    for share in (0.03, 0.1, 0.3, 1.0, 1.5):
         yield f"SGD, {share:g}", lambda p, lr=share * limit: torch.optim.SGD(p, lr=lr)
     yield "momentum 0.9, 0.03", lambda p: torch.optim.SGD(p, lr=0.03 * limit, momentum=0.9)
     yield "Adam, 0.002", lambda p: torch.optim.Adam(p, lr=0.002)
@@ -153,6 +153,7 @@ AVERAGES = (
     ExponentialAverage(0.99),
     ExponentialAverage(0.998),
 )
+FLATTER = (1.0, 0.1, 0.01)  # directions, by their curvature
 LENGTH = 1000  # updates averaged over: of EMAs what is older counts for the first
 LOWER = (1.0, 0.7, 0.5, 0.35, 0.2, 0.1, 0.05, 0.02)  # constant rates to compare with
 
@@ -184,21 +185,40 @@ def averaged_losses(start, seed, rate, evaluation):
     return loss_on(model, evaluation), [loss_on(mean, evaluation) for mean, _, _ in found]
 
 
+def side_by_side(start, seed, rates, evaluation):
+    """Final losses of a network for each row of ``rates`` ``(n, steps)``, on the same batches."""
+    weights = [p.detach().expand(len(rates), *p.shape).clone() for p in start.parameters()]
+
+    def losses(batch):
+        first, bias, last, end = weights
+        hidden = torch.tanh(batch[0] @ first.mT + bias.unsqueeze(1))
+        outputs = hidden @ last.mT + end.unsqueeze(1)
+        targets = batch[1].expand(len(rates), -1)
+        return nn.functional.cross_entropy(outputs.mT, targets, reduction="none").mean(1)
+
+    data = Digits(seed)
+    for step in range(rates.shape[1]):
+        for weight in weights:
+            weight.requires_grad_()
+        gradients = torch.autograd.grad(losses(data.draw()).sum(), weights)
+        with torch.no_grad():
+            weights = [
+                weight - rates[:, step].view(-1, *[1] * (weight.dim() - 1)) * gradient
+                for weight, gradient in zip(weights, gradients, strict=True)
+            ]
+    with torch.no_grad():
+        return losses(evaluation).tolist()
+
+
 def decayed_losses(start, seed, rate, evaluation):
-    losses = []
-    for averaging in AVERAGES:
-        factors = schedule_from_weights(averaging.weights(LENGTH))
-        model = train(copy.deepcopy(start), Digits(seed), [rate * f for f in factors])
-        losses.append(loss_on(model, evaluation))
-    return losses
+    schedules = [schedule_from_weights(averaging.weights(LENGTH)) for averaging in AVERAGES]
+    return side_by_side(start, seed, rate * torch.tensor(schedules), evaluation)
 
 
 def lower_losses(start, seed, rate, evaluation):
     """Of runs at lower constant rates, twice as long."""
-    return [
-        loss_on(train(copy.deepcopy(start), Digits(seed), [rate * f] * (2 * LENGTH)), evaluation)
-        for f in LOWER
-    ]
+    rates = rate * torch.tensor(LOWER).unsqueeze(1).expand(-1, 2 * LENGTH)
+    return side_by_side(start, seed, rates, evaluation)
 
 
 def rate_with(loss, curve):
@@ -216,7 +236,7 @@ def averages(options):
     for share in options.shares:
         means, decays, curves, ends, largest = [], [], [], [], []
         for seed in range(options.seeds):
-            start, data, report, bound = settled(seed, share, 10_000)
+            start, data, report, bound = settled(seed, share, 6000)
             rate = share * bound.value
             largest.append(rate * report.largest)
             for segment in range(options.segments):
@@ -233,21 +253,24 @@ def averages(options):
             f"\nrate {share:g} limits, lr x largest eigenvalue {step:.3f}; constant rate "
             f"{statistics.mean(ends):.4f} after {LENGTH} steps; lower rates: "
             + ", ".join(f"{f:g}: {loss:.4f}" for f, loss in zip(LOWER, curve, strict=True))
-            + "\n\n| average | its loss | decayed run | average - decayed "
-            "| effective rate: by loss | law, steepest direction | law, flat limit |\n|---|---|---|---|---|---|---|"
+            + "\n\n| average | its loss | decayed run | average - decayed | effective rate by loss "
+            + "".join(f"| law, h = {h:g} largest " for h in FLATTER)
+            + "|\n"
+            + "|---" * (5 + len(FLATTER))
+            + "|"
         )
         for number, averaging in enumerate(AVERAGES):
             mean = [row[number] for row in means]
             decay = [row[number] for row in decays]
             differences = [a - b for a, b in zip(mean, decay, strict=True)]
             error = statistics.stdev(differences) / math.sqrt(len(differences))
-            flat = 1e-4 * step  # a direction 10^4 times flatter than the steepest
+            rates = [effective_lr(1.0, h * step, averaging) for h in FLATTER]
             print(
                 f"| {averaging} | {statistics.mean(mean):.4f} | {statistics.mean(decay):.4f} "
                 f"| {statistics.mean(differences):+.4f} +- {error:.4f} "
-                f"| {rate_with(statistics.mean(mean), curve):.3f} "
-                f"| {effective_lr(1.0, step, averaging):.3f} "
-                f"| {effective_lr(1.0, flat, averaging):.3f} |",
+                f"| {rate_with(statistics.mean(mean), curve):.3f} | "
+                + " | ".join(f"{rate:.3f}" for rate in rates)
+                + " |",
                 flush=True,
             )
 
