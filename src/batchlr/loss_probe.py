@@ -132,9 +132,9 @@ class LossProbe:
             msg = "the weights are not those taken: call take(model) before the step to measure"
             raise ValueError(msg)
         isolate = Isolation(model, check_norm_mode(model, self._norm_mode))
-        found = []
+        found, generator = [], self._generator
         for name, data in (("own", batch), ("held-out", held_out)):
-            seed = int(torch.randint(2**62, (1,), generator=self._generator))
+            seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
             losses = [self._loss(model, now, data, x, isolate, seed) for x in self._multiples]
             found.append(_fit(self._multiples, torch.stack(losses).tolist(), name))
         return ProbedLosses(*found)

@@ -20,7 +20,7 @@ def fluctuation_dissipation(
 
     Recorded at every step the sums telescope: without momentum the ratio is 1 plus ``|w_0|^2 -
     |w_T|^2`` over the sum of squared steps, and settles like 1/T. The error, that of means over 20
-    stretches, is then 4 to 9 times too large; it is right for records of every tenth step, say.
+    stretches, is then sqrt(20) times too large; it is right for records of every tenth step, say.
 
     Args:
         inward: ``w'g`` of each step, ``g`` the batch's gradient at ``w``, coupled weight decay
