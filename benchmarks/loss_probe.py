@@ -110,11 +110,13 @@ def probed_run(model, data, optimizer, evaluation):
     return rows
 
 
-def optimizers(limit):
+def runs(limit):
+    """Names, whether from the initial weights, and optimizers."""
+    yield "SGD, 0.3, from the start", True, lambda p: torch.optim.SGD(p, lr=0.3 * limit)
     for share in (0.1, 0.3, 1.0, 1.5):
-        yield f"SGD, {share:g}", lambda p, lr=share * limit: torch.optim.SGD(p, lr=lr)
-    yield "momentum 0.9, 0.03", lambda p: torch.optim.SGD(p, lr=0.03 * limit, momentum=0.9)
-    yield "Adam, 0.002", lambda p: torch.optim.Adam(p, lr=0.002)
+        yield f"SGD, {share:g}", False, lambda p, lr=share * limit: torch.optim.SGD(p, lr=lr)
+    yield "momentum 0.9, 0.03", False, lambda p: torch.optim.SGD(p, lr=0.03 * limit, momentum=0.9)
+    yield "Adam, 0.002", False, lambda p: torch.optim.Adam(p, lr=0.002)
 
 
 def vertices(options):
@@ -126,8 +128,8 @@ def vertices(options):
         "| rate, in limits | steps | loss before, after | held-out vertex | own vertex "
         "| R^2 held out, own (medians) |\n|---|---|---|---|---|---|"
     )
-    for name, build in optimizers(bound.value):
-        model = copy.deepcopy(start)
+    for name, anew, build in list(runs(bound.value))[: options.runs]:
+        model = network(0) if anew else copy.deepcopy(start)
         rows = probed_run(model, Digits(7), build(model.parameters()), evaluation)
         for (first, last), (found, before, after) in zip(WINDOWS, rows, strict=True):
             held, own = [p.held_out for p in found], [p.own for p in found]
@@ -284,6 +286,7 @@ def main():
     parser.add_argument("--shares", nargs="+", type=float, default=[0.1, 0.3])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--segments", type=int, default=2)
+    parser.add_argument("--runs", type=int, help="of vertices: only the first so many")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for part in options.parts:
