@@ -73,7 +73,7 @@ def test_on_a_quadratic_the_vertices_are_exact():
 STATIONARY = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.3),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.8),
-    "adam": lambda p: torch.optim.Adam(p, lr=0.2),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.2, betas=(0.9, 0.95)),
 }
 
 
@@ -91,7 +91,7 @@ def stationary_vertex(name, *, fresh):
 
     model = Valley([[0.0] * 5] * 400)
     optimizer = STATIONARY[name](model.parameters())
-    for _ in range(400):
+    for _ in range(600):
         optimizer.zero_grad()
         run(model, draw()).backward()
         optimizer.step()
