@@ -26,6 +26,8 @@ LEVELS = [
         "peak_bounds",
         "metric",
         "usable_curvature",
+        "averaging",
+        "escape",
     }
     | {"inner_products", "orthogonality", "ritz_bounds"},
     {"krylov_basis", "rayleigh_ritz"},
@@ -40,12 +42,13 @@ LEVELS = [
         "adam_curvature",
         "optimizer_state",
         "policy_choice",
+        "stationarity",
     },
     {"tracker", "curvature_report", "safeguard"},
     {"curvature_point", "spectral_edges", "batch_size_change"},
     {"adam_measurement", "report_memory"},
     {"curvature", "edge_laws", "on_the_fly", "layer_spectra", "update_curvature"},
-    {"schedulers", "stability_limit", "probes", "curvature_update"},
+    {"schedulers", "stability_limit", "probes", "loss_probe", "curvature_update"},
     {"controller"},
     {"__init__"},  # the public names: `import batchlr` as a user writes it
     {"plotting"},
@@ -55,6 +58,7 @@ LEVELS = [
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 THEORY = ["random_matrix", "learning_rates", "scaling_rules", "policies", "usable_curvature"]
+THEORY += ["averaging", "escape"]
 HEAVY = ["torchvision", "matplotlib", "typer", "yaml", "pydantic", "sklearn", "batchlr.training"]
 HEAVY += ["torch.distributed.fsdp", "torch.distributed.tensor"]
 

@@ -3,9 +3,10 @@ import json
 import math
 import pickle
 
+import numpy as np
 import pytest
 
-from batchlr.measured import Measured
+from batchlr.measured import Measured, ratio_of_means
 
 
 @pytest.fixture
@@ -60,3 +61,20 @@ def test_survives_copies_and_pickles(round_trip, stderr):
 
 def test_of_a_measured_keeps_the_value_only(curvature):
     assert math.isnan(Measured(curvature).stderr)
+
+
+def test_ratios_of_means_scatter_as_they_claim():
+    rng = np.random.default_rng(0)
+    draws = []
+    for _ in range(300):
+        below = rng.gamma(4.0, size=50)
+        draws.append(ratio_of_means(2 * below + rng.normal(size=50), below))
+    claimed = math.sqrt(np.mean([draw.stderr**2 for draw in draws]))
+    assert claimed == pytest.approx(np.std(draws, ddof=1), rel=0.15)  # 300 draws: known to 4 %
+    assert np.mean(draws) == pytest.approx(2.0, abs=4 * claimed / math.sqrt(300))
+
+
+def test_a_single_pair_has_a_ratio_and_no_error():
+    ratio = ratio_of_means([3.0], [2.0])
+    assert ratio == 1.5
+    assert math.isnan(ratio.stderr)

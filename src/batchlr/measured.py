@@ -1,6 +1,7 @@
 """A number that knows its standard error."""
 
 import math
+from collections.abc import Sequence
 from typing import final
 
 
@@ -27,3 +28,19 @@ class Measured(float):
 
     def __str__(self) -> str:
         return f"{float(self):.4g} +- {self.stderr:.2g}"
+
+
+def ratio_of_means(numerators: Sequence[float], denominators: Sequence[float]) -> Measured:
+    """``sum numerators / sum denominators`` of paired draws, its error by the delta method.
+
+    The ratio is biased by O(1/n); of a single pair the error is NaN.
+
+    >>> ratio_of_means([1.0, 3.0], [2.0, 2.0])
+    1.0
+    """
+    count, total = len(numerators), math.fsum(denominators)
+    ratio = math.fsum(numerators) / total
+    pairs = zip(numerators, denominators, strict=True)
+    squares = math.fsum((above - ratio * below) ** 2 for above, below in pairs)
+    variance = squares * count / (count - 1) if count > 1 else math.nan
+    return Measured(ratio, math.sqrt(variance) / abs(total))

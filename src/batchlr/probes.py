@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from batchlr.lanczos import default_generator
 from batchlr.learning_rates import max_sgd_lr
-from batchlr.measured import Measured
+from batchlr.measured import Measured, ratio_of_means
 from batchlr.operators import HessianOperator
 from batchlr.operators.batches import check_batches
 from batchlr.operators.curvature_matrix import NormMode
@@ -108,13 +108,11 @@ def _along(gradient: Tensor, product: Tensor) -> tuple[float, float]:
 
 
 def _sharpness(curvatures: Tensor, squares: Tensor, *, batch_size: int) -> BatchSharpness:
-    """Both means from ``g'Hg`` and ``|g|^2`` ``(K,)``; the ratio's error by the delta method."""
+    """Both means from ``g'Hg`` and ``|g|^2`` ``(K,)``."""
     count = len(squares)
     ratios = curvatures / squares
-    value = curvatures.mean() / squares.mean()
-    influence = (curvatures - value * squares) / squares.mean()  # of each batch on the ratio
     return BatchSharpness(
-        value=Measured(float(value), _standard_error(influence)),
+        value=ratio_of_means(curvatures.tolist(), squares.tolist()),
         mean_ratio=Measured(float(ratios.mean()), _standard_error(ratios)),
         batch_size=batch_size,
         num_batches=count,

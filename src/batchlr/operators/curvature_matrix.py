@@ -13,7 +13,7 @@ from batchlr.operators.base import BatchedOperator
 from batchlr.operators.batch_weight import batch_weight
 from batchlr.operators.batches import check_batches, count_samples, cut
 from batchlr.operators.graphs import GraphStore, KeepGraph, Recording, offloaded, survey
-from batchlr.operators.isolation import NORM_LAYERS, Isolation, check_norm_mode
+from batchlr.operators.isolation import NORM_LAYERS, Isolation, check_norm_mode, unwrapped
 from batchlr.operators.isolation import NormMode as NormMode
 from batchlr.operators.parameters import Adder, common_dtype, named_trainable_parameters, split_like
 from batchlr.operators.repetition import RepetitionCheck
@@ -105,7 +105,7 @@ class CurvatureMatrix(BatchedOperator):
         offload: bool = False,
         self_check: bool = True,
     ) -> None:
-        model = getattr(model, "module", model) if _is_wrapper(model) else model
+        model = unwrapped(model)
         check_whole(model)
         named = named_trainable_parameters(model)
         self.parameter_names = tuple(named)
@@ -387,10 +387,6 @@ def _in_samples(parts: Sequence[_Part], samples: Sequence[int]) -> tuple[float, 
     if weights == list(samples):  # without rounding
         return tuple(weights)
     return tuple(weight * sum(samples) / sum(weights) for weight in weights)
-
-
-def _is_wrapper(model: nn.Module) -> bool:
-    return isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
 
 
 def _version(tensor: Tensor) -> tuple[int, int]:

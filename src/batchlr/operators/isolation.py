@@ -16,6 +16,13 @@ NormMode = Literal["train", "eval"]
 NORM_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """``model`` without the wrapper of data parallelism, which would run on other processes too."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    inner: nn.Module = model.module if isinstance(model, wrappers) else model
+    return inner
+
+
 @final
 class Isolation:
     """Contexts in which a model is run and differentiated; it must not be run elsewhere meanwhile.
