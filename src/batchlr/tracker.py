@@ -76,6 +76,16 @@ class _Trail:
             self.explorer = self.explorer.to(device, dtype)
 
 
+@dataclass(frozen=True)
+class _Look:
+    """What the space says of one end."""
+
+    value: float
+    residual: float
+    error: float
+    column: Tensor  # (m,) coefficients of its vector
+
+
 @final
 class CurvatureTracker:
     """Largest (and smallest) eigenvalue of a matrix that changes slowly, as in training.
@@ -225,27 +235,27 @@ class CurvatureTracker:
         pending = [end for end in self._trails if self._due(end)]
         unproven = not self.vectors  # a first space that closes says nothing of what lies outside
         trusted_from = 0
+        room = {end: _new_vector(operator) for end in self._trails}  # residuals, then results
         while space.num_products < limit and space.size < operator.shape[0]:
             values, coefficients = space.ritz()
             if pending:
                 direction = self._exploration(pending.pop(), operator, slope)
             else:
-                found = {end: self._edge(space, end, values, coefficients) for end in self._trails}
-                edges = {end: edge for end, (edge, _) in found.items()}
-                errors = {end: _relative(end, edge, values) for end, edge in edges.items()}
+                looks = self._looks(space, values, coefficients, room)
+                errors = {end: _relative(end, look, values) for end, look in looks.items()}
                 worst = max(errors, key=lambda end: errors[end])
-                edge, direction = found[worst]
+                direction = room[worst]
                 if errors[worst] <= self.tol and space.num_products >= trusted_from:
-                    closed = edge.residual <= _CLOSED * float(values.abs().max())
+                    closed = looks[worst].residual <= _CLOSED * float(values.abs().max())
                     if not (unproven and closed):
-                        return edges
+                        return {end: _edge(space, look, room[end]) for end, look in looks.items()}
                     unproven, trusted_from = False, space.num_products + _RESTART_STEPS
                     direction = gaussian(operator, self._generator)
             joined = space.extend(direction, end=self.ends)
             if not joined and not space.extend(gaussian(operator, self._generator), end=self.ends):
                 break
-        values, coefficients = space.ritz()
-        return {end: self._edge(space, end, values, coefficients)[0] for end in self._trails}
+        looks = self._looks(space, *space.ritz(), room)
+        return {end: _edge(space, look, room[end]) for end, look in looks.items()}
 
     def _due(self, end: str) -> bool:
         """Whether this update looks for an overtaking eigenvalue."""
@@ -261,21 +271,22 @@ class CurvatureTracker:
         explorer = self._trails[end].explorer
         if slope is None:
             return gaussian(operator, self._generator) if explorer is None else explorer
-        unit: Tensor = slope / slope.norm()
-        return unit if explorer is None else explorer + _GRADIENT_SHARE * unit
+        if explorer is None:
+            return slope
+        return torch.add(explorer, slope, alpha=_GRADIENT_SHARE / float(slope.norm()))
 
-    def _edge(
-        self, space: RitzSpace, end: str, values: Tensor, coefficients: Tensor
-    ) -> tuple[TrackedEdge, Tensor]:
-        """The end as the space knows it, with its error, and its residual ``(P,)``."""
-        index = _index(end)
-        value, column = float(values[index]), coefficients[:, index]
+    def _looks(
+        self, space: RitzSpace, values: Tensor, coefficients: Tensor, room: dict[str, Tensor]
+    ) -> dict[str, _Look]:
+        """Each end as the space knows it; its residual ``(P,)`` is left in ``room``."""
         floor = torch.finfo(space.operator.dtype).eps * float(values.abs().max())
-        vector = space.vector(column)
-        remainder = space.residual(value, column, vector)
-        residual = max(float(remainder.norm()), floor)
-        error = self._error(end, values, residual)
-        return TrackedEdge(value, residual, error, vector.div_(vector.norm())), remainder
+        looks = {}
+        for end in self._trails:
+            value, column = float(values[_index(end)]), coefficients[:, _index(end)]
+            remainder = space.residual(value, column, out=room[end])
+            residual = max(float(remainder.norm()), floor)
+            looks[end] = _Look(value, residual, self._error(end, values, residual), column)
+        return looks
 
     def _error(self, end: str, values: Tensor, residual: float) -> float:
         """``residual^2 / gap`` with a doubt of the gap, or the residual."""
@@ -299,7 +310,7 @@ class CurvatureTracker:
         coefficients: Tensor,
     ) -> None:
         trail = self._trails[end]
-        trail.vector = _flushed(edge.vector)
+        trail.vector = edge.vector
         far = float(values[-1 if end == "largest" else 0])
         trail.far = (
             min(far, _FORGET * trail.far) if end == "largest" else max(far, _FORGET * trail.far)
@@ -309,9 +320,9 @@ class CurvatureTracker:
         second = 1 if end == "largest" else -2
         column = coefficients[:, second]
         # One step of power iteration, shifted so that the far end of the spectrum dies out.
-        step = space.image(column).sub_(space.vector(column), alpha=trail.far)
-        norm = step.norm()
-        trail.explorer = _flushed(step / norm if bool(norm > 0) else space.vector(column))
+        step = space.residual(trail.far, column, out=trail.explorer)
+        norm = float(step.norm())
+        trail.explorer = _flushed(step.div_(norm) if norm > 0 else space.vector(column))
         if edge.value == 0:
             return
         found = float(values[second]) / edge.value
@@ -377,10 +388,13 @@ class CurvatureTracker:
         self.num_products = state_dict["num_products"]
         self.num_updates = state_dict["num_updates"]
         self._trails = {end: _Trail(**trails[end]) for end in self._trails}
+        for trail in self._trails.values():
+            if trail.explorer is not None:
+                trail.explorer = trail.explorer.clone()  # which the next update overwrites
         self._generator.set_state(state_dict["generator"].cpu())
 
 
-def _relative(end: str, edge: TrackedEdge, values: Tensor) -> float:
+def _relative(end: str, edge: _Look | TrackedEdge, values: Tensor) -> float:
     """Error of an edge, relative to what the search is for.
 
     That of the largest is relative to itself, for negative curvature may be many times stronger. A
@@ -392,14 +406,26 @@ def _relative(end: str, edge: TrackedEdge, values: Tensor) -> float:
     return edge.error / scale
 
 
+def _new_vector(operator: LinearOperator) -> Tensor:
+    """Room for a vector ``(P,)``: new pages of memory cost more than a pass over old ones."""
+    return torch.empty(operator.shape[0], dtype=operator.dtype, device=operator.device)
+
+
+def _edge(space: RitzSpace, look: _Look, out: Tensor) -> TrackedEdge:
+    """The end that was looked at, its vector in ``out``."""
+    vector = space.vector(look.column, out=out)
+    vector = _flushed(vector.div_(vector.norm()))
+    return TrackedEdge(look.value, look.residual, look.error, vector)
+
+
 def _flushed(vector: Tensor) -> Tensor:
-    """The vector less its tiniest entries.
+    """The vector less its tiniest entries, in place.
 
     What a matrix maps to zero, such as the weights of dead units, shrinks by a factor at each
     update. Some hundred updates later it consists of subnormal numbers, with which a CPU multiplies
     four times as slowly (measured, docs/log.md).
     """
-    return torch.nn.functional.hardshrink(vector, _FLUSHED)
+    return torch.hardshrink(vector, _FLUSHED, out=vector)
 
 
 def _index(end: str) -> int:
