@@ -28,6 +28,8 @@ _DOUBT = (4.0, 1.4)  # measured (docs/log.md): of a gap remembered, of one seen
 _CLOSED = 1e-5  # assumed: a residual this small beside the spectrum is rounding
 _RESTART_STEPS = 5  # assumed: products from a random vector on before a space is believed again
 _FLUSHED = 1e-30  # assumed: entries of a unit vector that may be zero as well
+_LITTLE = 1.0  # measured (docs/log.md): less of the gradient in a start does no good
+_SURE = 1e-3  # assumed: no estimate of a direction is better
 _FORGET = 0.97  # measured (docs/log.md): of the second eigenvalue seen, at each update
 
 
@@ -67,6 +69,28 @@ class _Trail:
     explorer: Tensor | None = None  # (P,) where the next eigenvalue is sought
     ratio: float | None = None  # of the second value to the edge
     far: float = 0.0  # the other end of the spectrum, or zero if that is beyond
+    kept: float | None = None  # cosine of an edge's vector with the one an update earlier
+    lean: float | None = None  # and with the gradient
+
+    @property
+    def gradient_share(self) -> float:
+        """How much of the gradient belongs into a start beside the last vector, both of unit norm.
+
+        Estimates of one direction whose errors are independent go together best with weights
+        ``c / (1 - c^2)``, where ``c`` are their cosines with it.
+        """
+        if self.kept is None or self.lean is None:
+            return 0.0
+        share = _weight(self.lean) / _weight(self.kept)
+        return share if share > _LITTLE else 0.0
+
+    def learn(self, found: Tensor, slope: Tensor | None) -> None:
+        """Take ``found`` as the edge's vector, and note what would have told it beforehand."""
+        if self.vector is not None:
+            self.kept = _averaged(self.kept, _cosine(self.vector, found))
+        if slope is not None:
+            self.lean = _averaged(self.lean, _cosine(slope, found))
+        self.vector = found
 
     def move(self, device: torch.device, dtype: torch.dtype) -> None:
         """A trail read from a checkpoint may lie elsewhere than the model."""
@@ -208,6 +232,7 @@ class CurvatureTracker:
             noise, spent = _noise(space, operator, subspace)
             products += spent
         for end, edge in edges.items():
+            self._trails[end].learn(edge.vector, slope)
             self._remember(space, end, edge, values, coefficients)
         self.num_updates += 1
         self.num_products += products
@@ -229,7 +254,7 @@ class CurvatureTracker:
         limit = self.max_run * len(self._trails)
         for trail in self._trails.values():
             if trail.vector is not None and space.num_products < limit:
-                space.extend(trail.vector, end=self.ends)
+                space.extend(_start(trail.vector, slope, trail.gradient_share), end=self.ends)
         if space.size == 0 and (slope is None or not space.extend(slope)):
             space.extend(gaussian(operator, self._generator))
         pending = [end for end in self._trails if self._due(end)]
@@ -265,6 +290,10 @@ class CurvatureTracker:
         near = trail.ratio is not None and trail.ratio > _NEAR
         every = min(self.explore_every, _EXPLORE_NEAR) if near else self.explore_every
         return self.num_updates % every == 0
+
+    def _asks(self, end: str) -> bool:
+        """Whether this update has a use for the gradient."""
+        return self._due(end) or self._trails[end].gradient_share > 0
 
     def _exploration(self, end: str, operator: LinearOperator, slope: Tensor | None) -> Tensor:
         """Where an overtaking eigenvalue is looked for."""
@@ -310,7 +339,6 @@ class CurvatureTracker:
         coefficients: Tensor,
     ) -> None:
         trail = self._trails[end]
-        trail.vector = edge.vector
         far = float(values[-1 if end == "largest" else 0])
         trail.far = (
             min(far, _FORGET * trail.far) if end == "largest" else max(far, _FORGET * trail.far)
@@ -332,8 +360,8 @@ class CurvatureTracker:
         """The gradient, or None if there is none or it has no direction."""
         if gradient is not None:
             operator.check(gradient)
-        if self.vectors and not any(self._due(end) for end in self._trails):
-            return None  # nobody will ask
+        if self.vectors and not any(self._asks(end) for end in self._trails):
+            return None
         if gradient is None and isinstance(operator, CurvatureMatrix):
             gradient = mean_gradient(operator)
         if gradient is None:
@@ -404,6 +432,27 @@ def _relative(end: str, edge: _Look | TrackedEdge, values: Tensor) -> float:
     if scale == 0:
         return math.inf if edge.error > 0 else 0.0
     return edge.error / scale
+
+
+def _start(vector: Tensor, slope: Tensor | None, share: float) -> Tensor:
+    """Where a search begins: ``vector`` and ``share`` of the gradient's direction."""
+    if slope is None or share == 0:
+        return vector
+    share = math.copysign(share, float(torch.dot(vector, slope)))
+    return torch.add(vector, slope, alpha=share / float(slope.norm()))
+
+
+def _cosine(left: Tensor, unit: Tensor) -> float:
+    """Magnitude of the cosine between a vector and one of unit norm."""
+    return min(1.0, abs(float(torch.dot(left, unit) / left.norm())))
+
+
+def _averaged(before: float | None, new: float) -> float:
+    return new if before is None else (before + new) / 2
+
+
+def _weight(cosine: float) -> float:
+    return cosine / max(1 - cosine**2, _SURE)
 
 
 def _new_vector(operator: LinearOperator) -> Tensor:
