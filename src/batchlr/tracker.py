@@ -28,8 +28,7 @@ _DOUBT = (4.0, 1.4)  # measured (docs/log.md): of a gap remembered, of one seen
 _CLOSED = 1e-5  # assumed: a residual this small beside the spectrum is rounding
 _RESTART_STEPS = 5  # assumed: products from a random vector on before a space is believed again
 _FLUSHED = 1e-30  # assumed: entries of a unit vector that may be zero as well
-_LITTLE = 1.0  # measured (docs/log.md): less of the gradient in a start does no good
-_SURE = 1e-3  # assumed: no estimate of a direction is better
+_SURE = 1e-3  # assumed: 1 - c^2 of the best estimate of a direction
 _FORGET = 0.97  # measured (docs/log.md): of the second eigenvalue seen, at each update
 
 
@@ -69,20 +68,20 @@ class _Trail:
     explorer: Tensor | None = None  # (P,) where the next eigenvalue is sought
     ratio: float | None = None  # of the second value to the edge
     far: float = 0.0  # the other end of the spectrum, or zero if that is beyond
-    kept: float | None = None  # cosine of an edge's vector with the one an update earlier
-    lean: float | None = None  # and with the gradient
+    kept: float | None = None  # cosine of the vectors found by two updates in turn
+    lean: float | None = None  # of the gradient and what was found
 
     @property
     def gradient_share(self) -> float:
-        """How much of the gradient belongs into a start beside the last vector, both of unit norm.
+        """How much of the gradient a start has beside the last vector, both of unit norm.
 
         Estimates of one direction whose errors are independent go together best with weights
-        ``c / (1 - c^2)``, where ``c`` are their cosines with it.
+        ``c / (1 - c^2)``, where ``c`` are their cosines with it. A gradient that told less than the
+        last vector is left out (measured, docs/log.md).
         """
-        if self.kept is None or self.lean is None:
+        if self.kept is None or self.lean is None or self.lean < self.kept:
             return 0.0
-        share = _weight(self.lean) / _weight(self.kept)
-        return share if share > _LITTLE else 0.0
+        return _weight(self.lean) / _weight(self.kept)
 
     def learn(self, found: Tensor, slope: Tensor | None) -> None:
         """Take ``found`` as the edge's vector, and note what would have told it beforehand."""
@@ -114,13 +113,14 @@ class _Look:
 class CurvatureTracker:
     """Largest (and smallest) eigenvalue of a matrix that changes slowly, as in training.
 
-    Every update is a Rayleigh-Ritz search on the operator of the day, from the last eigenvector:
-    products go to that vector, then to residuals, until the error estimate is within ``tol``. Most
-    updates take one to three products. One that is not done after ``max_products`` goes on (the
-    longer run, `TrackedCurvature.fell_back`) up to ``max_run``, in bounded memory and without
-    losing a product. An eigenvalue that overtakes the tracked one is found through a second vector
-    that is kept, mixed with the gradient, and looked at with one product every ``explore_every``-th
-    update, or every other while the two are close.
+    Every update is a Rayleigh-Ritz search on the operator of the day, from the last eigenvector, or
+    from that and the gradient where the gradient has been telling more, as where much happens
+    between updates: products go to that vector, then to residuals, until the error estimate is
+    within ``tol``. Most updates take one to three products. One that is not done after
+    ``max_products`` goes on (the longer run, `TrackedCurvature.fell_back`) up to ``max_run``, in
+    bounded memory and without losing a product. An eigenvalue that overtakes the tracked one is
+    found through a second vector that is kept, mixed with the gradient, and looked at with one
+    product every ``explore_every``-th update, or every other while the two are close.
 
     The residual is certified, the error is an estimate: its gap is to the second eigenvalue as far
     as it has been seen, and it knows nothing of an eigenvalue that has just overtaken.
@@ -397,6 +397,8 @@ class CurvatureTracker:
                     "explorer": None if trail.explorer is None else trail.explorer.clone(),
                     "ratio": trail.ratio,
                     "far": trail.far,
+                    "kept": trail.kept,
+                    "lean": trail.lean,
                 }
                 for end, trail in self._trails.items()
             },
@@ -448,10 +450,12 @@ def _cosine(left: Tensor, unit: Tensor) -> float:
 
 
 def _averaged(before: float | None, new: float) -> float:
+    """Half of what was, half of what is (assumed)."""
     return new if before is None else (before + new) / 2
 
 
 def _weight(cosine: float) -> float:
+    """Of an estimate of a direction; see `_Trail.gradient_share`."""
     return cosine / max(1 - cosine**2, _SURE)
 
 
