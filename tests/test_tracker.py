@@ -193,6 +193,32 @@ class TestTracking:
         assert values[0] == pytest.approx(3.0, rel=0.03)
         assert values[1] <= values[0]
 
+    def test_where_the_edge_turns_quickly_it_starts_at_the_gradient(self):
+        """Eigenvectors have nothing to do with those before; the gradient leans towards the top."""
+        with_gradient, without = CurvatureTracker(), CurvatureTracker()
+        spectrum = torch.linspace(0, 1, SIZE, dtype=torch.float64)
+        spectrum[-1] = 5.0
+        products = []
+        for step in range(12):
+            axes = rotation(SIZE, step)
+            matrix = (axes * spectrum) @ axes.T
+            lean = axes[:, -1] + 0.03 * random(SIZE, seed=step)  # a cosine of 0.95
+            told = with_gradient.update(DenseOperator(matrix), gradient=-lean)
+            untold = without.update(DenseOperator(matrix))
+            assert told.largest.value == pytest.approx(5.0, rel=0.03)
+            products.append((told.num_products, untold.num_products))
+        assert sum(a for a, _ in products[2:]) <= 2.2 * 10  # one, a residual, at times a look
+        assert all(a < b for a, b in products[2:])
+
+    def test_where_it_turns_slowly_a_gradient_that_tells_less_is_left_out(self):
+        told, untold = CurvatureTracker(explore_every=99), CurvatureTracker(explore_every=99)
+        for step, (matrix, _, _) in enumerate(drifting()):
+            # The same start, so that from then on only a share of the gradient could differ.
+            gradient = random(SIZE, seed=step)
+            one = told.update(DenseOperator(matrix), gradient=gradient)
+            other = untold.update(DenseOperator(matrix), gradient=None if step else gradient)
+            assert one.largest.value == other.largest.value
+
     def test_exploring_every_zeroth_update_is_refused(self):
         with pytest.raises(ValueError, match="explore_every must be at least 1, got 0"):
             CurvatureTracker(explore_every=0)
@@ -308,17 +334,31 @@ class TestNoise:
 
 class TestState:
     def test_a_resumed_tracker_goes_on_bit_identically(self):
-        matrices = [matrix for matrix, _, _ in drifting()]
+        path = [  # towards the top, so that starts have a share of it
+            (DenseOperator(matrix), matrix @ (matrix @ random(SIZE, seed=4)))
+            for matrix, _, _ in drifting(speed=0.6)
+        ]
         one = CurvatureTracker(ends="both")
-        for matrix in matrices[:5]:
-            one.update(DenseOperator(matrix))
+        for operator, gradient in path[:5]:
+            one.update(operator, gradient=gradient)
         other = CurvatureTracker(ends="both")
         other.load_state_dict(one.state_dict())
-        for matrix in matrices[5:12]:
-            a, b = one.update(DenseOperator(matrix)), other.update(DenseOperator(matrix))
+        for operator, gradient in path[5:12]:
+            a, b = (t.update(operator, gradient=gradient) for t in (one, other))
             assert a.largest.value == b.largest.value
             assert torch.equal(a.smallest.vector, b.smallest.vector)
         assert one.num_products == other.num_products
+
+    def test_going_on_does_not_change_the_state_that_was_read(self):
+        one, other = CurvatureTracker(), CurvatureTracker()
+        matrices = [matrix for matrix, _, _ in drifting()]
+        one.update(DenseOperator(matrices[0]))
+        state = one.state_dict()
+        before = {name: state["trails"]["largest"][name].clone() for name in ("vector", "explorer")}
+        other.load_state_dict(state)
+        other.update(DenseOperator(matrices[9]))
+        for name, tensor in before.items():
+            assert torch.equal(state["trails"]["largest"][name], tensor)
 
     def test_the_state_is_a_copy(self):
         tracker = CurvatureTracker()

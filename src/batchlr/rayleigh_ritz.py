@@ -11,6 +11,8 @@ from batchlr.operators.base import BatchedOperator
 
 _NOTHING_NEW = 1e-4  # assumed: a direction of which less than this lies outside is rounding
 
+_MOSTLY_NEW = 0.7  # of which more lies outside, one sweep suffices (Daniel et al. 1976)
+
 _ROUNDING = 1e-3  # assumed: beyond it a unit vector is none
 
 _FIRST_ROWS = 4  # assumed: a warm search ends within; so few keep to memory already touched
@@ -104,9 +106,9 @@ class RitzSpace:
         values, coefficients = torch.linalg.eigh(self._gram[:m, :m])
         return values.flip(0), coefficients.flip(1)
 
-    def vector(self, coefficients: Tensor) -> Tensor:
+    def vector(self, coefficients: Tensor, *, out: Tensor | None = None) -> Tensor:
         """The vector ``(P,)`` with coefficients ``(m,)``; a block ``(P, k)`` for ``(m, k)``."""
-        return self._vectors[: self.size].T @ coefficients.to(self._vectors)
+        return torch.matmul(self._vectors[: self.size].T, coefficients.to(self._vectors), out=out)
 
     def rows(self, coefficients: Tensor) -> Tensor:
         """The vectors ``(k, P)`` with coefficients ``(m, k)``."""
@@ -116,10 +118,11 @@ class RitzSpace:
         """``A`` times `vector`."""
         return self._images[: self.size].T @ coefficients.to(self._vectors)
 
-    def residual(self, value: float, coefficients: Tensor, vector: Tensor | None = None) -> Tensor:
-        """``A v - value v`` ``(P,)``, with ``v`` from `vector` unless it is at hand."""
-        vector = self.vector(coefficients) if vector is None else vector
-        return self.image(coefficients).sub_(vector, alpha=value)
+    def residual(self, value: float, coefficients: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """``A v - value v`` ``(P,)`` of the vector ``v`` with coefficients ``(m,)``."""
+        m, shares = self.size, coefficients.to(self._vectors)
+        images = torch.mv(self._images[:m].T, shares, out=out)
+        return images.addmv_(self._vectors[:m].T, shares, alpha=-value)
 
     def overlaps(self, coefficients: Tensor) -> Tensor:
         """Squared overlaps ``(k,)`` of the vectors ``(m, k)`` with the first vector."""
@@ -155,10 +158,12 @@ class RitzSpace:
             return bool((norm(out) - 1).abs() < _ROUNDING)  # it may have over- or underflowed
         for _ in range(2):
             out.addmv_(rows.T, rows @ out, alpha=-1)
-            left = torch.linalg.vector_norm(out)
-            if not bool(left > _NOTHING_NEW):  # also where the norm is not a number
+            left = float(torch.linalg.vector_norm(out))
+            if not left > _NOTHING_NEW:  # also where the norm is not a number
                 return False
             out /= left
+            if left > _MOSTLY_NEW:
+                break
         return True
 
     def _multiply(self, vector: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ _DOUBT = (4.0, 1.4)  # measured (docs/log.md): of a gap remembered, of one seen
 _CLOSED = 1e-5  # assumed: a residual this small beside the spectrum is rounding
 _RESTART_STEPS = 5  # assumed: products from a random vector on before a space is believed again
 _FLUSHED = 1e-30  # assumed: entries of a unit vector that may be zero as well
+_SURE = 1e-3  # assumed: 1 - c^2 of the best estimate of a direction
 _FORGET = 0.97  # measured (docs/log.md): of the second eigenvalue seen, at each update
 
 
@@ -67,6 +68,28 @@ class _Trail:
     explorer: Tensor | None = None  # (P,) where the next eigenvalue is sought
     ratio: float | None = None  # of the second value to the edge
     far: float = 0.0  # the other end of the spectrum, or zero if that is beyond
+    kept: float | None = None  # cosine of the vectors found by two updates in turn
+    lean: float | None = None  # of the gradient and what was found
+
+    @property
+    def gradient_share(self) -> float:
+        """How much of the gradient a start has beside the last vector, both of unit norm.
+
+        Estimates of one direction whose errors are independent go together best with weights
+        ``c / (1 - c^2)``, where ``c`` are their cosines with it. A gradient that told less than the
+        last vector is left out (measured, docs/log.md).
+        """
+        if self.kept is None or self.lean is None or self.lean < self.kept:
+            return 0.0
+        return _weight(self.lean) / _weight(self.kept)
+
+    def learn(self, found: Tensor, slope: Tensor | None) -> None:
+        """Take ``found`` as the edge's vector, and note what would have told it beforehand."""
+        if self.vector is not None:
+            self.kept = _averaged(self.kept, _cosine(self.vector, found))
+        if slope is not None:
+            self.lean = _averaged(self.lean, _cosine(slope, found))
+        self.vector = found
 
     def move(self, device: torch.device, dtype: torch.dtype) -> None:
         """A trail read from a checkpoint may lie elsewhere than the model."""
@@ -76,17 +99,28 @@ class _Trail:
             self.explorer = self.explorer.to(device, dtype)
 
 
+@dataclass(frozen=True)
+class _Look:
+    """What the space says of one end."""
+
+    value: float
+    residual: float
+    error: float
+    column: Tensor  # (m,) coefficients of its vector
+
+
 @final
 class CurvatureTracker:
     """Largest (and smallest) eigenvalue of a matrix that changes slowly, as in training.
 
-    Every update is a Rayleigh-Ritz search on the operator of the day, from the last eigenvector:
-    products go to that vector, then to residuals, until the error estimate is within ``tol``. Most
-    updates take one to three products. One that is not done after ``max_products`` goes on (the
-    longer run, `TrackedCurvature.fell_back`) up to ``max_run``, in bounded memory and without
-    losing a product. An eigenvalue that overtakes the tracked one is found through a second vector
-    that is kept, mixed with the gradient, and looked at with one product every ``explore_every``-th
-    update, or every other while the two are close.
+    Every update is a Rayleigh-Ritz search on the operator of the day, from the last eigenvector, or
+    from that and the gradient where the gradient has been telling more, as where much happens
+    between updates: products go to that vector, then to residuals, until the error estimate is
+    within ``tol``. Most updates take one to three products. One that is not done after
+    ``max_products`` goes on (the longer run, `TrackedCurvature.fell_back`) up to ``max_run``, in
+    bounded memory and without losing a product. An eigenvalue that overtakes the tracked one is
+    found through a second vector that is kept, mixed with the gradient, and looked at with one
+    product every ``explore_every``-th update, or every other while the two are close.
 
     The residual is certified, the error is an estimate: its gap is to the second eigenvalue as far
     as it has been seen, and it knows nothing of an eigenvalue that has just overtaken.
@@ -198,6 +232,7 @@ class CurvatureTracker:
             noise, spent = _noise(space, operator, subspace)
             products += spent
         for end, edge in edges.items():
+            self._trails[end].learn(edge.vector, slope)
             self._remember(space, end, edge, values, coefficients)
         self.num_updates += 1
         self.num_products += products
@@ -219,33 +254,33 @@ class CurvatureTracker:
         limit = self.max_run * len(self._trails)
         for trail in self._trails.values():
             if trail.vector is not None and space.num_products < limit:
-                space.extend(trail.vector, end=self.ends)
+                space.extend(_start(trail.vector, slope, trail.gradient_share), end=self.ends)
         if space.size == 0 and (slope is None or not space.extend(slope)):
             space.extend(gaussian(operator, self._generator))
         pending = [end for end in self._trails if self._due(end)]
         unproven = not self.vectors  # a first space that closes says nothing of what lies outside
         trusted_from = 0
+        room = {end: _new_vector(operator) for end in self._trails}  # residuals, then results
         while space.num_products < limit and space.size < operator.shape[0]:
             values, coefficients = space.ritz()
             if pending:
                 direction = self._exploration(pending.pop(), operator, slope)
             else:
-                found = {end: self._edge(space, end, values, coefficients) for end in self._trails}
-                edges = {end: edge for end, (edge, _) in found.items()}
-                errors = {end: _relative(end, edge, values) for end, edge in edges.items()}
+                looks = self._looks(space, values, coefficients, room)
+                errors = {end: _relative(end, look, values) for end, look in looks.items()}
                 worst = max(errors, key=lambda end: errors[end])
-                edge, direction = found[worst]
+                direction = room[worst]
                 if errors[worst] <= self.tol and space.num_products >= trusted_from:
-                    closed = edge.residual <= _CLOSED * float(values.abs().max())
+                    closed = looks[worst].residual <= _CLOSED * float(values.abs().max())
                     if not (unproven and closed):
-                        return edges
+                        return {end: _edge(space, look, room[end]) for end, look in looks.items()}
                     unproven, trusted_from = False, space.num_products + _RESTART_STEPS
                     direction = gaussian(operator, self._generator)
             joined = space.extend(direction, end=self.ends)
             if not joined and not space.extend(gaussian(operator, self._generator), end=self.ends):
                 break
-        values, coefficients = space.ritz()
-        return {end: self._edge(space, end, values, coefficients)[0] for end in self._trails}
+        looks = self._looks(space, *space.ritz(), room)
+        return {end: _edge(space, look, room[end]) for end, look in looks.items()}
 
     def _due(self, end: str) -> bool:
         """Whether this update looks for an overtaking eigenvalue."""
@@ -256,26 +291,31 @@ class CurvatureTracker:
         every = min(self.explore_every, _EXPLORE_NEAR) if near else self.explore_every
         return self.num_updates % every == 0
 
+    def _asks(self, end: str) -> bool:
+        """Whether this update has a use for the gradient."""
+        return self._due(end) or self._trails[end].gradient_share > 0
+
     def _exploration(self, end: str, operator: LinearOperator, slope: Tensor | None) -> Tensor:
         """Where an overtaking eigenvalue is looked for."""
         explorer = self._trails[end].explorer
         if slope is None:
             return gaussian(operator, self._generator) if explorer is None else explorer
-        unit: Tensor = slope / slope.norm()
-        return unit if explorer is None else explorer + _GRADIENT_SHARE * unit
+        if explorer is None:
+            return slope
+        return torch.add(explorer, slope, alpha=_GRADIENT_SHARE / float(slope.norm()))
 
-    def _edge(
-        self, space: RitzSpace, end: str, values: Tensor, coefficients: Tensor
-    ) -> tuple[TrackedEdge, Tensor]:
-        """The end as the space knows it, with its error, and its residual ``(P,)``."""
-        index = _index(end)
-        value, column = float(values[index]), coefficients[:, index]
+    def _looks(
+        self, space: RitzSpace, values: Tensor, coefficients: Tensor, room: dict[str, Tensor]
+    ) -> dict[str, _Look]:
+        """Each end as the space knows it; its residual ``(P,)`` is left in ``room``."""
         floor = torch.finfo(space.operator.dtype).eps * float(values.abs().max())
-        vector = space.vector(column)
-        remainder = space.residual(value, column, vector)
-        residual = max(float(remainder.norm()), floor)
-        error = self._error(end, values, residual)
-        return TrackedEdge(value, residual, error, vector.div_(vector.norm())), remainder
+        looks = {}
+        for end in self._trails:
+            value, column = float(values[_index(end)]), coefficients[:, _index(end)]
+            remainder = space.residual(value, column, out=room[end])
+            residual = max(float(remainder.norm()), floor)
+            looks[end] = _Look(value, residual, self._error(end, values, residual), column)
+        return looks
 
     def _error(self, end: str, values: Tensor, residual: float) -> float:
         """``residual^2 / gap`` with a doubt of the gap, or the residual."""
@@ -299,7 +339,6 @@ class CurvatureTracker:
         coefficients: Tensor,
     ) -> None:
         trail = self._trails[end]
-        trail.vector = _flushed(edge.vector)
         far = float(values[-1 if end == "largest" else 0])
         trail.far = (
             min(far, _FORGET * trail.far) if end == "largest" else max(far, _FORGET * trail.far)
@@ -309,9 +348,9 @@ class CurvatureTracker:
         second = 1 if end == "largest" else -2
         column = coefficients[:, second]
         # One step of power iteration, shifted so that the far end of the spectrum dies out.
-        step = space.image(column).sub_(space.vector(column), alpha=trail.far)
-        norm = step.norm()
-        trail.explorer = _flushed(step / norm if bool(norm > 0) else space.vector(column))
+        step = space.residual(trail.far, column, out=trail.explorer)
+        norm = float(step.norm())
+        trail.explorer = _flushed(step.div_(norm) if norm > 0 else space.vector(column))
         if edge.value == 0:
             return
         found = float(values[second]) / edge.value
@@ -321,8 +360,8 @@ class CurvatureTracker:
         """The gradient, or None if there is none or it has no direction."""
         if gradient is not None:
             operator.check(gradient)
-        if self.vectors and not any(self._due(end) for end in self._trails):
-            return None  # nobody will ask
+        if self.vectors and not any(self._asks(end) for end in self._trails):
+            return None
         if gradient is None and isinstance(operator, CurvatureMatrix):
             gradient = mean_gradient(operator)
         if gradient is None:
@@ -358,6 +397,8 @@ class CurvatureTracker:
                     "explorer": None if trail.explorer is None else trail.explorer.clone(),
                     "ratio": trail.ratio,
                     "far": trail.far,
+                    "kept": trail.kept,
+                    "lean": trail.lean,
                 }
                 for end, trail in self._trails.items()
             },
@@ -377,10 +418,13 @@ class CurvatureTracker:
         self.num_products = state_dict["num_products"]
         self.num_updates = state_dict["num_updates"]
         self._trails = {end: _Trail(**trails[end]) for end in self._trails}
+        for trail in self._trails.values():
+            if trail.explorer is not None:
+                trail.explorer = trail.explorer.clone()  # which the next update overwrites
         self._generator.set_state(state_dict["generator"].cpu())
 
 
-def _relative(end: str, edge: TrackedEdge, values: Tensor) -> float:
+def _relative(end: str, edge: _Look | TrackedEdge, values: Tensor) -> float:
     """Error of an edge, relative to what the search is for.
 
     That of the largest is relative to itself, for negative curvature may be many times stronger. A
@@ -392,14 +436,49 @@ def _relative(end: str, edge: TrackedEdge, values: Tensor) -> float:
     return edge.error / scale
 
 
+def _start(vector: Tensor, slope: Tensor | None, share: float) -> Tensor:
+    """Where a search begins: ``vector`` and ``share`` of the gradient's direction."""
+    if slope is None or share == 0:
+        return vector
+    share = math.copysign(share, float(torch.dot(vector, slope)))
+    return torch.add(vector, slope, alpha=share / float(slope.norm()))
+
+
+def _cosine(left: Tensor, unit: Tensor) -> float:
+    """Magnitude of the cosine between a vector and one of unit norm."""
+    return min(1.0, abs(float(torch.dot(left, unit) / left.norm())))
+
+
+def _averaged(before: float | None, new: float) -> float:
+    """Half of what was, half of what is (assumed)."""
+    return new if before is None else (before + new) / 2
+
+
+def _weight(cosine: float) -> float:
+    """Of an estimate of a direction; see `_Trail.gradient_share`."""
+    return cosine / max(1 - cosine**2, _SURE)
+
+
+def _new_vector(operator: LinearOperator) -> Tensor:
+    """Room for a vector ``(P,)``: new pages of memory cost more than a pass over old ones."""
+    return torch.empty(operator.shape[0], dtype=operator.dtype, device=operator.device)
+
+
+def _edge(space: RitzSpace, look: _Look, out: Tensor) -> TrackedEdge:
+    """The end that was looked at, its vector in ``out``."""
+    vector = space.vector(look.column, out=out)
+    vector = _flushed(vector.div_(vector.norm()))
+    return TrackedEdge(look.value, look.residual, look.error, vector)
+
+
 def _flushed(vector: Tensor) -> Tensor:
-    """The vector less its tiniest entries.
+    """The vector less its tiniest entries, in place.
 
     What a matrix maps to zero, such as the weights of dead units, shrinks by a factor at each
     update. Some hundred updates later it consists of subnormal numbers, with which a CPU multiplies
     four times as slowly (measured, docs/log.md).
     """
-    return torch.nn.functional.hardshrink(vector, _FLUSHED)
+    return torch.hardshrink(vector, _FLUSHED, out=vector)
 
 
 def _index(end: str) -> int:
