@@ -26,9 +26,10 @@ LEVELS = [
         "peak_bounds",
         "metric",
         "usable_curvature",
+        "gradient_scatter",
     }
     | {"inner_products", "orthogonality", "ritz_bounds"},
-    {"krylov_basis", "rayleigh_ritz"},
+    {"krylov_basis", "rayleigh_ritz", "batch_size", "group_gradients", "sample_gradients"},
     {"lanczos_process", "memory_plan"},
     {"lanczos", "dataclass_files", "policies", "projected_curvature", "outlying_directions"},
     {

@@ -1,6 +1,9 @@
 """Learning rates and momentum measured from the batch Hessian, at any batch size."""
 
-# Curvature matrices, known through their products
+# Batch sizes from the gradient's noise
+from batchlr.batch_size import AdaptiveBatchSize as AdaptiveBatchSize
+from batchlr.batch_size import BatchSizeTest as BatchSizeTest
+
 # When to measure while training, and what to apply
 from batchlr.controller import CurvatureController as CurvatureController
 
@@ -11,6 +14,9 @@ from batchlr.curvature_report import CurvatureReport as CurvatureReport
 from batchlr.curvature_update import CurvatureUpdate as CurvatureUpdate
 from batchlr.edge_laws import EdgeLaw as EdgeLaw
 from batchlr.edge_laws import edge_laws as edge_laws
+from batchlr.gradient_scatter import GradientScatter as GradientScatter
+from batchlr.gradient_scatter import scatter_of_gradients as scatter_of_gradients
+from batchlr.group_gradients import GroupGradients as GroupGradients
 
 # Spectra
 from batchlr.lanczos import Eigenpairs as Eigenpairs
@@ -27,6 +33,8 @@ from batchlr.learning_rates import max_adam_lr as max_adam_lr
 from batchlr.learning_rates import max_sgd_lr as max_sgd_lr
 from batchlr.learning_rates import min_damping as min_damping
 from batchlr.lr_bound import LRBound as LRBound
+
+# Curvature matrices, known through their products
 from batchlr.operators import DenseOperator as DenseOperator
 from batchlr.operators import GGNOperator as GGNOperator
 from batchlr.operators import HessianOperator as HessianOperator
@@ -40,6 +48,7 @@ from batchlr.probes import BatchSharpness as BatchSharpness
 from batchlr.probes import batch_sharpness as batch_sharpness
 from batchlr.random_matrix import SpikedMarchenkoPastur as SpikedMarchenkoPastur
 from batchlr.random_matrix import SpikedWigner as SpikedWigner
+from batchlr.sample_gradients import sample_gradients as sample_gradients
 from batchlr.scaling_rules import rescale_lr as rescale_lr
 
 # A torch scheduler with a movable peak
