@@ -1,5 +1,6 @@
 """Runs whose batch grows: what decides, what follows, and what stays."""
 
+import itertools
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from runs import NETWORKS, assert_same, metrics, run, state, summary, tiny
 
 from batchlr import AdaptiveBatchSize, GradientScatter, scatter_of_gradients
+from batchlr.controller import CurvatureController
 from batchlr.training import loop
 from batchlr.training.config import ConfigError
 from batchlr.training.data import train_batches
@@ -49,7 +51,7 @@ def test_the_batch_grows_in_tests_up_to_its_bound(grown):
     assert lines[0]["batch_size"] == 48
     assert max(sizes(grown)) == summary(grown)["batch_size"] == 400
     assert sizes(grown) == sorted(sizes(grown))
-    for line, after in zip(lines, lines[1:], strict=False):
+    for line, after in itertools.pairwise(lines):
         assert after["batch_size"] == line.get("next_batch_size", line["batch_size"])
         assert after["batch_size"] <= 2 * line["batch_size"]
         assert ("norm_test" in line) == ((line["step"] + 1) % 4 == 0)
@@ -136,20 +138,28 @@ def test_a_fixed_rate_stays_or_follows_by_a_rule(tmp_path, rate, power):
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])
-def test_a_measured_rate_follows_the_measured_limit(tmp_path, name):
+def test_a_measured_rate_follows_the_measured_limit(tmp_path, monkeypatch, name):
+    resize, changes = CurvatureController.set_batch_size, []
+
+    def noting(self, batch_size, **options):
+        # Of effective sizes, those of policy edge: of a batch twice as large.
+        here, there = (1 / (2 * size) - 1 / SAMPLES for size in (self.batch_size, batch_size))
+        ratio, before = here / there, self.scheduler.peak
+        resize(self, batch_size, **options)
+        changes.append((ratio, self.scheduler.peak / before, self.cadence.total_steps))
+
+    monkeypatch.setattr(CurvatureController, "set_batch_size", noting)
     out = run(tmp_path, adaptive(), f"optim={{name: {name}, lr: auto}}")
     lines = metrics(out)
-    assert max(sizes(out)) > 48
+    grown = [b for a, b in itertools.pairwise(lines) if b["batch_size"] != a["batch_size"]]
+    assert len(changes) == len(grown) >= 2
+    for ratio, factor, _ in changes:
+        assert 1 <= factor <= ratio * (1 + 1e-9)  # the limit grows no faster than the batch
+    assert changes[0][1] > 1.1
+    assert all(line["max_lr"] > 0 for line in grown)  # measured again at once
+    assert changes[-1][2] == len(lines)
     assert state(out)["controller"]["limit"]["batch_size"] == sizes(out)[-1]
-    changes = [
-        (before["batch_size"], after)
-        for before, after in zip(lines, lines[1:], strict=False)
-        if after["batch_size"] != before["batch_size"]
-    ]
-    for size, after in changes:
-        assert after["max_lr"] > 0  # measured again at once
-        assert after["batch_size"] > size
-    assert summary(out)["test_accuracy"] > 0.9
+    assert state(out)["scheduler"]["batch_size"] == sizes(out)[-1]
 
 
 def test_curvature_is_measured_beside_a_fixed_rate(tmp_path):

@@ -119,7 +119,7 @@ def test_a_run_interrupted_and_resumed_ends_with_the_same_bits(
     assert len(metrics(out)) == number + 1
     assert not (out / "summary.json").exists()
     assert run(tmp_path, *RUNS[kind], "resume=auto") == out
-    assert [line["step"] for line in metrics(out)] == list(range(12))
+    assert [line["step"] for line in metrics(out)] == list(range(len(metrics(expected))))
     assert_same_end(out, expected)
     assert {path.name for path in tmp_path.iterdir()} == {"tiny.yaml", "out"}  # nothing moved
 

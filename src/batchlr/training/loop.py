@@ -177,7 +177,6 @@ class _Run:
         train_loss = progress.result["train_loss"]
         peak = self.experiment.scheduler.peak
         progress.epoch, progress.samples = progress.epoch + 1, 0
-        self.follow_schedule()
         progress.loss_sum, progress.counted = 0.0, 0
         self.console.epoch(
             progress.epoch, config.train.epochs, train_loss, result, self.updates, peak
@@ -221,8 +220,8 @@ class _Run:
         progress.samples += size
         progress.trained += size
         self.heed(event)
-        self.follow_schedule()
         test = self.adapt()
+        self.follow_schedule()
         # The losses of all steps count for the epoch's mean; not all of them are written.
         self.log.add(
             entry | _measured(update) | _tested(test),
@@ -322,8 +321,8 @@ class _Run:
         """
         experiment, progress = self.experiment, self.progress
         steps = progress.samples // experiment.config.batch.global_size
-        epoch_steps = experiment.steps_per_epoch
-        position = progress.epoch * epoch_steps + min(steps, epoch_steps)
+        whole = experiment.steps_per_epoch
+        position = progress.epoch * whole + (whole if self.epoch_is_over else steps)
         for _ in range(position - experiment.scheduler.last_epoch):
             experiment.scheduler.step()
 
