@@ -1,4 +1,4 @@
-"""Batches that grow against small and large fixed ones, at equal epochs, on the digits.
+"""Batches that grow against fixed ones, small, medium and large, at equal epochs, on the digits.
 
 The question is whether a run that starts small and grows keeps the accuracy of small batches at
 some of the steps of large ones. Fixed rates are each size's own, the best of a grid by one seed,
@@ -32,8 +32,8 @@ MODELS = {
     "mlp": "model={name: mlp, hidden: [64, 64]}",
     "preresnet": "model={name: preresnet, depth: 8, block: basic, width: 0.5}",
 }
-SMALL, LARGE = 16, 512
-RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+SMALL, MEDIUM, LARGE = 16, 80, 512  # the one between makes about as many steps as a growing one
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 GROWING = f"adaptive: {{max_size: {LARGE}}}"
 PUBLISHED = (
     f"adaptive: {{max_size: {LARGE}, tolerance: 0.5, debias: false, max_growth: null, "
@@ -42,13 +42,14 @@ PUBLISHED = (
 CHOOSES, JUDGES = (0,), (1, 2, 3)
 KINDS = {
     "small": f"batch={{global_size: {SMALL}}}",
+    "medium": f"batch={{global_size: {MEDIUM}}}",
     "large": f"batch={{global_size: {LARGE}}}",
     "adaptive": f"batch={{global_size: {SMALL}, {GROWING}}}",
     "adaptive, linear": f"batch={{global_size: {SMALL}, {GROWING[:-1]}, rate: linear}}}}",
     "adaptive, sqrt": f"batch={{global_size: {SMALL}, {GROWING[:-1]}, rate: sqrt}}}}",
     "as published": f"batch={{global_size: {SMALL}, {PUBLISHED}}}",
 }
-FIXED = {"large": "large"}  # whose grid a kind takes its rate from; all others the small one's
+FIXED = ("small", "medium", "large")  # have rates of their own; all others the small one's
 
 
 def key(cell):
@@ -104,9 +105,9 @@ def best_rate(rows, model, kind):
 def cells(rows, models):
     """Model, kind, rate and rows of the judging seeds."""
     for model in models:
-        rates = {kind: best_rate(rows, model, kind) for kind in ("small", "large")}
+        rates = {kind: best_rate(rows, model, kind) for kind in FIXED}
         for kind in KINDS:
-            for rate in (rates[FIXED.get(kind, "small")], "auto"):
+            for rate in (rates[kind if kind in FIXED else "small"], "auto"):
                 if rate == "auto" and kind in ("adaptive, linear", "adaptive, sqrt"):
                     continue
                 cell = {"model": model, "kind": kind, "rate": rate}

@@ -1,7 +1,7 @@
 """Adaptive batch sizes: grow the batch until its gradient stands out of its noise.
 
 The norm test (Byrd et al. 2012) and the inner-product tests (Bollapragada et al. 2017), as
-AdAdaGrad (Lau, Liu & Kolar 2024, arXiv 2402.11215) applies them while training.
+AdAdaGrad (Lau et al. 2024, arXiv 2402.11215) applies them while training.
 """
 
 import math

@@ -44,17 +44,18 @@ class GroupGradients:
     def add(self) -> None:
         """Take note of one group, whose gradients were just added to zeroed ones or to others'."""
         found = {n: p.grad for n, p in enumerate(self._parameters) if p.grad is not None}
-        changes = []
-        for number, gradient in found.items():
-            before = self._seen.get(number)
-            part = local_part(gradient)
-            if before is None:
-                changes.append(part)
-                self._seen[number] = part.clone()
-            else:
-                changes.append(part - before)
-                before.copy_(part)
+        parts = {number: local_part(gradient) for number, gradient in found.items()}
+        # In place, so that there is one copy of the gradients and no second.
+        changes = [
+            self._seen[number].sub_(part) if number in self._seen else part
+            for number, part in parts.items()
+        ]
         self._squares.append(_square(changes, list(found.values())))
+        for number, part in parts.items():
+            if number in self._seen:
+                self._seen[number].copy_(part)
+            else:
+                self._seen[number] = part.clone()
 
     @torch.no_grad()
     def scatter(

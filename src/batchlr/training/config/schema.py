@@ -65,7 +65,7 @@ class AdaptiveOptions(Options):
     )
     test_every: Count = Field(default=50, description="updates between two tests (assumed)")
     observe_every: Count = Field(
-        default=5,
+        default=10,
         description="updates between two of which the noise is read, from parts of the batch "
         "(assumed)",
     )
