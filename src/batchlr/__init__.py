@@ -1,6 +1,7 @@
 """Learning rates and momentum measured from the batch Hessian, at any batch size."""
 
-# Batch sizes from the gradient's noise
+# Batch sizes from the gradient's noise, and the optimizer published with them
+from batchlr.adagrad_norm import AdaGradNorm as AdaGradNorm
 from batchlr.batch_size import AdaptiveBatchSize as AdaptiveBatchSize
 from batchlr.batch_size import BatchSizeTest as BatchSizeTest
 
