@@ -99,6 +99,12 @@ def test_a_batch_of_all_data_passes_whatever_the_tolerance():
     assert found.next_batch_size == 12
 
 
+def test_the_data_set_is_the_one_that_the_batch_sizes_are_chosen_for():
+    told = outcome(replace(GOLD, dataset_size=100), tolerance=0.1, dataset_size=100)
+    assert outcome(GOLD, tolerance=0.1, dataset_size=100) == told
+    assert outcome(GOLD, tolerance=0.1) != told
+
+
 def test_a_finite_data_set_lowers_the_target():
     """The variance of a mean of ``B`` out of ``N`` is ``trace (1/B - 1/N)``."""
     finite = replace(GOLD, dataset_size=100)
@@ -265,7 +271,7 @@ def test_a_loop_grows_its_batch_and_its_rate_follows_the_measured_limit():
         for part in rows.split(size // 4):
             (loss_fn(model, (x[part], y[part])) / 4).backward()
             groups.add()
-        adaptive.observe(groups.scatter(size, dataset_size=512))
+        adaptive.observe(groups.scatter(size))
         optimizer.step()
         scheduler.step()
         test = adaptive.step()

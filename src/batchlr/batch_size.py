@@ -5,7 +5,7 @@ AdAdaGrad (Lau et al. 2024, arXiv 2402.11215) applies them while training.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
 from batchlr.gradient_scatter import GradientScatter
@@ -156,12 +156,15 @@ class AdaptiveBatchSize:
     def observe(self, scatter: GradientScatter) -> None:
         """Average what one step's gradients show; ignored if they are zero or not finite.
 
+        The data set's size is taken to be the one given here, whatever ``scatter`` says.
+
         Raises:
             ValueError: the test needs figures that ``scatter`` does not have.
         """
         if not scatter.is_usable:
             return
-        figures = [scatter.trace, scatter.mean_square, 0.0, 0.0]
+        mean_square = replace(scatter, dataset_size=self.dataset_size).mean_square
+        figures = [scatter.trace, mean_square, 0.0, 0.0]
         if self.test_name != "norm":
             if scatter.along is None or scatter.across is None:
                 msg = (
@@ -245,7 +248,7 @@ class AdaptiveBatchSize:
         if self.max_growth * size < most:
             most = max(size + unit, int(self.max_growth * size) // unit * unit)
         if target >= most:
-            return min(most, self.max_batch_size)
+            return most
         # Rounding must not cost a whole unit.
         return max(size, math.ceil(target / unit * (1 - 1e-12)) * unit)
 
