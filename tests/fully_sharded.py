@@ -148,6 +148,24 @@ def groups(model: nn.Module, _: Any) -> list[float]:
     return [*ratios.tolist(), *moments.average.tolist()]
 
 
+def accumulated(model: nn.Module, _: Any) -> list[float]:
+    """Norm and noise of a gradient that every pass adds to, averaged over processes."""
+    noise = batchlr.GroupGradients(model.parameters())
+    for batch in batches():
+        (LOSS(model, batch) / 4).backward()
+        noise.add()
+    scatter = noise.scatter(64)
+    return [scatter.square_norm, scatter.trace]
+
+
+def adagrad_norm(model: nn.Module, _: Any) -> list[float]:
+    """Sums of weights after steps at one rate for all of them."""
+    optimizer = batchlr.AdaGradNorm(model.parameters(), 0.5, weight_decay=0.1)
+    for batch in batches():
+        step(model, optimizer, batch)
+    return [float(weight.sum()) for weight in weights(model)]
+
+
 def norms(model: nn.Module, _: Any) -> list[float]:
     """Of gradients and relative changes; the last is that of a tensor no process shares."""
     update = RelativeUpdate()
@@ -352,6 +370,8 @@ def findings(folder: Path) -> dict[str, Any]:
         "probes": pair(probes, "adam"),
         "groups": pair(groups),
         "norms": pair(norms),
+        "accumulated": pair(accumulated),
+        "adagrad norm": pair(adagrad_norm),
         "tied": tied(),
         "half precision": pair(followed, mp_policy=low),
         "offloaded": pair(followed, "adam", offload_policy=offload),

@@ -9,6 +9,7 @@ import yaml
 
 from batchlr import min_damping
 from batchlr.training.config import TrainConfig, dump_config, load_config
+from batchlr.training.config.schema import AdaptiveOptions
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
@@ -100,6 +101,14 @@ def test_the_first_demo_explains_every_key():
     lines = [line for line in text.splitlines() if ":" in line and not line.startswith("#")]
     for line in lines:
         assert line.endswith(":") or "  # " in line, f"no explanation: {line}"
+
+
+def test_the_growing_demo_explains_every_key_of_its_own():
+    path = CONFIGS / "demo" / "digits_adaptive.yaml"
+    text = path.read_text(encoding="utf-8")
+    assert yaml.safe_load(text)["batch"]["adaptive"].keys() == AdaptiveOptions.model_fields.keys()
+    for key in AdaptiveOptions.model_fields:
+        assert re.search(rf"^    {key}: .*  # ", text, re.MULTILINE), key
 
 
 # The paper --------------------------------------------------------------------------------------

@@ -1032,6 +1032,20 @@ def test_a_batch_size_changes_after_resuming_as_it_would_have():
     assert other_scheduler.peak == scheduler.peak
 
 
+def test_a_controller_that_only_measures_takes_any_batch_size_and_length():
+    model, _, scheduler, batches = linear_problem()
+    controller = controller_of(
+        scheduler, MSE, dataset_size=128, batch_size=8, apply=False, total_steps=100
+    )
+    peak = scheduler.peak
+    controller.set_batch_size(16, total_steps=60)
+    assert (controller.batch_size, controller.cadence.total_steps) == (16, 60)
+    assert controller.maybe_update(model, batches).bound.batch_size == 16
+    controller.set_batch_size(32)
+    assert (controller.batch_size, controller.cadence.total_steps) == (32, 60)
+    assert scheduler.peak == peak
+
+
 def test_processes_agree_on_what_the_first_decided():
     first, second = (linear_problem(momentum=0.9) for _ in range(2))
     leader, follower = (

@@ -28,9 +28,11 @@ LEVELS = [
         "usable_curvature",
         "averaging",
         "escape",
+        "gradient_scatter",
     }
     | {"inner_products", "orthogonality", "ritz_bounds"},
-    {"krylov_basis", "rayleigh_ritz"},
+    {"krylov_basis", "rayleigh_ritz"}
+    | {"batch_size", "group_gradients", "sample_gradients", "adagrad_norm"},
     {"lanczos_process", "memory_plan"},
     {"lanczos", "dataclass_files", "policies", "projected_curvature", "outlying_directions"},
     {

@@ -311,16 +311,25 @@ class CurvatureController:
                 }
             )
 
-    def set_batch_size(self, batch_size: int) -> None:
+    def set_batch_size(self, batch_size: int, *, total_steps: int | None = None) -> None:
         """Train with another batch size from the next step on.
 
         The peak moves at once as the last report's limit does, and is measured again soon.
 
+        Args:
+            batch_size: of one optimizer step.
+            total_steps: of the run, where the new size changes it; None leaves it.
+
         Raises:
             ValueError: ``batch_size`` is not in [1, dataset_size], or nothing was measured yet.
         """
+        if total_steps is not None:
+            self.cadence.total_steps = total_steps
         last, size = self.limit.last, self.limit.batch_size
         if last is None or size is None:
+            if not self.apply:
+                self.limit.batch_size = batch_size
+                return
             msg = "nothing was measured yet: change the batch size after the first step"
             raise ValueError(msg)
         settled = not self._guard.unsettled

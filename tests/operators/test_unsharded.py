@@ -46,6 +46,8 @@ def test_curvature_and_rate_are_those_of_the_whole_model(ranks, matrix, optimize
         "probes",
         "groups",
         "norms",
+        "accumulated",
+        "adagrad norm",
         "tied",
         "half precision",
         "offloaded",

@@ -155,6 +155,19 @@ def test_starting_late_gives_the_batches_that_would_have_come(start_batch):
     assert_same_batches(rest, whole[start_batch:])
 
 
+def test_another_batch_size_goes_on_where_the_last_one_stopped():
+    data = numbered(20, augmentation=CropAndFlip(2))
+    options = {"seed": 7, "epoch": 2}
+    singles = by_label(train_batches(data, batch_size=1, **options))
+    first = list(train_batches(data, batch_size=3, **options))[:2]
+    rest = list(train_batches(data, batch_size=5, start_sample=6, **options))
+    assert [len(labels) for _, labels in rest] == [5, 5]  # four are left out
+    order = list(singles)
+    seen = torch.cat([labels for _, labels in [*first, *rest]]).tolist()
+    assert seen == order[:16]
+    assert list(train_batches(data, batch_size=5, start_sample=16, **options)) == []
+
+
 def test_augmentation_is_the_samples_own_whatever_the_batch():
     data = numbered(30, augmentation=CropAndFlip(2))
     one_by_one = by_label(train_batches(data, batch_size=1, seed=0, epoch=1))
@@ -276,6 +289,10 @@ TRAIN = {"seed": 0, "epoch": 0}
         (
             lambda data: train_batches(data, batch_size=5, start_batch=-1, **TRAIN),
             r"start_batch must lie in \[0, 2\], got -1",
+        ),
+        (
+            lambda data: train_batches(data, batch_size=5, start_sample=11, **TRAIN),
+            r"start_sample must lie in \[0, 10\], got 11",
         ),
         (
             lambda data: train_batches(data, batch_size=5, world_size=2, **TRAIN),

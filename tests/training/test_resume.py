@@ -30,6 +30,10 @@ from batchlr.training.distributed import Processes
 from batchlr.training.interruption import stop_request
 from batchlr.training.loop import InterruptedRun
 
+_ADAPTIVE = (  # from 96 to 192, 384, 400 after steps 3, 6, 9
+    "batch={global_size: 96, adaptive: {max_size: 400, tolerance: 0.2, test_every: 3, "
+    "observe_every: 2}}"
+)
 SPARSE = ["curvature.max_overhead=0"]  # before steps 0, 1, 2, 4, 8
 RUNS = {
     "batch norm": [*NETWORKS["batch norm"], "optim.lr=auto", *SPARSE],
@@ -40,6 +44,8 @@ RUNS = {
         "optim.lr=auto",
         "curvature={policy: paper_nesterov, every_epochs: 1, fixed_samples: true, max_products: 8}",
     ],
+    "adaptive": [_ADAPTIVE, "train.epochs=2"],
+    "adaptive, auto": [_ADAPTIVE, "optim.lr=auto", "train.epochs=2"],
     "augmented": ["data.augment=standard", "optim={name: adamw, lr: auto}"],
 }
 
@@ -92,6 +98,11 @@ def stop_at(monkeypatch):
         ("dropout", 4),
         ("published", 3),  # between two measurements
         ("published", 5),  # before one
+        ("adaptive", 1),  # between two tests
+        ("adaptive", 2),  # at one
+        ("adaptive", 5),
+        ("adaptive, auto", 3),
+        ("adaptive, auto", 6),
         ("augmented", 1),
         ("augmented", 5),  # the last of an epoch
         ("augmented", 11),  # the last of all
@@ -108,7 +119,7 @@ def test_a_run_interrupted_and_resumed_ends_with_the_same_bits(
     assert len(metrics(out)) == number + 1
     assert not (out / "summary.json").exists()
     assert run(tmp_path, *RUNS[kind], "resume=auto") == out
-    assert [line["step"] for line in metrics(out)] == list(range(12))
+    assert [line["step"] for line in metrics(out)] == list(range(len(metrics(expected))))
     assert_same_end(out, expected)
     assert {path.name for path in tmp_path.iterdir()} == {"tiny.yaml", "out"}  # nothing moved
 

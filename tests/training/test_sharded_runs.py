@@ -42,6 +42,13 @@ KINDS = {
         "train.precision=bf16",
         "train.channels_last=true",
     ],
+    "growing": [
+        "optim.lr=auto",
+        "batch={global_size: 96, adaptive: {max_size: 400, tolerance: 0.25, test_every: 3, "
+        "observe_every: 2}}",
+        "train.clip_norm=1.0",  # after the noise was read
+        "train.epochs=2",
+    ],
 }
 # Folder of the run, strategy, kind, what else is set; the step after which weights are lost.
 RUNS = [
@@ -55,6 +62,10 @@ RUNS = [
     ("one-to-two", "fsdp", "adam", ["resume={}/one-half/checkpoints"], -1),
     ("low-ddp", "ddp", "low", ["train.max_steps=3"], -1),
     ("low-fsdp", "fsdp", "low", ["train.max_steps=3"], -1),
+    ("growing-ddp", "ddp", "growing", [], -1),
+    ("growing-fsdp", "fsdp", "growing", [], -1),
+    ("growing-resumed", "ddp", "growing", [HALF], -1),
+    ("growing-resumed", "ddp", "growing", ["resume=auto"], -1),
 ]
 
 
@@ -163,6 +174,31 @@ def test_two_processes_go_on_from_one_and_one_from_two(folder, tmp_path):
     two_to_one = run(tmp_path, *KINDS["adam"], half, out="two-to-one")
     assert [line["step"] for line in metrics(two_to_one)] == list(range(4, 12))
     assert_close_end(two_to_one, whole, 1e-3)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_processes_agree_on_batches_that_grow(folder, strategy):
+    first, second = ends(folder, f"growing-{strategy}")
+    for key in ("steps", "samples", "batch_size", "final_lr", "peak_lr", "test_loss"):
+        assert first["summary"][key] == second["summary"][key], key
+    assert first["peaks"] == second["peaks"]
+    sizes = [line["batch_size"] for line in metrics(folder / f"growing-{strategy}")]
+    assert sizes == sorted(sizes)
+    assert sizes[-1] > 2 * sizes[0] == 192
+
+
+def test_two_processes_compare_the_groups_that_one_would(folder, tmp_path):
+    """Two of each process are one's four, so that both make the same run up to rounding."""
+    whole = run(tmp_path, *KINDS["growing"], out="whole")
+    assert_close_end(folder / "growing-ddp", whole, 1e-3)
+    found, expected = metrics(folder / "growing-ddp"), metrics(whole)
+    assert [line["batch_size"] for line in found] == [line["batch_size"] for line in expected]
+    for line, other in zip(found, expected, strict=True):
+        assert line.get("norm_test", 0) == pytest.approx(other.get("norm_test", 0), rel=1e-3)
+
+
+def test_a_growing_run_of_two_processes_resumes_with_the_same_bits(folder):
+    assert_same_end(folder / "growing-resumed", folder / "growing-ddp")
 
 
 def test_a_checkpoint_of_sharded_weights_is_as_any_other(folder):

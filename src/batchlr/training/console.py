@@ -56,6 +56,10 @@ class RunConsole:
         """Advance the bar."""
         self._bar.advance(self._task)
 
+    def expect(self, total_steps: int) -> None:
+        """The run has another number of steps than it seemed."""
+        self._bar.update(self._task, total=total_steps)
+
     def measurement(self, update: CurvatureUpdate) -> None:
         """The first measurement, in words."""
         report, bound, learned = update.report, update.bound, update.learned

@@ -37,6 +37,12 @@ class Processes:
             dist.all_reduce(values)
         return values
 
+    def average(self, values: Iterable[Tensor]) -> None:
+        """The mean of each over all processes, in place; one message each."""
+        for value in values if self.world_size > 1 else ():
+            dist.all_reduce(value)
+            value /= self.world_size
+
     def same(self, value: float, device: torch.device) -> float:
         """The first process's ``value``, everywhere."""
         if self.world_size == 1:

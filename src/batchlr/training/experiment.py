@@ -1,11 +1,13 @@
 """What a configuration stands for: data, network, loss, optimizer, scheduler, controller."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from batchlr.batch_size import AdaptiveBatchSize
 from batchlr.controller import CurvatureController
 from batchlr.operators.supervised import SupervisedLoss, supervised
 from batchlr.policies import POLICIES
@@ -42,9 +44,49 @@ class Experiment:
     optimizer: torch.optim.Optimizer
     scheduler: BatchAwareLR
     controller: CurvatureController | None
-    steps_per_epoch: int
-    total_steps: int
+    adaptive: AdaptiveBatchSize | None
+    steps_per_epoch: int  # at the batch size it begins with
+    total_steps: int  # likewise
     sampler: torch.Generator = field(default_factory=torch.Generator)  # of measured samples
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of one update, over all processes, at present."""
+        return self.config.batch.global_size if self.adaptive is None else self.adaptive.batch_size
+
+    def is_read(self, step: int) -> bool:
+        """Whether the gradient's noise is read off update number ``step``."""
+        options = self.config.batch.adaptive
+        if self.adaptive is None or options is None or not self.adaptive.may_grow:
+            return False
+        return step % options.observe_every == 0
+
+    def part_size(self, *, read: bool) -> int:
+        """Samples in one forward pass of one process; of an update whose noise is read, of a group.
+
+        Groups are micro-batches, or if they are too few equal parts of them.
+        """
+        size = micro_size(self.config, self.processes.world_size, self.batch_size)
+        if not read:
+            return size
+        share = self.batch_size // self.processes.world_size
+        least = min(share, max(share // size, _parts(self.config, self.processes)))
+        return share // next(n for n in range(least, share + 1) if share % n == 0)
+
+    def resize(self, batch_size: int, *, total_steps: int) -> None:
+        """Let the rate follow the batch, whose size has just become ``batch_size``.
+
+        Args:
+            batch_size: of the next update.
+            total_steps: of the run, if it stays.
+        """
+        options = self.config.batch.adaptive
+        assert options is not None
+        if self.controller is not None:
+            self.controller.set_batch_size(batch_size, total_steps=total_steps)
+        if self.config.optim.lr != "auto":
+            rule = "none" if options.rate == "auto" else options.rate
+            self.scheduler.set_batch_size(batch_size, rule=rule)
 
     def measurement_batches(self, sizes: tuple[int, int] | None = None) -> list[Batch]:
         """Disjoint training batches to measure curvature on, not augmented.
@@ -54,7 +96,9 @@ class Experiment:
         Args:
             sizes: size and number of the batches; by default `tracking_sizes`.
         """
-        size, count = sizes or tracking_sizes(self.config, self.data, self.processes.world_size)
+        size, count = sizes or tracking_sizes(
+            self.config, self.data, self.processes.world_size, self.batch_size
+        )
         fixed = self.config.curvature.fixed_samples
         batches = measurement_batches(
             self.data,
@@ -82,6 +126,7 @@ class Experiment:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "controller": None if self.controller is None else self.controller.state_dict(),
+            "adaptive": None if self.adaptive is None else self.adaptive.state_dict(),
             "sampler": self.sampler.get_state(),
             "random_state": torch.get_rng_state(),
         }
@@ -100,6 +145,8 @@ class Experiment:
         self.scheduler.load_state_dict(state["scheduler"])
         if self.controller is not None and state["controller"] is not None:
             self.controller.load_state_dict(state["controller"])
+        if self.adaptive is not None:
+            self.adaptive.load_state_dict(state["adaptive"])
         self.sampler.set_state(state["sampler"])
         torch.set_rng_state(state["random_state"])
         if self.device.type == "cuda":
@@ -157,6 +204,7 @@ def build_experiment(config: TrainConfig, processes: Processes | None = None) ->
         controller=_controller(config, data, scheduler, loss_fn, steps_per_epoch)
         if measured
         else None,
+        adaptive=_adaptive(config, data, processes),
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         sampler=_sampler(config),
@@ -179,22 +227,31 @@ def measurement_sizes(config: TrainConfig, data: ImageData, world_size: int = 1)
     return _sizes(config, data, world_size, config.curvature.samples)
 
 
-def tracking_sizes(config: TrainConfig, data: ImageData, world_size: int = 1) -> tuple[int, int]:
+def tracking_sizes(
+    config: TrainConfig, data: ImageData, world_size: int = 1, batch_size: int | None = None
+) -> tuple[int, int]:
     """As `measurement_sizes`, while training: no more samples than half a batch, or 64, has.
 
-    Half as many cost half as much and train as well (measured: docs/log.md).
+    Half as many cost half as much and train as well (measured: docs/log.md). The batch is that of
+    ``batch_size``, by default the configured one.
     """
     if config.curvature.policy in POLICIES:
         return measurement_sizes(config, data, world_size)
-    most = max(config.batch.global_size // 2, _FEWEST)
-    return _sizes(config, data, world_size, min(config.curvature.samples, most))
+    most = max((batch_size or config.batch.global_size) // 2, _FEWEST)
+    return _sizes(config, data, world_size, min(config.curvature.samples, most), batch_size)
 
 
-def _sizes(config: TrainConfig, data: ImageData, world_size: int, samples: int) -> tuple[int, int]:
+def _sizes(
+    config: TrainConfig,
+    data: ImageData,
+    world_size: int,
+    samples: int,
+    batch_size: int | None = None,
+) -> tuple[int, int]:
     samples = min(samples, len(data.train))
     if config.curvature.policy in POLICIES:
         return samples, 1
-    size = max(1, min(micro_size(config, world_size), samples // _MIN_BATCHES))
+    size = max(1, min(micro_size(config, world_size, batch_size), samples // _MIN_BATCHES))
     return size, max(1, min(samples // size, len(data.train) // size))
 
 
@@ -202,9 +259,9 @@ def _sampler(config: TrainConfig) -> torch.Generator:
     return torch.Generator().manual_seed(config.seed + 1)
 
 
-def micro_size(config: TrainConfig, world_size: int = 1) -> int:
-    """Samples in one forward pass of one process."""
-    share = config.batch.global_size // world_size
+def micro_size(config: TrainConfig, world_size: int = 1, batch_size: int | None = None) -> int:
+    """Samples in one forward pass of one process; ``batch_size`` is by default the configured."""
+    share = (batch_size or config.batch.global_size) // world_size
     return share if config.batch.micro_size == "auto" else min(config.batch.micro_size, share)
 
 
@@ -237,15 +294,69 @@ def _check_sharing(config: TrainConfig, data: ImageData, processes: Processes) -
         )
         raise ValueError(msg)
     share = max(1, size // world)
-    unit = world if micro == "auto" else world * min(micro, share)
+    unit = _unit(config, processes)
     if size % unit:
         parts = "" if micro == "auto" else f" in equal micro-batches of {min(micro, share)}"
+        if micro == "auto" and unit > world:
+            parts = f" in {unit // world} groups each (batch.adaptive.groups)"
         lower = max(unit, size // unit * unit)
         msg = (
             f"batch.global_size {size} cannot be shared by {world} processes{parts}; the nearest "
             f"shareable sizes are {lower} and {lower + unit}"
         )
         raise ValueError(msg)
+
+
+def _unit(config: TrainConfig, processes: Processes) -> int:
+    """What every batch size is a multiple of."""
+    world, micro = processes.world_size, config.batch.micro_size
+    if micro != "auto":
+        return world * min(micro, max(1, config.batch.global_size // world))
+    return world * _parts(config, processes)
+
+
+def _parts(config: TrainConfig, processes: Processes) -> int:
+    """Groups that each process makes of its share, at least.
+
+    Of sharded weights nobody has a gradient of its own: every group is of all processes.
+    """
+    options = config.batch.adaptive
+    if options is None:
+        return 1
+    return options.groups if processes.shards else math.ceil(options.groups / processes.world_size)
+
+
+def _adaptive(
+    config: TrainConfig, data: ImageData, processes: Processes
+) -> AdaptiveBatchSize | None:
+    """Chooses the batch sizes of the run, if they are not all the same.
+
+    Raises:
+        ValueError: the batch cannot be split into two.
+    """
+    options = config.batch.adaptive
+    if options is None:
+        return None
+    if config.batch.global_size < 2:
+        msg = "batch.global_size must be at least 2 with batch.adaptive: one sample shows no noise"
+        raise ValueError(msg)
+    if options.max_size > len(data.train):
+        msg = (
+            f"batch.adaptive.max_size {options.max_size} is larger than the {len(data.train)} "
+            f"samples of {data.name}"
+        )
+        raise ValueError(msg)
+    return AdaptiveBatchSize(
+        config.batch.global_size,
+        max_batch_size=options.max_size,
+        dataset_size=len(data.train),
+        tolerance=options.tolerance,
+        debias=options.debias,
+        max_growth=math.inf if options.max_growth is None else options.max_growth,
+        interval=options.test_every,
+        smoothing=options.smoothing,
+        multiple_of=_unit(config, processes),
+    )
 
 
 def _sharded_as(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:

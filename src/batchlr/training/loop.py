@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchlr.batch_size import BatchSizeTest
 from batchlr.collapse import Same
 from batchlr.curvature_update import CurvatureUpdate
+from batchlr.group_gradients import GroupGradients
 from batchlr.optimizer_state import get_momentum
 from batchlr.safeguard import EVENTS, Event
 from batchlr.training.checkpoint import latest_checkpoint, save_checkpoint
@@ -21,7 +23,7 @@ from batchlr.training.console import RunConsole
 from batchlr.training.data import Batch, train_batches
 from batchlr.training.distributed import averaging, processes
 from batchlr.training.evaluation import TestResult, evaluate
-from batchlr.training.experiment import Experiment, build_experiment, micro_size
+from batchlr.training.experiment import Experiment, build_experiment
 from batchlr.training.interruption import StopRequest, stop_request
 from batchlr.training.metrics import MetricsLog, read_metrics, write_json
 from batchlr.training.resumption import Progress, start_run
@@ -92,10 +94,33 @@ class _Run:
 
     @property
     def last_step(self) -> int:
-        """The number of steps after which the run ends."""
+        """The number of steps after which the run ends, if its batches grow no more."""
         limit = self.experiment.config.train.max_steps
-        total = self.experiment.total_steps
+        total = self.total_steps
         return total if limit is None else min(total, limit)
+
+    @property
+    def total_steps(self) -> int:
+        """Those made and those that all epochs have left at the present batch size."""
+        experiment, progress = self.experiment, self.progress
+        size, whole = experiment.batch_size, len(experiment.data.train)
+        epochs = experiment.config.train.epochs - progress.epoch
+        if epochs < 1:
+            return progress.step
+        return progress.step + (whole - progress.samples) // size + (epochs - 1) * (whole // size)
+
+    @property
+    def epoch_is_over(self) -> bool:
+        """Whether what is left of the epoch is no whole batch."""
+        experiment = self.experiment
+        return self.progress.samples + experiment.batch_size > len(experiment.data.train)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps are made."""
+        options = self.experiment.config.train
+        limit = math.inf if options.max_steps is None else options.max_steps
+        return self.progress.epoch >= options.epochs or self.progress.step >= limit
 
     @cached_property
     def same(self) -> Same | None:
@@ -112,33 +137,37 @@ class _Run:
         if progress.step == 0 and config.checkpoint.every_epochs:
             self.save()  # so that a run which diverges at once has a good one
         # A run stopped after the last batch of an epoch has yet to close it.
-        epoch_steps = self.experiment.steps_per_epoch
-        while progress.step < self.last_step or progress.batch == epoch_steps:
+        while not self.is_over or self.epoch_is_over:
             self.make_epoch()
-        if progress.batch or not progress.result:
+        if progress.samples or not progress.result:
             self.evaluate()
         self.save()
         return self.summarize(diverged=False)
 
     def make_epoch(self) -> None:
         """The rest of the current epoch."""
-        experiment, progress = self.experiment, self.progress
+        while not (self.epoch_is_over or self.is_over):
+            self.make_steps()
+        if self.epoch_is_over:
+            self.close_epoch()
+        else:
+            self.check_losses()
+
+    def make_steps(self) -> None:
+        """The steps of the epoch that are left at the present batch size."""
+        size = self.experiment.batch_size
         for batch in self.batches():
             self.make_step(batch)
             if self.asked_to_stop():
                 self.check_losses()
                 self.save()
                 msg = (
-                    f"interrupted at step {progress.step}; go on with resume=auto "
+                    f"interrupted at step {self.progress.step}; go on with resume=auto "
                     f"(checkpoint in {self.out / 'checkpoints'})"
                 )
                 raise InterruptedRun(msg)
-            if progress.step >= self.last_step:
+            if self.is_over or self.experiment.batch_size != size:
                 break
-        if progress.batch < experiment.steps_per_epoch:
-            self.check_losses()
-            return
-        self.close_epoch()
 
     def close_epoch(self) -> None:
         """Evaluate, report and maybe save after a whole epoch."""
@@ -147,13 +176,13 @@ class _Run:
         result = self.evaluate()
         train_loss = progress.result["train_loss"]
         peak = self.experiment.scheduler.peak
-        progress.epoch, progress.batch = progress.epoch + 1, 0
+        progress.epoch, progress.samples = progress.epoch + 1, 0
         progress.loss_sum, progress.counted = 0.0, 0
         self.console.epoch(
             progress.epoch, config.train.epochs, train_loss, result, self.updates, peak
         )
         every = config.checkpoint.every_epochs
-        if every and progress.epoch % every == 0 and progress.step < self.last_step:
+        if every and progress.epoch % every == 0 and not self.is_over:
             self.save()
 
     def batches(self) -> Iterator[Batch]:
@@ -161,10 +190,10 @@ class _Run:
         experiment, progress = self.experiment, self.progress
         return train_batches(
             experiment.data,
-            batch_size=experiment.config.batch.global_size,
+            batch_size=experiment.batch_size,
             seed=experiment.config.seed,
             epoch=progress.epoch,
-            start_batch=progress.batch,
+            start_sample=progress.samples,
             device=experiment.device,
             rank=experiment.processes.rank,
             world_size=experiment.processes.world_size,
@@ -173,7 +202,7 @@ class _Run:
     def make_step(self, batch: Batch) -> None:
         """Measure if due, then one update of the weights."""
         experiment, progress = self.experiment, self.progress
-        update = self.measure()
+        update, size = self.measure(), experiment.batch_size
         rate = float(experiment.scheduler.get_last_lr()[0])
         loss = self.update_weights(batch)
         event = None
@@ -184,18 +213,23 @@ class _Run:
             "epoch": progress.epoch,
             "lr": rate,
             "momentum": get_momentum(experiment.optimizer),
-            "batch_size": experiment.config.batch.global_size,
+            "batch_size": size,
         }
-        # The losses of all steps count for the epoch's mean; not all of them are written.
-        self.log.add(
-            entry | _measured(update),
-            loss,
-            write=progress.step % experiment.config.log.every_steps == 0 or update is not None,
-        )
         progress.last_lr = rate
         progress.step += 1
-        progress.batch += 1
+        progress.samples += size
+        progress.trained += size
         self.heed(event)
+        test = self.adapt()
+        self.follow_schedule()
+        # The losses of all steps count for the epoch's mean; not all of them are written.
+        self.log.add(
+            entry | _measured(update) | _tested(test),
+            loss,
+            write=entry["step"] % experiment.config.log.every_steps == 0
+            or update is not None
+            or test is not None,
+        )
         self.console.step()
         if len(self.log) >= _FLUSH_EVERY or progress.step == 1:
             self.check_losses()
@@ -234,12 +268,15 @@ class _Run:
         experiment, config = self.experiment, self.experiment.config
         model, optimizer = experiment.parallel, experiment.optimizer
         images, labels = experiment.arranged(batch[0]), batch[1]
-        size = micro_size(config, experiment.processes.world_size)
+        read = experiment.is_read(self.progress.step)
+        size = experiment.part_size(read=read)
+        groups = GroupGradients(experiment.model.parameters()) if read else None
         parts = list(zip(torch.split(images, size), torch.split(labels, size), strict=True))
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=experiment.device)
         for number, part in enumerate(parts):
-            with averaging(model, now=number == len(parts) - 1):
+            last = number == len(parts) - 1
+            with averaging(model, now=experiment.processes.shards if read else last):
                 with torch.autocast(
                     experiment.device.type,
                     dtype=torch.bfloat16,
@@ -247,13 +284,59 @@ class _Run:
                 ):
                     loss = experiment.loss_fn(model, part) / len(parts)
                 loss.backward()  # type: ignore[no-untyped-call]
+            if groups is not None:
+                groups.add()
             total += loss.detach()
+        if groups is not None:
+            self.read_noise(groups)
         if config.train.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(experiment.model.parameters(), config.train.clip_norm)
         optimizer.step()
-        experiment.scheduler.step()
         world = experiment.processes.world_size
         return experiment.processes.sum(total) / world
+
+    def read_noise(self, groups: GroupGradients) -> None:
+        """Average the gradients over processes, whose own were compared, and show their noise."""
+        experiment, together = self.experiment, self.experiment.processes
+        assert experiment.adaptive is not None
+        own = together.world_size > 1 and not together.shards
+        if own:
+            gradients = (p.grad for p in experiment.model.parameters())
+            together.average(gradient for gradient in gradients if gradient is not None)
+        scatter = groups.scatter(
+            experiment.batch_size,
+            dataset_size=len(experiment.data.train),
+            total=together.sum if own else None,
+        )
+        if self.same is not None:
+            norm, trace = self.same(scatter.square_norm), self.same(scatter.trace)
+            scatter = replace(scatter, square_norm=norm, trace=trace)
+        experiment.adaptive.observe(scatter)
+
+    def follow_schedule(self) -> None:
+        """Bring the shape of the rate to the samples trained with.
+
+        It goes by steps of the batch size that the run began with, so that it ends with the last
+        epoch whatever became of the batch.
+        """
+        experiment, progress = self.experiment, self.progress
+        steps = progress.samples // experiment.config.batch.global_size
+        whole = experiment.steps_per_epoch
+        position = progress.epoch * whole + (whole if self.epoch_is_over else steps)
+        for _ in range(position - experiment.scheduler.last_epoch):
+            experiment.scheduler.step()
+
+    def adapt(self) -> BatchSizeTest | None:
+        """After a step: the test of the batch size, if it is its time, and what follows from it."""
+        experiment = self.experiment
+        test = None if experiment.adaptive is None else experiment.adaptive.step()
+        if test is not None and test.next_batch_size != test.batch_size:
+            experiment.resize(test.next_batch_size, total_steps=self.total_steps)
+            if self.same is not None and experiment.controller is not None:
+                experiment.controller.agree(self.same)
+            self.console.say(f"step {self.progress.step}: batch size {test.next_batch_size}")
+            self.console.expect(self.last_step)
+        return test
 
     def heed(self, event: Event | None) -> None:
         """Take note of what the controller did about the steps made so far."""
@@ -261,6 +344,8 @@ class _Run:
             return
         if event == "undone":
             self.progress.undone = self.progress.step
+            if self.experiment.adaptive is not None:
+                self.experiment.adaptive.forget()
         self.console.say(f"step {self.progress.step - 1}: {EVENTS[event]}")
 
     def check_losses(self) -> None:
@@ -346,6 +431,8 @@ class _Run:
             **nothing,
             **({} if diverged else progress.result),
             "steps": progress.step,
+            "samples": progress.trained,
+            "batch_size": experiment.batch_size,
             "epochs": progress.epoch,
             "wall_seconds": progress.wall_seconds,
             "curvature_seconds": 0.0 if controller is None else controller.seconds,
@@ -399,4 +486,15 @@ def _measured(update: CurvatureUpdate | None) -> dict[str, Any]:
         "measurement_seconds": update.seconds,
         "overhead": update.overhead,
         "failure": update.failure,
+    }
+
+
+def _tested(test: BatchSizeTest | None) -> dict[str, Any]:
+    """What a test of the batch size adds to its step's line."""
+    if test is None:
+        return {}
+    return {
+        "norm_test": test.smallest_tolerance,
+        "noise_scale": test.noise_scale,
+        "next_batch_size": test.next_batch_size,
     }

@@ -32,7 +32,8 @@ class Progress:
 
     step: int = 0  # optimizer steps made
     epoch: int = 0  # the one being made
-    batch: int = 0  # of that epoch, the next one
+    samples: int = 0  # of that epoch, trained with so far
+    trained: int = 0  # samples of all steps
     loss_sum: float = 0.0  # over the batches of the epoch so far
     counted: int = 0  # of them, whose losses are in the sum
     first_loss: float | None = None
@@ -85,13 +86,23 @@ def _source(config: TrainConfig, out: Path) -> Path | None:
 def _resume(experiment: Experiment, source: Path) -> Progress:
     state = load_checkpoint(source)
     try:
-        saved, progress = state["config"], Progress(**state["progress"])
+        saved = state["config"]
+        progress = Progress(**_in_samples(state["progress"], saved["batch"]["global_size"]))
     except (KeyError, TypeError) as error:
         msg = f"{source} is not a checkpoint of a run: {error!r}"
         raise CheckpointError(msg) from error
     _check_same_run(saved, experiment.config, source)
     experiment.load_state_dict(state["experiment"])
     return progress
+
+
+def _in_samples(progress: dict[str, Any], batch_size: int) -> dict[str, Any]:
+    """``progress`` as it is kept today; older versions counted batches, all of one size."""
+    if "batch" not in progress:
+        return progress
+    kept = {key: value for key, value in progress.items() if key != "batch"}
+    counts = {"samples": progress["batch"] * batch_size, "trained": progress["step"] * batch_size}
+    return kept | counts
 
 
 def _check_same_run(saved: dict[str, Any], config: TrainConfig, source: Path) -> None:

@@ -60,6 +60,7 @@ UserPath = Annotated[Path, legal("a path"), AfterValidator(Path.expanduser)]
 RateOrAuto = Annotated[Positive | Literal["auto"], legal("a number above 0, or auto")]
 CountOrAuto = Annotated[Count | Literal["auto"], legal("a whole number of at least 1, or auto")]
 CountOrNull = Annotated[Count | None, legal("a whole number of at least 1, or null")]
+AboveOneOrNull = Annotated[AboveOne | None, legal("a number above 1, or null")]
 PositiveOrNull = Annotated[Positive | None, legal("a number above 0, or null")]
 BytesOrNull = Annotated[
     Annotated[ByteSize, Field(ge=1), AfterValidator(int)] | None,

@@ -5,7 +5,7 @@ import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -159,6 +159,8 @@ def _unknown_key(keys: Keys, values: Mapping[str, Any]) -> str:
         return f"unknown key{nearest(key, choices) or '; the keys are ' + ', '.join(choices)}"
     section = str(parents[0])
     name, options = _section(section, values)
+    for inner in parents[1:]:
+        name, options = f"{name}.{inner}", _inside(options, str(inner))
     of_others = [
         other for other, kind in VARIANTS.get(section, {}).items() if key in kind.model_fields
     ]
@@ -175,6 +177,12 @@ def _section(section: str, values: Mapping[str, Any]) -> tuple[str, type[Options
         name = values[section].get("name", default_name(section))
         return name, VARIANTS[section][name]
     return section, SECTIONS[section]
+
+
+def _inside(options: type[Options], key: str) -> type[Options]:
+    """What the mapping at ``key`` of a section may hold."""
+    choices = get_args(options.model_fields[key].annotation)
+    return next(c for c in choices if isinstance(c, type) and issubclass(c, Options))
 
 
 def _not_a_section(keys: Keys, given: Any) -> str:

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from batchlr.policy_choice import LIMIT_POLICIES, Policy, sets_momentum
 from batchlr.training.config.fields import (
     AboveOne,
+    AboveOneOrNull,
     BytesOrNull,
     Count,
     CountFromTwo,
@@ -24,6 +25,7 @@ from batchlr.training.config.fields import (
     Interior,
     NonNegative,
     Options,
+    Positive,
     PositiveOrNull,
     Resume,
     Seed,
@@ -44,6 +46,46 @@ from batchlr.training.config.variants import (
 )
 
 
+class AdaptiveOptions(Options):
+    """How the batch grows while training: until its gradient stands out of its noise."""
+
+    max_size: Count = Field(description="largest number of samples in one update")
+    tolerance: Positive = Field(
+        default=1.0,
+        description="largest noise of the batch's gradient, over the gradient's norm, that passes; "
+        "1 = a batch of one noise scale (assumed)",
+    )
+    debias: Flag = Field(
+        default=True,
+        description="take the noise out of the gradient's norm; false = as published, which from "
+        "tolerance 1 on never grows",
+    )
+    max_growth: AboveOneOrNull = Field(
+        default=2.0, description="largest factor of one test; null = no bound (assumed)"
+    )
+    test_every: Count = Field(default=50, description="updates between two tests (assumed)")
+    observe_every: Count = Field(
+        default=10,
+        description="updates between two of which the noise is read, from parts of the batch "
+        "(assumed)",
+    )
+    smoothing: Fraction = Field(
+        default=0.9,
+        description="weight of the past in the averages of noise and norm, at each reading "
+        "(assumed)",
+    )
+    groups: CountFromTwo = Field(
+        default=4,
+        description="parts of the batch, over all processes, whose gradients are compared, at "
+        "least; an update of fewer micro-batches is split where it is read (assumed)",
+    )
+    rate: Literal["auto", "none", "linear", "sqrt"] = Field(
+        default="auto",
+        description="how the rate follows: auto = as the measured limit does where optim.lr is "
+        "auto, else not at all, as published; linear, sqrt = with the batch, or its root",
+    )
+
+
 class BatchOptions(Options):
     """How many samples one update of the weights sees, and how they reach the device."""
 
@@ -52,6 +94,10 @@ class BatchOptions(Options):
         default="auto",
         description="samples in one forward pass; gradients accumulate up to global_size; "
         "auto = as many as one device's share",
+    )
+    adaptive: AdaptiveOptions | None = Field(
+        default=None,
+        description="let the batch grow from global_size while training; null = it stays",
     )
 
     @field_validator("micro_size")
@@ -67,6 +113,17 @@ class BatchOptions(Options):
         near = " or ".join(map(str, micros))
         words = f"must divide global_size {total}; use {near}, or global_size {totals}"
         raise refusal(words)
+
+    @field_validator("adaptive")
+    @classmethod
+    def _check_adaptive(
+        cls, adaptive: AdaptiveOptions | None, info: ValidationInfo
+    ) -> AdaptiveOptions | None:
+        first = info.data.get("global_size")
+        if adaptive is not None and first is not None and adaptive.max_size < first:
+            words = f"max_size must be at least global_size {first}"
+            raise refusal(words)
+        return adaptive
 
 
 class CurvatureOptions(Options):
@@ -274,6 +331,17 @@ class TrainConfig(Options):
             if isinstance(values.get(section), dict)
         }
 
+    @field_validator("batch")
+    @classmethod
+    def _check_batch(cls, batch: BatchOptions, info: ValidationInfo) -> BatchOptions:
+        optim, adaptive = info.data.get("optim"), batch.adaptive
+        automatic = optim is not None and optim.lr == "auto"
+        if automatic and adaptive is not None and adaptive.rate != "auto":
+            raise refusal(
+                "adaptive.rate must be auto when optim.lr is: the rate keeps to the measured limit"
+            )
+        return batch
+
     @field_validator("curvature")
     @classmethod
     def _check(cls, curvature: CurvatureOptions, info: ValidationInfo) -> CurvatureOptions:
@@ -286,6 +354,18 @@ class TrainConfig(Options):
                 f"{curvature.policy} is sgd's"
             )
             raise refusal(words)
+        batch = info.data.get("batch")
+        automatic = optim is not None and optim.lr == "auto"
+        if batch is not None and batch.adaptive is not None and (curvature.measure or automatic):
+            if curvature.policy not in LIMIT_POLICIES:
+                raise refusal(
+                    "policy must be mean_square, edge or heavy_ball with batch.adaptive: no other "
+                    "says what a larger batch changes"
+                )
+            if curvature.every_epochs is not None:
+                raise refusal(
+                    "every_epochs must be null with batch.adaptive, where epochs differ in steps"
+                )
         return curvature
 
 

@@ -31,6 +31,7 @@ def train_batches(
     seed: int,
     epoch: int,
     start_batch: int = 0,
+    start_sample: int = 0,
     device: torch.device | str = "cpu",
     drop_last: bool = True,
     rank: int = 0,
@@ -47,6 +48,8 @@ def train_batches(
         seed: Seed of the run.
         epoch: Number of the pass over the data.
         start_batch: Number of batches to skip; all of them leaves an empty iterator.
+        start_sample: Number of samples of the epoch to skip before that: those of batches of other
+            sizes.
         device: Where the batches are delivered.
         drop_last: Whether to leave out a last, smaller batch.
         rank: Number of this process; it receives the ``rank``-th part of each batch.
@@ -55,7 +58,12 @@ def train_batches(
     Raises:
         ValueError: A size is illegal, or the processes cannot share the batches equally.
     """
-    num_batches = batches_per_epoch(data, batch_size=batch_size, drop_last=drop_last)
+    batches_per_epoch(data, batch_size=batch_size)
+    if not 0 <= start_sample <= len(data.train):
+        msg = f"start_sample must lie in [0, {len(data.train)}], got {start_sample}"
+        raise ValueError(msg)
+    left = len(data.train) - start_sample
+    num_batches = left // batch_size if drop_last else -(-left // batch_size)
     if not 0 <= start_batch <= num_batches:
         msg = f"start_batch must lie in [0, {num_batches}], got {start_batch}"
         raise ValueError(msg)
@@ -67,7 +75,7 @@ def train_batches(
         )
         raise ValueError(msg)
     key = EpochKey(seed, epoch)
-    order = permutation(len(data.train), key)
+    order = permutation(len(data.train), key)[start_sample:]
     index_batches = torch.split(order, batch_size)[start_batch:num_batches]
     shards = [indices.chunk(world_size)[rank] for indices in index_batches]
     return data.train.batches(shards, augmented_for=key, device=torch.device(device))

@@ -1,0 +1,105 @@
+"""AdaGrad-Norm: one rate for all weights, divided by the norm of all gradients so far."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, final, overload
+
+import torch
+from torch import Tensor, nn
+
+from batchlr.inner_products import dot
+from batchlr.sharded_tensors import local_part, norms_of_whole
+
+
+@final
+class AdaGradNorm(torch.optim.Optimizer):
+    """``b^2 <- b^2 + |g|^2``, ``x <- x - lr g / b``, with ``g`` over all parameters of all groups.
+
+    Ward, Wu & Bottou 2019 (arXiv 1806.01811). It keeps one number; a group's rate is its own, the
+    accumulator all groups'. `CurvatureController` knows no limit for it and refuses it. For
+    sharded parameters all processes step together.
+
+    Args:
+        params: parameters, or groups of them.
+        lr: no step is longer, the first one nearly as long.
+        initial_accumulator: ``b^2`` before the first step (as in the code of AdAdaGrad).
+        weight_decay: L2 penalty, added to the gradient and so counted in its norm.
+
+    Raises:
+        ValueError: an argument is illegal.
+
+    >>> weight = nn.Parameter(torch.tensor([3.0, 4.0]))
+    >>> optimizer = AdaGradNorm([weight], lr=1.0, initial_accumulator=11.0)
+    >>> (weight.square().sum() / 2).backward()  # the gradient is the weight, of norm 5
+    >>> optimizer.step()
+    >>> weight.detach()
+    tensor([2.5000, 3.3333])
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1.0,
+        *,
+        initial_accumulator: float = 1e-2,
+        weight_decay: float = 0.0,
+    ) -> None:
+        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+            if not 0 <= value < math.inf:
+                msg = f"{name} must be finite and not negative, got {value}"
+                raise ValueError(msg)
+        if not 0 < initial_accumulator < math.inf:
+            msg = f"initial_accumulator must be positive and finite, got {initial_accumulator}"
+            raise ValueError(msg)
+        accumulator = torch.tensor(initial_accumulator, dtype=torch.float64)
+        super().__init__(
+            params, {"lr": lr, "weight_decay": weight_decay, "accumulator": accumulator}
+        )
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update; no synchronisation with the device.
+
+        Args:
+            closure: computes loss and gradients anew, if given.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        pairs = [
+            (group, parameter, _decayed(parameter, group["weight_decay"]))
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        if not pairs:
+            return loss
+        gradients = [gradient for _, _, gradient in pairs]
+        norms = norms_of_whole([_norm(local_part(g)) for g in gradients], gradients)
+        accumulator = self.param_groups[0]["accumulator"].to(norms[0].device)
+        accumulator = accumulator + torch.stack([n.to(norms[0]) for n in norms]).square().sum()
+        for group in self.param_groups:
+            group["accumulator"] = accumulator
+        for group, parameter, gradient in pairs:
+            share = (group["lr"] / accumulator.sqrt()).to(gradient)
+            local_part(parameter).sub_(local_part(gradient) * share)
+        return loss
+
+
+def _decayed(parameter: nn.Parameter, weight_decay: float) -> Tensor:
+    assert parameter.grad is not None
+    if weight_decay == 0:
+        return parameter.grad
+    return parameter.grad.add(parameter.detach(), alpha=weight_decay)
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    flat = tensor.reshape(-1).to(torch.promote_types(tensor.dtype, torch.float32))
+    return dot(flat, flat).sqrt()
