@@ -261,6 +261,7 @@ class _Run:
             return
         if event == "undone":
             self.progress.undone = self.progress.step
+        self.progress.events.append({"step": self.progress.step - 1, "event": event})
         self.console.say(f"step {self.progress.step - 1}: {EVENTS[event]}")
 
     def check_losses(self) -> None:
@@ -354,6 +355,7 @@ class _Run:
             "peak_lr": experiment.scheduler.peak,
             "diverged": diverged,
             "failure": failure,
+            "events": progress.events,
         }
         if experiment.processes.is_first:
             write_json(self.out / "summary.json", summary)
