@@ -23,13 +23,17 @@ _RESULTS = {
     "curvature_seconds": "seconds spent measuring",
     "curvature_products": "products spent measuring",
 }
-_RATES = {
+_CURVATURE = {
     "largest_eigenvalue": "largest eigenvalue",
     "largest_eigenvalue_stderr": "its standard error",
+    "smallest_eigenvalue": "smallest eigenvalue",
     "critical_batch_size": "critical batch size",
+    "loss": "loss there",
+    "num_params": "parameters",
     "num_samples": "samples measured",
+    "dataset_size": "samples in all",
     "num_products": "products",
-    "gradient_equivalents": "cost, in gradients of these samples",
+    "gradient_equivalents": "cost, in gradients of the samples measured",
     "seconds": "seconds",
     "norm_mode": "batch normalisation",
 }
@@ -109,7 +113,7 @@ def _tables(record: RunRecord) -> list[Table]:
     tables = [
         Table("Result", (), _named(record.summary, _RESULTS)),
         _measurements(record),
-        Table("Curvature where rates were tabulated", (), _named(record.rates, _RATES)),
+        Table("Curvature", (), _named(record.curvature, _CURVATURE)),
         _bounds(record),
         Table("Spectrum", (), _named(record.spectrum, _SPECTRUM)),
         _sweep(record),
@@ -119,9 +123,8 @@ def _tables(record: RunRecord) -> list[Table]:
 
 
 def _named(content: Entry | None, names: dict[str, str]) -> list[tuple[str, str]]:
-    if content is None:
-        return []
-    return [(words, _shown(content[key])) for key, words in names.items() if key in content]
+    found = content or {}
+    return [(words, _shown(found[key])) for key, words in names.items() if key in found]
 
 
 def _measurements(record: RunRecord) -> Table:
@@ -186,7 +189,7 @@ def _environment(content: Entry) -> list[tuple[str, str]]:
         if isinstance(value, dict):
             rows += [(str(inner), _shown(version)) for inner, version in value.items()]
         else:
-            shown = ", ".join(map(str, value)) if isinstance(value, list) else _shown(value)
+            shown = "; ".join(map(str, value)) if isinstance(value, list) else _shown(value)
             rows.append((key, shown))
     return rows
 

@@ -17,15 +17,8 @@ Entry = dict[str, Any]  # one object of JSON
 
 # Numbers: of each line of metrics.jsonl, of those after a measurement, and of the other files.
 _STEP = ["step", "epoch", "lr", "momentum", "batch_size"]
-_MEASURED = [
-    "loss",
-    "largest_eigenvalue",
-    "smallest_eigenvalue",
-    "max_lr",
-    "max_lr_low",
-    "max_lr_high",
-]
-_MEASURED += ["peak_lr", "products", "measurement_seconds", "overhead"]
+_MEASURED = ["loss", "largest_eigenvalue", "max_lr", "max_lr_low", "max_lr_high", "peak_lr"]
+_MEASURED += ["products", "measurement_seconds"]
 _SUMMARY = ["steps", "epochs", "wall_seconds", "curvature_seconds", "curvature_products"]
 _RESULTS = ["test_accuracy", "test_loss", "train_loss", "final_lr", "peak_lr"]
 _BOUND = ["value", "low", "high", "exponent"]
@@ -57,6 +50,27 @@ class RunRecord:
     def measured(self) -> list[Entry]:
         """The lines of ``entries`` that follow a measurement."""
         return [entry for entry in self.entries if "largest_eigenvalue" in entry]
+
+    @property
+    def curvature(self) -> Entry:
+        """What ``batchlr lr`` found, by name: of ``report``, and over it of ``rates``."""
+        report = self.report
+        found: Entry = {}
+        if report is not None:
+            found = {
+                "largest_eigenvalue": float(report.largest),
+                "largest_eigenvalue_stderr": report.largest.stderr,
+                "smallest_eigenvalue": float(report.smallest),
+                "critical_batch_size": report.critical_batch_size,
+                "loss": report.loss,
+                "num_params": report.num_params,
+                "num_samples": report.num_samples,
+                "dataset_size": report.dataset_size,
+                "num_products": report.num_products,
+                "seconds": report.seconds,
+                "norm_mode": report.norm_mode,
+            }
+        return found | (self.rates or {})
 
     def setting(self, key: str) -> Any:
         """The configuration's value of a dotted ``key``; None where it has none."""
@@ -158,7 +172,7 @@ def _checked(
     numbers: Iterable[str],
     where: str = "it",
 ) -> Entry:
-    """``content``, an object: ``required`` are numbers, and ``numbers`` where not null or missing."""
+    """``content``, an object: ``required`` are numbers, ``numbers`` may be null or missing."""
     if not isinstance(content, dict):
         raise _corrupt(path, f"{where} must be an object of JSON, got {content!r}")
     for key in required:

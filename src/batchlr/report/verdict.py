@@ -23,7 +23,7 @@ def verdict(record: RunRecord) -> Verdict:
     """What became of the run, who chose its rate, what measuring cost and what went wrong."""
     state, headline = _outcome(record)
     told = [_rate(record), _limit(record), _cost(record), _events(record), _failures(record)]
-    told += [_rates(record), _spectrum(record)]
+    told += [_curvature(record), _spectrum(record), _grid(record)]
     return Verdict(state, headline, tuple(filter(None, told)))
 
 
@@ -57,9 +57,9 @@ def _rate(record: RunRecord) -> str | None:
     if not record.entries or rate is None:
         return None
     shape = f"in the shape of the schedule {record.setting('schedule.name')}"
-    if rate != "auto":
+    if isinstance(rate, int | float):
         extra = " Curvature was measured beside it, not applied." if record.measured else ""
-        return f"The rate was given: {rate} at its peak, {shape}.{extra}"
+        return f"The rate was given: {rate:g} at its peak, {shape}.{extra}"
     peaks = [e["peak_lr"] for e in record.measured if e.get("peak_lr") is not None]
     words = "The rate was chosen while training, by measured curvature (policy "
     words += f"{record.setting('curvature.policy')})"
@@ -132,21 +132,19 @@ def _failures(record: RunRecord) -> str | None:
     )
 
 
-def _rates(record: RunRecord) -> str | None:
+def _curvature(record: RunRecord) -> str | None:
     """What `batchlr lr` found."""
-    rates = record.rates
-    if rates is None or rates.get("largest_eigenvalue") is None:
+    found = record.curvature
+    if found.get("largest_eigenvalue") is None:
         return None
-    doubtful = sum(not bound.reliable for bound in record.bounds)
-    words = (
-        f"Where rates were tabulated, the largest eigenvalue is {rates['largest_eigenvalue']:.4g}"
-    )
-    if rates.get("critical_batch_size") is not None:
-        words += (
-            f"; batch noise limits the rate below a batch of about "
-            f"{rates['critical_batch_size']:.3g}, curvature above"
-        )
-    return f"{words}. {doubtful} of {len(record.bounds)} rates are not reliable."
+    words = f"Measured alone, the largest eigenvalue is {found['largest_eigenvalue']:.4g}"
+    critical = found.get("critical_batch_size")
+    if critical is not None and critical == critical:
+        words += f"; noise of a batch of {critical:.3g}, the critical size, shifts it by as much"
+    if record.bounds:
+        doubtful = sum(not bound.reliable for bound in record.bounds)
+        words += f". Of {len(record.bounds)} tabulated rates {doubtful} are not reliable"
+    return f"{words}."
 
 
 def _spectrum(record: RunRecord) -> str | None:
@@ -160,6 +158,13 @@ def _spectrum(record: RunRecord) -> str | None:
         f"The spectrum ({spectrum.get('matrix')}, {spectrum.get('num_params')} parameters, "
         f"{spectrum.get('num_samples')} samples) reaches from {low} to {high}{ending}."
     )
+
+
+def _grid(record: RunRecord) -> str | None:
+    if not record.grid:
+        return None
+    sizes = sorted({cell["batch_size"] for cell in record.grid})
+    return f"{len(record.grid)} spectra of single batches of {', '.join(map(str, sizes))} samples."
 
 
 def _percent(share: float | None) -> str:
