@@ -96,6 +96,8 @@ def read_record(folder: Path) -> RunRecord:
     entries = _lines(folder / "metrics.jsonl", required=_STEP, numbers=_MEASURED)
     entries = [{"loss": None} | entry for entry in entries]
     summary = _object(folder / "summary.json", required=_SUMMARY, numbers=_RESULTS)
+    if summary is not None:
+        _listed(folder / "summary.json", summary, "events", ("step",))
     if summary is not None and entries and entries[-1]["step"] >= summary["steps"]:
         summary = None
     rates = _object(curvature / "rates.json", numbers=_RATES)
@@ -184,6 +186,16 @@ def _checked(
     return content
 
 
+def _listed(
+    path: Path, content: Entry, key: str, required: Iterable[str], numbers: Iterable[str] = ()
+) -> list[Entry]:
+    """The objects in the list ``content[key]``; none where there is no list."""
+    found = content.get(key)
+    if not isinstance(found, list | None):
+        raise _corrupt(path, f"{key} must be a list, got {found!r}")
+    return [_checked(path, one, required, numbers, f"one of {key}") for one in found or ()]
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -208,19 +220,17 @@ def _progress(checkpoints: Path) -> Entry | None:
     if newest is None:
         return None
     progress = load_checkpoint(newest).get("progress")
-    numbers = ("step", "epoch", "wall_seconds")
-    return _checked(newest, progress, numbers, ())
+    return _checked(newest, progress, ("step", "epoch", "wall_seconds"), ())
 
 
 def _bounds(path: Path, rates: Entry) -> list[LRBound]:
     bounds = []
-    for content in rates.get("bounds", ()):
-        entry = _checked(path, content, ("batch_size", "momentum"), _BOUND, "a bound")
+    for entry in _listed(path, rates, "bounds", ("batch_size", "momentum"), _BOUND):
         ends = {key: _float(entry.get(key)) for key in _BOUND}
         try:
             bounds.append(LRBound(**entry | ends | {"reasons": tuple(entry["reasons"])}))
         except (KeyError, TypeError) as error:
-            raise _corrupt(path, f"a bound is none ({error})") from error
+            raise _corrupt(path, f"one of bounds is none ({error})") from error
     return bounds
 
 

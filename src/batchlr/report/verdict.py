@@ -35,7 +35,7 @@ def _outcome(
         return "diverged", f"Diverged after {summary['steps']} steps: {summary.get('failure')}."
     if summary is not None:
         planned = record.setting("train.epochs")
-        whole = planned is None or summary["epochs"] >= planned
+        whole = not isinstance(planned, int) or summary["epochs"] >= planned
         epochs = f"{summary['epochs']} epochs" if whole else f"{summary['epochs']} of {planned}"
         return "finished", (
             f"Finished: test accuracy {_percent(summary.get('test_accuracy'))} after "
@@ -109,14 +109,15 @@ def _events(record: RunRecord) -> str | None:
         return None
     if not events:
         return "The controller never had to slow down or to go back."
-    counts = Counter(event["event"] for event in events)
+    names = [str(event.get("event")) for event in events]
+    said: dict[str, str] = {**EVENTS}
     parts = []
-    for name, count in counts.items():
-        steps = [str(event["step"]) for event in events if event["event"] == name]
+    for name, count in Counter(names).items():
+        steps = [str(e["step"]) for e, own in zip(events, names, strict=True) if own == name]
         more = f" and {count - _LISTED} more" if count > _LISTED else ""
         plural = "s" if count > 1 else ""
         parts.append(
-            f"{name} {count} time{plural} ({EVENTS.get(name, name)}; step{plural} "
+            f"{name} {count} time{plural} ({said.get(name, 'unknown')}; step{plural} "
             f"{', '.join(steps[:_LISTED])}{more})"
         )
     return f"The controller stepped in: {'; '.join(parts)}."
