@@ -103,6 +103,13 @@ def test_a_real_measurement_becomes_a_page(tmp_path):
     assert "Rates by batch size" not in text
 
 
+def test_a_run_of_several_processes_is_made_again_by_torchrun(tmp_path):
+    config = CONFIG | {"dist": {"strategy": "fsdp"}}
+    text = checked(write_report(write_run(tmp_path, config=config)))
+    assert f"torchrun --nproc-per-node N -m batchlr train {tmp_path / 'config.yaml'} " in text
+    assert "N, the number of processes, is not on record." in text
+
+
 @pytest.mark.parametrize(
     "files",
     [
@@ -123,7 +130,21 @@ def test_pages_of_all_kinds_are_well_formed(tmp_path, files):
 
 def test_a_measurement_is_a_row(tmp_path):
     page = write_report(write_run(tmp_path)).read_text()
-    cells = ["0", "0", "2", "8", "0.4", "0.3 to 0.6", "transition", "0.1", "0.2", "5", "0.5", ""]
+    cells = [
+        "0",
+        "0",
+        "16",
+        "2",
+        "8",
+        "0.4",
+        "0.3 to 0.6",
+        "transition",
+        "0.1",
+        "0.2",
+        "5",
+        "0.5",
+        "",
+    ]
     assert f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" in page
     assert '<th scope="row">notes</th><td>a; b</td>' in page
 

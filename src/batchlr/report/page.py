@@ -129,10 +129,10 @@ def _named(content: Entry | None, names: dict[str, str]) -> list[tuple[str, str]
 
 def _measurements(record: RunRecord) -> Table:
     heads = (
-        "step", "epoch", "loss", "largest eigenvalue", "largest stable rate", "90 % interval",
-        "limited by", "rate", "peak", "products", "seconds", "remark",
+        "step", "epoch", "batch", "loss", "largest eigenvalue", "largest stable rate",
+        "90 % interval", "limited by", "rate", "peak", "products", "seconds", "remark",
     )  # fmt: skip
-    keys = ("step", "epoch", "loss", "largest_eigenvalue", "max_lr")
+    keys = ("step", "epoch", "batch_size", "loss", "largest_eigenvalue", "max_lr")
     rows = [
         (
             *(_shown(entry.get(key)) for key in keys),
@@ -202,7 +202,9 @@ def _commands(record: RunRecord) -> list[str]:
     commands = []
     if record.entries or record.summary:
         fresh = "" if record.setting("resume") in (None, False) else " resume=false"
-        commands.append(f"batchlr train {kept} --out {again}{fresh}")
+        several = record.setting("dist.strategy") in ("ddp", "fsdp")
+        program = "torchrun --nproc-per-node N -m batchlr" if several else "batchlr"
+        commands.append(f"{program} train {kept} --out {again}{fresh}")
     measured = {
         "lr": record.rates is not None or record.report is not None,
         "spectrum": record.spectrum is not None or bool(record.grid),
