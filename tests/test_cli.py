@@ -240,6 +240,40 @@ def test_every_process_exits_but_only_the_first_repeats_the_common_error(run, mo
     assert (result.exit_code, result.stderr) == (3, "rank 3: this machine lacks the file\n")
 
 
+def test_a_report_is_written_and_named(run):
+    Path("out").mkdir()
+    missing = run("report", "out")
+    assert (missing.exit_code, missing.stdout) == (3, "")
+    assert missing.stderr.startswith("out has nothing to report: ")
+    line = {"step": 0, "epoch": 0, "loss": 1.0, "lr": 0.1, "momentum": 0.9, "batch_size": 8}
+    Path("out/metrics.jsonl").write_text(json.dumps(line))
+    for options, path in (((), "out/report.html"), (("--out", "a/b.html"), "a/b.html")):
+        result = run("report", "out", *options)
+        assert (result.exit_code, result.stdout) == (0, f"{path}\n")
+        assert Path(path).read_text().startswith("<!DOCTYPE html>")
+    result = run("report", "out", "--out", "a")
+    assert result.exit_code == 2
+    assert result.stderr == "out must be a file, a is a folder; give a/report.html\n"
+    Path("out/summary.json").write_text("{")
+    assert run("report", "out").exit_code == 3
+
+
+def test_data_are_verified_and_fetched(run):
+    result = run("data", "verify", "run.yaml", "data.image_size=8")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("digits: complete and intact\n1437 training images, 1 x 8 x 8")
+    result = run("data", "fetch", "run.yaml")
+    assert (result.exit_code, result.stdout[:28]) == (0, "digits: nothing to do, it is")
+    for command in ("verify", "fetch"):
+        result = run("data", command, "run.yaml", "data={name: imagenet, root: nowhere}")
+        assert (result.exit_code, result.stdout) == (3, "")
+        assert "imagenet: no images in nowhere/train " in result.stderr
+        assert run("data", command, "run.yaml", "data.nam=x").exit_code == 2
+    result = run("data", "fetch", "run.yaml", "data.name=cifar10", "--url", "cifar.tar.gz")
+    assert result.exit_code == 2
+    assert "url must begin with https:// or http://, got 'cifar.tar.gz'" in result.stderr
+
+
 def test_config_show_prints_yaml_that_loads(run):
     result = run("config", "show", "run.yaml", "optim.name=adamw")
     assert result.exit_code == 0
@@ -273,7 +307,7 @@ def test_env_is_json(run):
 def test_no_command_shows_the_commands(run):
     result = run()
     assert result.exit_code == 2
-    for command in ("train", "lr", "spectrum", "sweep", "config", "env"):
+    for command in ("train", "lr", "spectrum", "sweep", "report", "data", "config", "env"):
         assert f"\n  {command} " in result.output
 
 

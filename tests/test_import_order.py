@@ -55,6 +55,7 @@ LEVELS = [
     {"__init__"},  # the public names: `import batchlr` as a user writes it
     {"plotting"},
     {"training"},
+    {"report"},
     {"cli"},
     {"__main__"},
 ]
@@ -62,7 +63,7 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 THEORY = ["random_matrix", "learning_rates", "scaling_rules", "policies", "usable_curvature"]
 THEORY += ["averaging", "escape"]
 HEAVY = ["torchvision", "matplotlib", "typer", "yaml", "pydantic", "sklearn", "batchlr.training"]
-HEAVY += ["torch.distributed.fsdp", "torch.distributed.tensor"]
+HEAVY += ["jinja2", "filelock", "torch.distributed.fsdp", "torch.distributed.tensor"]
 
 
 def module_name(path: Path) -> str:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,6 +28,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(config_app, name="config", help="Show or check configurations.")
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data", help="Fetch or check a configuration's data.")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration file (YAML).")]
 Overrides = Annotated[
@@ -161,12 +163,53 @@ def explain_command(
         )
 
 
+@app.command("report")
+def report_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run.")],
+    out: Annotated[
+        Path | None, typer.Option(help="File to write.  [default: DIR/report.html]")
+    ] = None,
+) -> None:
+    """Write what a run has left as one HTML file."""
+    with _exit_codes():
+        from batchlr.report import write_report
+
+        typer.echo(write_report(folder, out))
+
+
 @app.command("env")
 def env_command() -> None:
     """Print versions and devices as JSON."""
     from batchlr.training.environment import describe_environment
 
     typer.echo(json.dumps(describe_environment(), indent=2))
+
+
+@data_app.command("fetch")
+def fetch_command(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    url: Annotated[
+        str | None, typer.Option(help="Where a copy of CIFAR's archive is.  [default: its source]")
+    ] = None,
+) -> None:
+    """Download the data, or say how to get them."""
+    with _exit_codes():
+        options = _data_options(_load(config, overrides).config)
+        from batchlr.training.data.fetching import fetch_data
+
+        typer.echo(fetch_data(url=url, **options))
+
+
+@data_app.command("verify")
+def verify_command(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Read all of the data: are they complete and intact?"""
+    with _exit_codes():
+        options = _data_options(_load(config, overrides).config)
+        from batchlr.training.data.verification import verify_data
+
+        for line in verify_data(**options):
+            typer.echo(line)
 
 
 @config_app.command("show")
@@ -219,6 +262,10 @@ def _load(path: Path, overrides: Sequence[str] | None) -> "LoadedConfig":
         for note in loaded.notes:
             typer.echo(f"note: {note}", err=True)
     return loaded
+
+
+def _data_options(config: "TrainConfig") -> dict[str, Any]:
+    return config.data.model_dump() | {"seed": config.seed}
 
 
 def _folder(out: Path | None, config: "TrainConfig") -> Path:

@@ -498,6 +498,10 @@ def test_a_network_destroyed_once_goes_back_and_is_trained_on(tmp_path, monkeypa
     assert summary(out)["diverged"] is False
     assert math.isfinite(summary(out)["train_loss"])
     assert "the network was lost and is what it was before" in capsys.readouterr().out
+    assert summary(out)["events"] == [
+        {"step": 5, "event": "undone"},
+        {"step": 8, "event": "recovered"},
+    ]
     for name, weight in state(out)["model"].items():
         assert weight.isfinite().all(), name
 
@@ -506,6 +510,7 @@ def test_a_network_destroyed_in_the_last_step_of_an_epoch_is_tested_whole(tmp_pa
     poisoned(monkeypatch, 5)  # of three an epoch: no loss has shown it yet
     out = run(tmp_path, AUTO)
     assert summary(out)["diverged"] is False
+    assert summary(out)["events"] == [{"step": 5, "event": "undone"}]
 
 
 def test_a_network_destroyed_again_and_again_is_given_up(tmp_path, monkeypatch):

@@ -346,6 +346,7 @@ class _Run:
             self.progress.undone = self.progress.step
             if self.experiment.adaptive is not None:
                 self.experiment.adaptive.forget()
+        self.progress.events.append({"step": self.progress.step - 1, "event": event})
         self.console.say(f"step {self.progress.step - 1}: {EVENTS[event]}")
 
     def check_losses(self) -> None:
@@ -441,6 +442,7 @@ class _Run:
             "peak_lr": experiment.scheduler.peak,
             "diverged": diverged,
             "failure": failure,
+            "events": progress.events,
         }
         if experiment.processes.is_first:
             write_json(self.out / "summary.json", summary)

@@ -38,6 +38,8 @@ class Progress:
     counted: int = 0  # of them, whose losses are in the sum
     first_loss: float | None = None
     undone: int = 0  # steps before this one are not judged by their losses: some were undone
+    # what the controller did about losses: "step" after which, and "event" (`safeguard.EVENTS`)
+    events: list[dict[str, int | str]] = field(default_factory=list)
     last_lr: float = math.nan  # of the last step made
     wall_seconds: float = 0.0
     result: dict[str, float] = field(default_factory=dict)  # of the last evaluation

@@ -1,6 +1,7 @@
 """CIFAR-10 and CIFAR-100 from their original files, kept in memory."""
 
 import tarfile
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ NORMALIZATIONS = {  # the first two: mean and deviation of the training pixels, 
     "imagenet": IMAGENET_NORMALIZATION,
 }
 AUGMENTATION = CropAndFlip(padding=4)  # as in He et al. 2016 and most later CIFAR results
+_FAILURES = (OSError, RuntimeError, EOFError, tarfile.TarError, HTTPException)
 
 
 def load_cifar10(
@@ -38,8 +40,8 @@ def load_cifar10(
         root: Folder that holds the unpacked archive.
         augment: ``"standard"`` crops training images from a border of 4 black pixels and mirrors
             half of them.
-        download: Whether to unpack, and if need be fetch, the archive when the folder is missing.
-            Only one process at a time may do so.
+        download: Whether to unpack, and if need be fetch, the archive when the folder is missing;
+            see `fetch_cifar`.
         statistics: Whose mean and standard deviation normalise the pixels; some published
             results use those of another data set.
 
@@ -47,10 +49,8 @@ def load_cifar10(
         DataError: Files are missing or differ from the published checksums.
         ValueError: Unknown ``statistics`` or ``augment``.
     """
-    from torchvision.datasets import CIFAR10  # lazy: the library must import without torchvision
-
     normalization = _normalization(statistics)
-    return _load("cifar10", CIFAR10, 10, root, normalization, augment=augment, download=download)
+    return _load("cifar10", 10, root, normalization, augment=augment, download=download)
 
 
 def load_cifar100(
@@ -66,10 +66,74 @@ def load_cifar100(
         DataError: Files are missing or differ from the published checksums.
         ValueError: Unknown ``statistics`` or ``augment``.
     """
-    from torchvision.datasets import CIFAR100
-
     normalization = _normalization(statistics)
-    return _load("cifar100", CIFAR100, 100, root, normalization, augment=augment, download=download)
+    return _load("cifar100", 100, root, normalization, augment=augment, download=download)
+
+
+def fetch_cifar(name: str, root: str | Path, *, url: str | None = None) -> bool:
+    """Put the files of ``name`` below ``root``; returns whether any were missing.
+
+    Unpacks the archive that lies in ``root``, or fetches it first. One process of a machine does
+    so at a time; others wait, and find it done.
+
+    Args:
+        name: ``"cifar10"`` or ``"cifar100"``.
+        root: Folder for the archive and the folder unpacked from it.
+        url: Where a copy of the archive is, if its publisher is slow; the checksum is the same.
+
+    Raises:
+        DataError: The archive cannot be had, or is not the published one.
+        ValueError: ``url`` is none.
+    """
+    from filelock import FileLock
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    if url is not None and not url.startswith(("https://", "http://")):
+        msg = f"url must begin with https:// or http://, got {url!r}; a file goes into data.root"
+        raise ValueError(msg)
+    dataset, root = _dataset(name), Path(root).expanduser()
+    if not cifar_problems(name, root):
+        return False
+    url = url or dataset.url
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f".{dataset.filename}.lock"):
+            if not cifar_problems(name, root):  # another process was faster
+                return False
+            archive = {"filename": dataset.filename, "md5": dataset.tgz_md5}
+            download_and_extract_archive(url, root, **archive)
+    except _FAILURES as error:
+        problems = [*cifar_problems(name, root), f"the download failed: {error}"]
+        raise _data_error(name, root, problems) from error
+    return True
+
+
+def cifar_problems(name: str, root: Path) -> list[str]:
+    """Which files of ``name`` below ``root`` are missing, and which are not as published."""
+    dataset = _dataset(name)
+    checksums = dict([*dataset.train_list, *dataset.test_list])
+    checksums[dataset.meta["filename"]] = dataset.meta["md5"]
+    folder = cifar_folder(name, root)
+    missing = [file for file in checksums if not (folder / file).is_file()]
+    damaged = [
+        file
+        for file, md5 in checksums.items()
+        if file not in missing and not _is_intact(folder / file, md5)
+    ]
+    problems = [f"missing: {', '.join(missing)}"] if missing else []
+    problems += [f"unreadable or with a wrong checksum: {', '.join(damaged)}"] if damaged else []
+    return problems
+
+
+def cifar_folder(name: str, root: Path) -> Path:
+    """The folder below ``root`` that the archive of ``name`` unpacks to."""
+    return root / str(_dataset(name).base_folder)
+
+
+def _dataset(name: str) -> Any:
+    from torchvision import datasets  # lazy: the library must import without torchvision
+
+    return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
 
 
 def _normalization(statistics: str) -> Normalization:
@@ -81,7 +145,6 @@ def _normalization(statistics: str) -> Normalization:
 
 def _load(
     name: str,
-    dataset: Any,
     num_classes: int,
     root: str | Path,
     normalization: Normalization,
@@ -89,13 +152,14 @@ def _load(
     augment: Augment,
     download: bool,
 ) -> ImageData:
-    root = Path(root).expanduser()
+    dataset, root = _dataset(name), Path(root).expanduser()
     augmentation = AUGMENTATION if augments(augment) else None
+    if download:
+        fetch_cifar(name, root)
     try:
-        train = dataset(root, train=True, download=download)
-        test = dataset(root, train=False)
-    except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
-        raise _data_error(name, dataset, root, error, download=download) from error
+        train, test = dataset(root, train=True), dataset(root, train=False)
+    except _FAILURES as error:
+        raise _data_error(name, root, cifar_problems(name, root) or [str(error)]) from error
     return ImageData(
         name=name,
         train=_images(train, normalization, augmentation),
@@ -113,25 +177,12 @@ def _images(
     return TensorImages(pixels, torch.tensor(split.targets), normalization, augmentation)
 
 
-def _data_error(
-    name: str, dataset: Any, root: Path, error: Exception, *, download: bool
-) -> DataError:
-    folder = root / dataset.base_folder
-    checksums = [*dataset.train_list, *dataset.test_list]
-    checksums.append((dataset.meta["filename"], dataset.meta["md5"]))
-    missing = [file for file, _ in checksums if not (folder / file).is_file()]
-    damaged = [
-        file
-        for file, md5 in checksums
-        if file not in missing and not _is_intact(folder / file, md5)
-    ]
-    problems = [f"missing: {', '.join(missing)}"] if missing else []
-    problems += [f"unreadable or with a wrong checksum: {', '.join(damaged)}"] if damaged else []
-    problems += [f"the download failed: {error}"] if download else []
+def _data_error(name: str, root: Path, problems: list[str]) -> DataError:
+    dataset = _dataset(name)
     return DataError(
-        f"{name} is missing or corrupt in {folder} ({'; '.join(problems) or error}). "
-        f"Unpack {dataset.filename} in {root}; or put the archive there and set "
-        f"data.download=true, which fetches {dataset.url} if the archive is not there."
+        f"{name} is missing or corrupt in {cifar_folder(name, root)} ({'; '.join(problems)}). "
+        f"Unpack {dataset.filename} in {root}; or run `batchlr data fetch` or set "
+        f"data.download=true, which unpack the archive there, or fetch it from {dataset.url}."
     )
 
 

@@ -15,6 +15,7 @@ from batchlr.training.data.transforms import CropAndFlip, Normalization
 
 Batch = tuple[Tensor, Tensor]
 CPU = torch.device("cpu")
+UNREADABLE = (OSError, SyntaxError, ValueError)  # what Pillow raises on bad files
 
 
 class LabelledImages(ABC):
@@ -135,7 +136,7 @@ class _FolderView(Dataset[tuple[Tensor, int]]):
         path, label = self.folder.files[index]
         try:
             image = self.folder.read(path)
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on bad files
+        except UNREADABLE as error:
             msg = f"{path} is not a readable image ({error}); replace or remove it"
             raise DataError(msg) from error
         if self.augmented_for is None:
