@@ -61,7 +61,12 @@ def test_a_given_rate_is_said_to_be_given(tmp_path, steps):
 
 
 def test_rates_above_the_limit_are_counted(tmp_path):
-    steps = [measured(0, max_lr=0.05), measured(1), measured(2, max_lr=None), *STEPS[3:]]
+    steps = [
+        measured(0, max_lr=0.05, max_lr_low=None),
+        measured(1),
+        measured(2, max_lr=None),
+        *STEPS[3:],
+    ]
     words = "At 1 of 2 measured limits of stability the rate was above: at most 2 times the limit."
     assert words in said_of(tmp_path, steps=steps).sentences
 

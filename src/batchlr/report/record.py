@@ -93,8 +93,7 @@ def read_record(folder: Path) -> RunRecord:
         msg = f"{folder} is not a folder; give that of a run, such as runs/digits_vgg"
         raise DataError(msg)
     curvature = folder / "curvature"
-    entries = _lines(folder / "metrics.jsonl", required=_STEP, numbers=_MEASURED)
-    entries = [{"loss": None} | entry for entry in entries]
+    entries = _metrics(folder / "metrics.jsonl")
     summary = _object(folder / "summary.json", required=_SUMMARY, numbers=_RESULTS)
     if summary is not None:
         _listed(folder / "summary.json", summary, "events", ("step",))
@@ -165,6 +164,16 @@ def _lines(path: Path, *, required: Iterable[str], numbers: Iterable[str] = ()) 
             raise _corrupt(path, f"line {number} is not JSON ({error})") from error
         entries.append(_checked(path, content, required, numbers, f"line {number}"))
     return entries
+
+
+def _metrics(path: Path) -> list[Entry]:
+    entries = _lines(path, required=_STEP, numbers=_MEASURED)
+    for entry in entries:
+        ends = [entry.get(key) for key in ("max_lr_low", "max_lr", "max_lr_high")]
+        if None not in ends and ends != sorted(map(_float, ends)):
+            low, rate, high = ends
+            raise _corrupt(path, f"max_lr {rate} must lie in its interval, [{low}, {high}]")
+    return [{"loss": None} | entry for entry in entries]
 
 
 def _checked(
