@@ -1,5 +1,6 @@
 """Averages as rates: against explicit covariances, simulation by torch, and exact replays."""
 
+import itertools
 import math
 
 import numpy as np
@@ -129,20 +130,22 @@ def test_the_rate_one_over_t_makes_the_mean_of_the_batch_minima():
 # --- replay --------------------------------------------------------------------------------------
 
 
-def trained(optimizer_of, average, steps=24):
-    """Weights ``(T + 1, P)`` along a run of a small network, and its averaged weights."""
+def trained(optimizer_of, average, steps=24, first=0):
+    """Weights ``(T + 1, P)`` along a run of a small network, and those averaged from ``first``."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
     optimizer = optimizer_of(model.parameters())
     averaged = average(model)
     iterates = [parameters_to_vector(model.parameters()).detach().clone()]
-    averaged.update_parameters(model)
-    for _ in range(steps):
+    if first == 0:
+        averaged.update_parameters(model)
+    for step in range(1, steps + 1):
         x = torch.randn(8, 4, dtype=torch.float64)
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), (x[:, 0] > 0).long()).backward()
         optimizer.step()
-        averaged.update_parameters(model)
+        if step >= first:
+            averaged.update_parameters(model)
         iterates.append(parameters_to_vector(model.parameters()).detach().clone())
     return torch.stack(iterates), parameters_to_vector(averaged.module.parameters()).detach()
 
@@ -187,16 +190,22 @@ def test_two_points_are_a_replay_at_half_the_rate():
 
 
 @optimizers
-def test_an_averaged_model_replays_any_decay(name):
-    schedule = [(1 + math.cos(math.pi * t / 24)) / 2 for t in range(24)]
+@pytest.mark.parametrize("constant", [0, 5])
+def test_an_averaged_model_replays_any_decay(name, constant):
+    """The recipe of docs/averaging_and_probes.md."""
+    cosine = [(1 + math.cos(math.pi * t / (24 - constant))) / 2 for t in range(24 - constant)]
+    schedule = [1.0] * constant + cosine
     weights = weights_from_schedule(schedule)
-    totals = np.cumsum(weights)
+    first = next(n for n, weight in enumerate(weights) if weight > 0)
+    weights = weights[first:]
+    totals = list(itertools.accumulate(weights))
 
-    def average(mean, now, n):
-        share = weights[n] / totals[n] if weights[n] > 0 else 0.0
-        return mean + share * (now - mean)
+    def averaged(model):
+        return AveragedModel(
+            model, avg_fn=lambda mean, now, n: mean + weights[n] / totals[n] * (now - mean)
+        )
 
-    iterates, mean = trained(OPTIMIZERS[name], lambda m: AveragedModel(m, avg_fn=average))
+    iterates, mean = trained(OPTIMIZERS[name], averaged, first=first)
     torch.testing.assert_close(replayed(iterates, schedule), mean, rtol=0, atol=1e-14)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from batchlr import measure_curvature
+from batchlr import measure_curvature, supervised
 from batchlr.batch_size_change import batch_size_change, scaling_reach
 
 sizes = st.integers(1, 10**6)
@@ -45,7 +45,8 @@ def test_adamw_forgets_and_decays_as_fast_a_sample(old, new):
 
 
 def test_other_optimizers_have_the_settings_they_have():
-    assert "weight decay" not in by_setting(8, 16, optimizer="adam", weight_decay=0.1)
+    coupled = by_setting(8, 16, optimizer="adam", weight_decay=0.1)["weight decay"]
+    assert (coupled.factor, coupled.value) == (1, 0.1)
     there = by_setting(8, 16, optimizer="rmsprop", betas=(0.9, 0.99))
     assert "beta1" not in there
     assert there["alpha"].value == pytest.approx(0.99**2)
@@ -69,7 +70,7 @@ def test_nothing_changes_where_the_size_does_not():
     [
         ({"optimizer": "lion"}, "optimizer must be one of sgd, adam, adamw, rmsprop, got 'lion'"),
         ({"lr": 0.0}, "lr must be positive and finite, got 0.0"),
-        ({"weight_decay": -1.0}, "weight_decay must be positive and finite, got -1.0"),
+        ({"weight_decay": -1.0}, "weight_decay must be finite and at least 0, got -1.0"),
         ({"steps": 0}, "steps must be positive and finite, got 0"),
     ],
 )
@@ -98,3 +99,19 @@ def test_the_linear_rule_holds_up_to_where_the_limit_bends():
     low, high = scaling_reach(report, 64)
     # (B + 1) / 65 = 1.25 at B = 80.25; asked at 64 2^(k/4). Downwards the linear rate is the lower.
     assert (low, high) == (1, 76)
+
+
+def test_with_adam_beta1_goes_along():
+    """Adam's limit at a batch eight times as large is that at ``beta1^8``."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    x, y = torch.randn(512, 6), torch.randint(3, (512,))
+    batches = list(zip(x.split(16), y.split(16), strict=True))
+    report = measure_curvature(model, supervised(nn.CrossEntropyLoss()), batches)
+    _, high = scaling_reach(report, 16, optimizer="adam", momentum=0.9)
+    limits = [
+        report.max_lr(size, optimizer="adam", momentum=0.9 ** (size / 16)).value
+        for size in (16, high, round(high * 2**0.25))
+    ]
+    assert math.sqrt(high / 16) * limits[0] <= 1.25 * limits[1]
+    assert math.sqrt(round(high * 2**0.25) / 16) * limits[0] > 1.25 * limits[2]

@@ -96,6 +96,8 @@ def test_it_is_above_one_while_the_weights_shrink():
 
 
 def test_records_and_settings_are_checked():
+    with pytest.raises(ValueError, match="squares must not all be zero: nothing moved"):
+        fluctuation_dissipation([0.0] * 40, [0.0] * 40, lr=0.1)
     with pytest.raises(ValueError, match="same steps, at least 40, got 39 and 39"):
         fluctuation_dissipation([1.0] * 39, [1.0] * 39, lr=0.1)
     with pytest.raises(ValueError, match="same steps, at least 40, got 40 and 41"):

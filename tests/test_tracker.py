@@ -210,6 +210,16 @@ class TestTracking:
         assert sum(a for a, _ in products[2:]) <= 2.2 * 10  # one, a residual, at times a look
         assert all(a < b for a, b in products[2:])
 
+    def test_a_last_vector_that_told_nothing_at_all_gives_way(self):
+        """Axes that swap are orthogonal to those before, to the last bit: a cosine of 0."""
+        tracker = CurvatureTracker(explore_every=1)
+        for step in range(8):
+            spectrum = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+            matrix = torch.diag(spectrum if step % 2 else spectrum.flip(0))
+            gradient = torch.eye(3, dtype=torch.float64)[step % 3]
+            update = tracker.update(DenseOperator(matrix), gradient=gradient)
+            assert 1 <= update.largest.value < 3.001  # a start within an axis sees no other
+
     def test_where_it_turns_slowly_a_gradient_that_tells_less_is_left_out(self):
         told, untold = CurvatureTracker(explore_every=99), CurvatureTracker(explore_every=99)
         for step, (matrix, _, _) in enumerate(drifting()):

@@ -71,10 +71,13 @@ def batch_size_change(
     if optimizer not in get_args(Optimizer):
         msg = f"optimizer must be one of {', '.join(get_args(Optimizer))}, got {optimizer!r}"
         raise ValueError(msg)
-    for name, value in (("lr", lr), ("weight_decay", weight_decay), ("steps", steps)):
+    for name, value in (("lr", lr), ("steps", steps)):
         if value is not None and not 0 < value < math.inf:
             msg = f"{name} must be positive and finite, got {value}"
             raise ValueError(msg)
+    if weight_decay is not None and not 0 <= weight_decay < math.inf:
+        msg = f"weight_decay must be finite and at least 0, got {weight_decay}"
+        raise ValueError(msg)
     ratio = rescale_lr(1.0, old, new)
     changes = (
         _sgd(ratio, lr, weight_decay)
@@ -133,10 +136,14 @@ def _adaptive(
         SettingChange("eps", settings.eps / eps if eps else 1.0, settings.eps, _NOISY,
                "Malladi et al. 2022"),
     ]  # fmt: skip
-    if optimizer == "adamw":
-        words = "decoupled: a step decays weights by rate times decay"
-        factor = new / old / settings.lr
-        changes.append(_times("weight decay", factor, weight_decay, words, "arithmetic"))
+    decoupled = optimizer == "adamw"
+    factor = new / old / settings.lr if decoupled else 1.0
+    words = (
+        "decoupled: a step decays weights by rate times decay"
+        if decoupled
+        else "added to gradients, which their noise divides"
+    )
+    changes.append(_times("weight decay", factor, weight_decay, words, "arithmetic"))
     return tuple(changes)
 
 
@@ -156,13 +163,15 @@ def scaling_reach(
     """From which to which batch size the rule that `batch_size_change` carries a rate by holds.
 
     At either end the rate carried over from ``old``, where it is the measured limit, would be a
-    quarter above the limit measured there. The rule is linear with SGD, else the square root.
+    quarter above the limit measured there. The rule is linear with SGD, else the square root; with
+    Adam ``beta1`` goes along as the rule says, ``beta1^(size / old)``, which lowers the limit of
+    larger batches much more than the same ``beta1`` would.
 
     Args:
         report: of `measure_curvature`; its limits at other batch sizes are predictions.
         old: Batch size carried over from.
         optimizer: As of `CurvatureReport.max_lr`.
-        momentum: As of `CurvatureReport.max_lr`.
+        momentum: As of `CurvatureReport.max_lr`, at ``old``.
 
     Returns:
         The least and the largest batch size up to which it holds without a gap, to a fifth; 1 and
@@ -172,11 +181,12 @@ def scaling_reach(
         ValueError: as of `CurvatureReport.max_lr`.
     """
     rule: Literal["linear", "sqrt"] = "linear" if optimizer == "sgd" else "sqrt"
+    first = report.max_lr(old, optimizer=optimizer, momentum=momentum)
+    here = first.value
 
     def limit(size: int) -> float:
-        return report.max_lr(size, optimizer=optimizer, momentum=momentum).value
-
-    here = limit(old)
+        kept = first.momentum ** (size / old) if optimizer == "adam" else first.momentum
+        return report.max_lr(size, optimizer=optimizer, momentum=kept).value
 
     def end(factor: float, last: int) -> int:
         held, size = old, float(old)

@@ -141,7 +141,7 @@ def explain_command(
     weight_decay: Annotated[float | None, typer.Option(help="Weight decay now.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the run now.")] = None,
     momentum: Annotated[
-        float | None, typer.Option(help="Momentum or beta1.  [default: the report's]")
+        float | None, typer.Option(help="Momentum or beta1 now.  [default: the report's]")
     ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Measured before: runs/NAME/curvature/report.json.")

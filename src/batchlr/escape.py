@@ -141,7 +141,8 @@ class LogBarrierEscape(EscapeModel):
 
     Noise that grows with the loss makes the *logarithm* of the loss the barrier. For ``n = 1`` this
     library derived it anew; the whole time is then ``2 pi / sqrt(h |saddle|)`` times ``k / (k +
-    1/2)`` times that, with ``k = 1 / (ratio h)``. For more directions it is cited.
+    1/2)`` times that, with ``k = 1 / (ratio h)``. For more directions it is cited, and such a
+    factor, close to 1 where the law holds, is not known.
     """
 
     loss_minimum: float
@@ -161,16 +162,20 @@ class LogBarrierEscape(EscapeModel):
             raise ValueError(message)
 
     def log_time(self, noise: SgdNoise) -> float:
-        """The exponent times the log-barrier."""
-        exponent = 1.0 / (noise.ratio * self.curvature) + 1.0 - self.num_outliers / 2.0
-        return exponent * math.log(self.loss_saddle / self.loss_minimum)
+        """The exponent times the log-barrier; for ``n = 1`` with ``k / (k + 1/2)``."""
+        steepness = 1.0 / (noise.ratio * self.curvature)
+        exponent = steepness + 1.0 - self.num_outliers / 2.0
+        log_time = exponent * math.log(self.loss_saddle / self.loss_minimum)
+        if self.num_outliers == 1:
+            log_time -= math.log1p(0.5 / steepness)
+        return log_time
 
 
 def log_escape_ratio(model: EscapeModel, one: SgdNoise, other: SgdNoise) -> float:
     """Log of how many times more *steps* an escape takes under ``one`` than under ``other``.
 
-    It compares settings at the same minimum, which needs no prefactor. The exponent of an escape is
-    large and what goes into it known badly: read its sign and its order.
+    It compares settings at the same minimum, so that prefactors which they share cancel. The
+    exponent of an escape is large and what goes into it known badly: read its sign and its order.
 
     >>> model = IsotropicEscape(barrier=0.25, variance=1.0)
     >>> slow, fast = SgdNoise(lr=0.01, batch_size=4), SgdNoise(lr=0.02, batch_size=4)

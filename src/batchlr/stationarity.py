@@ -31,8 +31,8 @@ def fluctuation_dissipation(
         momentum: ``m``, without dampening or Nesterov.
 
     Raises:
-        ValueError: the records are of different lengths or of fewer than 40 steps, ``lr`` is not
-            positive or ``momentum`` is outside [0, 1).
+        ValueError: the records are of different lengths or of fewer than 40 steps, no step moved
+            anything, ``lr`` is not positive or ``momentum`` is outside [0, 1).
     """
     if len(inward) != len(squares) or len(squares) < 2 * _BLOCKS:
         message = (
@@ -42,6 +42,9 @@ def fluctuation_dissipation(
         raise ValueError(message)
     if not (0.0 < lr < math.inf and 0.0 <= momentum < 1.0):
         message = f"lr must be positive and momentum lie in [0, 1), got {lr} and {momentum}"
+        raise ValueError(message)
+    if not math.fsum(squares) > 0.0:
+        message = "squares must not all be zero: nothing moved, which says nothing of the rate"
         raise ValueError(message)
     ratio = ratio_of_means(_sums(inward), _sums(squares))
     factor = 2.0 / ((1.0 + momentum) * lr)

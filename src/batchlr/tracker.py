@@ -28,7 +28,7 @@ _DOUBT = (4.0, 1.4)  # measured (docs/log.md): of a gap remembered, of one seen
 _CLOSED = 1e-5  # assumed: a residual this small beside the spectrum is rounding
 _RESTART_STEPS = 5  # assumed: products from a random vector on before a space is believed again
 _FLUSHED = 1e-30  # assumed: entries of a unit vector that may be zero as well
-_SURE = 1e-3  # assumed: 1 - c^2 of the best estimate of a direction
+_SURE = 1e-3  # assumed: 1 - c^2 of the best estimate of a direction, weight of the worst
 _FORGET = 0.97  # measured (docs/log.md): of the second eigenvalue seen, at each update
 
 
@@ -39,7 +39,7 @@ class TrackedEdge:
     value: float  # Rayleigh quotient of `vector`: never beyond the true edge
     residual: float  # |A v - value v|: certified, some eigenvalue lies within it of the value
     error: float  # an estimate of the order of residual^2 / gap, at most the residual
-    vector: Tensor  # (P,) of unit norm
+    vector: Tensor  # (P,) of unit norm; the tracker's own until its next update: do not change it
 
     @property
     def measured(self) -> Measured:
@@ -81,7 +81,7 @@ class _Trail:
         """
         if self.kept is None or self.lean is None or self.lean < self.kept:
             return 0.0
-        return _weight(self.lean) / _weight(self.kept)
+        return _weight(self.lean) / max(_weight(self.kept), _SURE)
 
     def learn(self, found: Tensor, slope: Tensor | None) -> None:
         """Take ``found`` as the edge's vector, and note what would have told it beforehand."""

@@ -37,8 +37,17 @@ def test_explain_with_a_report_says_how_far_the_rule_holds(run):
     result = run("explain", "--from", 8, "--to", 64, "--report", "report.json")
     assert result.exit_code == 0, result.output
     assert f"largest stable rate is {report.max_lr(8).value:.3g} at 8 (" in result.stdout
+    assert "momentum 0, limited by" in result.stdout
     assert f"and {report.max_lr(64).value:.3g} at 64 (" in result.stdout
     assert "Carried over from 8, the linear rule holds" in result.stdout
+    beside = ("--optimizer", "adam", "--momentum", 0.95, "--report", "report.json")
+    adam = run("explain", "--from", 8, "--to", 64, *beside)
+    assert adam.exit_code == 0, adam.output
+    beta1 = 0.95**8
+    limit = report.max_lr(64, optimizer="adam", momentum=beta1).value
+    assert f"and {limit:.3g} at 64 (" in adam.stdout
+    (row,) = (line for line in adam.stdout.splitlines() if line.startswith(" beta1"))
+    assert row.split()[1] == f"{beta1:.4g}"
     refused = run("explain", "--from", 8, "--to", 640, "--report", "report.json")
     assert refused.exit_code == 2
     assert "batch_size must lie in [1, 64], the size of the data set" in refused.stderr

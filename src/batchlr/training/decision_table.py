@@ -1,16 +1,24 @@
 """The decision table: what to change with the batch size, on the terminal."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from batchlr.batch_size_change import Optimizer, batch_size_change, scaling_reach
+from batchlr.batch_size_change import (
+    Optimizer,
+    SettingChange,
+    batch_size_change,
+    scaling_reach,
+)
 from batchlr.curvature_report import CurvatureReport
+from batchlr.lr_bound import LRBound
 
 _WIDTH = 100  # characters; narrower, hardly a word would fit beside the figures
+_BETA2 = 0.999  # torch's default
 _NOTES = (
     "A batch is what one optimizer step sees: samples a device x devices x micro-batches.",
     "Batch norm takes its statistics from one micro-batch on one device; more of them change "
@@ -38,20 +46,26 @@ def print_decision_table(
         new: batch size to train with.
         optimizer: as of `batch_size_change`.
         report: saved by `CurvatureReport.save`, as ``batchlr lr`` does.
-        momentum: as of `CurvatureReport.max_lr`, for the report.
+        momentum: SGD's or RMSprop's, or Adam's ``beta1``; by default the report's, or 0.9.
         settings: others of `batch_size_change`.
 
     Raises:
         OSError: there is no such report.
         ValueError: a number is out of range, or the report is none or not of that optimizer.
     """
-    changes = batch_size_change(old, new, optimizer=optimizer, **settings)
     measured = [_UNMEASURED]
     if report is not None:
         if not report.is_file():
             msg = f"{report} is no file; batchlr lr CONFIG writes runs/NAME/curvature/report.json"
             raise FileNotFoundError(msg)
-        measured = _measured(CurvatureReport.load(report), old, new, optimizer, momentum)
+        read = CurvatureReport.load(report)
+        here = read.max_lr(old, optimizer=_kind(optimizer), momentum=momentum)
+        momentum = here.momentum
+    if optimizer in ("adam", "adamw") and momentum is not None:
+        settings["betas"] = (momentum, _BETA2)
+    changes = batch_size_change(old, new, optimizer=optimizer, **settings)
+    if report is not None:
+        measured = _measured(read, here, new, optimizer, changes)
     table = Table(box=SIMPLE, pad_edge=False)
     for title in (f"{optimizer}, batch {old} -> {new}", "becomes", "while", "source"):
         table.add_column(title, no_wrap=title != "while")
@@ -64,28 +78,36 @@ def print_decision_table(
         console.print(line, markup=False)
 
 
+def _kind(optimizer: Optimizer) -> Literal["sgd", "adam", "rmsprop"]:
+    return "adam" if optimizer == "adamw" else optimizer
+
+
 def _measured(
-    report: CurvatureReport, old: int, new: int, optimizer: Optimizer, momentum: float | None
+    report: CurvatureReport,
+    here: LRBound,
+    new: int,
+    optimizer: Optimizer,
+    changes: Sequence[SettingChange],
 ) -> list[str]:
-    kind = "adam" if optimizer == "adamw" else optimizer
-    bounds = [report.max_lr(size, optimizer=kind, momentum=momentum) for size in (old, new)]
-    low, high = scaling_reach(report, old, optimizer=kind, momentum=momentum)
+    kind = _kind(optimizer)
+    name = "beta1" if kind == "adam" else "momentum"
+    kept = next((c.value for c in changes if c.setting == name), None)
+    there = report.max_lr(new, optimizer=kind, momentum=here.momentum if kept is None else kept)
+    low, high = scaling_reach(report, here.batch_size, optimizer=kind, momentum=here.momentum)
     rule = "linear" if kind == "sgd" else "square-root"
     limits = " and ".join(
-        f"{bound.value:.3g} at {bound.batch_size} ({bound.low:.2g} .. {bound.high:.2g}, limited by "
-        f"{bound.regime})"
-        for bound in bounds
+        f"{bound.value:.3g} at {bound.batch_size} ({bound.low:.2g} .. {bound.high:.2g}, {name} "
+        f"{bound.momentum:.3g}, limited by {bound.regime})"
+        for bound in (here, there)
     )
-    ratio = bounds[1].value / bounds[0].value
     reach = (
         f"at all batch sizes up to {high}, all samples"
         if (low, high) == (1, report.dataset_size)
         else f"from {low} to {high}; beyond, it ends a quarter above the limit"
     )
-    reasons = dict.fromkeys(reason for bound in bounds for reason in bound.reasons)
+    reasons = dict.fromkeys(reason for bound in (here, there) for reason in bound.reasons)
     return [
-        f"Measured: the largest stable rate is {limits}, x {ratio:.3g}, momentum or beta1 "
-        f"{bounds[0].momentum:g}.",
-        f"Carried over from {old}, the {rule} rule holds {reach}.",
+        f"Measured: the largest stable rate is {limits}, x {there.value / here.value:.3g}.",
+        f"Carried over from {here.batch_size}, the {rule} rule holds {reach}.",
         *(f"* {reason}" for reason in reasons),
     ]
