@@ -248,7 +248,8 @@ def test_a_sweep_trains_and_writes_cells_table_and_picture(tmp_path, capsys):
     folder = tmp_path / "out" / "curvature"
     assert {p.name for p in folder.iterdir()} == {"sweep.jsonl", "sweep.json", "sweep.png"}
     assert (folder / "sweep.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert json.loads((folder / "sweep.json").read_text()) == {"steps": 8, "config": "tiny"}
+    settings = json.loads((folder / "sweep.json").read_text())
+    assert (settings["steps"], settings["weights"], settings["model.name"]) == (8, None, "mlp")
     assert lines(tmp_path / "out") == [
         asdict(cell) | {"reasons": list(cell.reasons)} for cell in cells
     ]
@@ -338,14 +339,16 @@ def test_a_cell_that_nothing_bounds_comes_back(tmp_path, training, monkeypatch):
     assert sweep(config, out=out, **FEW) == cells
 
 
-def test_cells_of_other_steps_are_refused(tmp_path, training):
+def test_cells_of_other_settings_are_refused(tmp_path, training):
     config, out = tiny(tmp_path), tmp_path / "out"
     sweep(config, out=out, **FEW)
     with pytest.raises(
-        ValueError,
-        match=r"sweep\.jsonl holds cells of \[8\] steps, not 9: remove it or choose another --out",
+        ValueError, match=r"sweep\.jsonl holds cells of other settings:\n  steps: 8"
     ):
         sweep(config, out=out, **FEW | {"steps": 9})
+    other = config.model_copy(update={"seed": config.seed + 1})
+    with pytest.raises(ValueError, match=r"seed: 0 then, 1 now\nremove it or choose another --out"):
+        sweep(other, out=out, **FEW)
 
 
 @pytest.mark.parametrize("sizes", [(0, 16), (16, 1438)])

@@ -109,10 +109,10 @@ def _in_samples(progress: dict[str, Any], batch_size: int) -> dict[str, Any]:
 
 def _check_same_run(saved: dict[str, Any], config: TrainConfig, source: Path) -> None:
     """Raise ValueError, naming what differs, unless the run may go on as configured now."""
-    old, new = _flat(saved), _flat(config.model_dump(mode="json"))
+    old, new = flat(saved), flat(config.model_dump(mode="json"))
     # Keys that an older version did not know did what is now their default.
     plain = TrainConfig().model_dump(mode="json", exclude=set(VARIANTS))
-    old = {key: value for key, value in _flat(plain).items() if key in new} | old
+    old = {key: value for key, value in flat(plain).items() if key in new} | old
     changed = [
         f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
         for key in sorted(old.keys() | new.keys())
@@ -129,14 +129,15 @@ def _check_same_run(saved: dict[str, Any], config: TrainConfig, source: Path) ->
         raise ValueError(msg)
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
+            found[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return found
 
 
 def _move_aside(out: Path) -> None:

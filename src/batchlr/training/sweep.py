@@ -22,11 +22,13 @@ from batchlr.operators.curvature_matrix import normalises_over_batches
 from batchlr.operators.supervised import LossFunction
 from batchlr.plotting import plot_sweep, save_figure
 from batchlr.training.analysis import build_at
+from batchlr.training.checkpoint import checkpoint_digest
 from batchlr.training.config import TrainConfig
 from batchlr.training.config.variants import SGDOptions
 from batchlr.training.data import measurement_batches
 from batchlr.training.experiment import Experiment
 from batchlr.training.metrics import write_json
+from batchlr.training.resumption import flat
 
 Kind = Literal["sgd", "adam"]
 
@@ -187,8 +189,10 @@ def sweep(
     folder = out / "curvature"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "sweep.jsonl"
-    write_json(folder / "sweep.json", {"steps": steps, "config": config.name})
-    done = {(cell.optimizer, cell.batch_size): cell for cell in _read(path, steps)}
+    settings = _settings(config, steps, checkpoint)
+    _check_settings(path, folder / "sweep.json", settings)
+    write_json(folder / "sweep.json", settings)
+    done = {(cell.optimizer, cell.batch_size): cell for cell in _read(path)}
     samples = _all_samples(experiment)
     worst = math.log(experiment.data.num_classes)
     measured: dict[int, CurvatureReport] = {}
@@ -332,14 +336,48 @@ def _all_samples(experiment: Experiment) -> tuple[Tensor, Tensor]:
     return experiment.arranged(x), y
 
 
-def _read(path: Path, steps: int) -> list[SweepCell]:
+def _settings(config: TrainConfig, steps: int, checkpoint: Path | None) -> dict[str, Any]:
+    """What the cells of a sweep have in common, flat."""
+    content = config.model_dump(
+        mode="json",
+        include={
+            "seed": True,
+            "data": True,
+            "model": True,
+            "optim": True,
+            "curvature": True,
+            "train": {"label_smoothing"},
+        },
+    )
+    content["optim"].pop("lr")  # what is swept
+    for key in ("root", "download", "workers"):  # where the data lie, not what they are
+        content["data"].pop(key, None)
+    weights = None if checkpoint is None else checkpoint_digest(checkpoint)
+    return {"steps": steps, "weights": weights} | flat(content)
+
+
+def _check_settings(path: Path, record: Path, settings: dict[str, Any]) -> None:
+    """Raise ValueError, naming what differs, unless the cells in ``path`` are of ``settings``."""
+    if not path.exists():
+        return
+    found = json.loads(record.read_text()) if record.exists() else {}
+    changed = [
+        f"{key}: {found.get(key)!r} then, {settings.get(key)!r} now"
+        for key in sorted(found.keys() | settings.keys())
+        if found.get(key) != settings.get(key)
+    ]
+    if changed:
+        listed = "\n  ".join(changed)
+        msg = (
+            f"{path} holds cells of other settings:\n  {listed}\nremove it or choose another --out"
+        )
+        raise ValueError(msg)
+
+
+def _read(path: Path) -> list[SweepCell]:
     if not path.exists():
         return []
     rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
-    if any(row["steps"] != steps for row in rows):
-        found = sorted({row["steps"] for row in rows})
-        msg = f"{path} holds cells of {found} steps, not {steps}: remove it or choose another --out"
-        raise ValueError(msg)
     return [SweepCell(**row | {"reasons": tuple(row["reasons"])}) for row in rows]
 
 
