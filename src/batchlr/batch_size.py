@@ -21,9 +21,7 @@ class BatchSizeTest:
     batch_size: int  # tested
     next_batch_size: int  # to go on with; never less
     passed: bool
-    target: (
-        float  # smallest batch size that would pass; if noise dominates infinite, or of all data
-    )
+    target: float  # smallest batch size to pass; if noise dominates infinite, or all data
     smallest_tolerance: float  # smallest tolerance that would pass at this size
     noise_scale: float  # tr Cov / |G|^2, of the smoothed figures; infinite if noise dominates
     noise_dominated: bool  # the figures show no gradient beyond its noise

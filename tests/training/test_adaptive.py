@@ -285,17 +285,24 @@ def test_losses_of_smaller_batches_statistics_are_marked_and_not_shown_to_the_gu
         assert shown == list(range(len(lines)))
 
 
-def test_an_exploded_loss_that_nobody_was_shown_ends_no_run(tmp_path):
-    one = loop._Run(build_experiment(tiny(tmp_path)), Progress(step=2), tmp_path / "out", None)
-    for loss in (1.0, math.inf):
-        one.log.add({"step": 0, "epoch": 0}, torch.tensor(loss))
-    one.unjudged = {1}
-    one.check_losses()
-    assert (one.progress.loss_sum, one.progress.counted) == (1.0, 1)
-    one.log.add({"step": 1, "epoch": 0}, torch.tensor(math.inf))
-    with pytest.raises(loop.DivergedError, match="became inf in step 1"):
-        one.check_losses()
-    one.console.close()
+@pytest.mark.parametrize("loss", [math.inf, math.nan, 1e9])
+def test_a_network_lost_in_a_step_that_the_guards_were_not_shown_is_undone(
+    tmp_path, monkeypatch, loss
+):
+    update = loop._Run.update_weights
+
+    def losing(self, batch):
+        found = update(self, batch)
+        return found * 0 + loss if self.progress.step == 3 else found
+
+    monkeypatch.setattr(loop._Run, "update_weights", losing)
+    every = adaptive(size=8, max_size=32, observe_every=3)
+    overrides = *NETWORKS["batch norm"], every, "train.max_steps=4"
+    with pytest.raises(loop.DivergedError, match="in step 3"):  # nobody can undo it
+        run(tmp_path, *overrides, out="fixed")
+    out = run(tmp_path, *overrides, "optim.lr=auto")
+    assert summary(out)["events"] == [{"step": 3, "event": "undone"}]
+    assert not summary(out)["diverged"]
 
 
 def test_what_was_seen_of_a_network_that_is_undone_is_forgotten(tmp_path):
@@ -361,7 +368,7 @@ def test_what_cannot_work_is_refused_when_it_is_read(tmp_path, overrides, words)
         (adaptive(max_size=1438), r"adaptive\.max_size 1438 is larger than the 1437 samples"),
         (adaptive(size=1, micro=1), "global_size 1 cannot be split .* that can: 2"),
         (adaptive(size=2), "global_size 2 cannot be split .* that can: 4"),
-        (adaptive(size=3), "batch.adaptive reads the noise; the nearest sizes that can: 4"),
+        (adaptive(size=3), "batch.adaptive reads the noise; the nearest that can: 4"),
         (adaptive(size=31), "global_size 31 cannot be split .* that can: 30 and 32"),
         (adaptive(size=31, micro=31), "global_size 31 cannot be split .* that can: 62"),
     ],

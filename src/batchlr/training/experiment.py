@@ -374,12 +374,8 @@ def _adaptive(
 
 def _check_groups(config: TrainConfig, processes: Processes) -> None:
     """Raise ValueError, naming sizes that can, unless the first batch can be read in groups."""
-    size, world, automatic = (
-        config.batch.global_size,
-        processes.world_size,
-        config.batch.micro_size == "auto",
-    )
-    micro = micro_size(config, world)
+    size, world = config.batch.global_size, processes.world_size
+    automatic, micro = config.batch.micro_size == "auto", micro_size(config, world)
 
     def fits(total: int) -> bool:
         largest = total // world if automatic else micro
@@ -393,8 +389,7 @@ def _check_groups(config: TrainConfig, processes: Processes) -> None:
     nearest = f"{above}" if below is None else f"{below} and {above}"
     msg = (
         f"batch.global_size {size} cannot be split into two or more equal groups of two or more "
-        f"samples, between which batch.adaptive reads the noise; the nearest sizes that can: "
-        f"{nearest}"
+        f"samples, between which batch.adaptive reads the noise; the nearest that can: {nearest}"
     )
     raise ValueError(msg)
 

@@ -359,8 +359,7 @@ class _Run:
         """Write the losses so far, and raise ArithmeticError if the run has diverged.
 
         Exploded losses of steps that the controller has undone are not held against it, nor counted
-        in the mean, nor are those it was not shown (`Experiment.distorts`): a network that is lost
-        has the next one explode.
+        in the mean. Of those that it was not shown (`Experiment.distorts`) it is told here.
         """
         progress, controller = self.progress, self.experiment.controller
         if controller is not None:
@@ -371,7 +370,10 @@ class _Run:
                 progress.first_loss = loss
             first = 1.0 if progress.first_loss is None else progress.first_loss
             if not math.isfinite(loss) or loss > _DIVERGED * max(first, 1.0):
-                if step < progress.undone or step in self.unjudged:
+                hidden = step in self.unjudged and step >= progress.undone
+                if hidden and controller is not None:
+                    self.heed(controller.rescue(self.same, lost=True))
+                if step < progress.undone:
                     continue
                 msg = f"the training loss became {loss:.4g} in step {step} (first loss {first:.4g})"
                 raise DivergedError(msg)
