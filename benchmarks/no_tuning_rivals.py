@@ -251,7 +251,8 @@ def run_here(make, cell, grid):
 def fit(experiment, make, rate):
     """Losses of all steps, or until the loss is lost; and the largest rate used."""
     config, model = experiment.config, experiment.model
-    optimizer, scheduler = make(config, list(model.parameters()), experiment.total_steps, rate)
+    total_steps = experiment.steps_per_epoch * config.train.epochs
+    optimizer, scheduler = make(config, list(model.parameters()), total_steps, rate)
     batches, losses, peak = Batches(experiment), [], 0.0
     schedule_free = hasattr(optimizer, "eval")
     model.train()

@@ -120,3 +120,21 @@ def test_no_limit_is_known_for_it():
 def test_illegal_arguments_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         AdaGradNorm([nn.Parameter(torch.zeros(1))], **options)
+
+
+def test_a_grad_scaler_leaves_out_what_would_never_leave_the_accumulator():
+    weight = nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = AdaGradNorm([weight], initial_accumulator=11.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for factor, expected in [(math.inf, [3.0, 4.0]), (1.0, [2.5, 10 / 3])]:
+        optimizer.zero_grad()
+        scaler.scale(factor * weight.square().sum() / 2).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert weight.tolist() == pytest.approx(expected)
+    weight.grad = torch.tensor([math.inf, 0.0])
+    optimizer.step()
+    weight.grad = torch.tensor([1.0, 0.0])
+    optimizer.step()
+    assert weight[0].isnan()
+    assert math.isinf(float(optimizer.param_groups[0]["accumulator"]))

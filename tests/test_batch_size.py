@@ -93,7 +93,9 @@ def test_a_scaled_loss_changes_no_decision(test):
 
 def test_a_batch_of_all_data_passes_whatever_the_tolerance():
     finite = replace(GOLD, dataset_size=12)
-    found = outcome(finite, tolerance=1e-3, dataset_size=12)
+    adaptive = AdaptiveBatchSize(12, max_batch_size=12, tolerance=1e-3, dataset_size=12)
+    adaptive.observe(finite)
+    found = adaptive.test()
     assert found.passed
     assert found.smallest_tolerance == 0
     assert found.next_batch_size == 12
@@ -145,15 +147,39 @@ def test_unbiased_it_ends_at_the_noise_scale_over_the_tolerance_squared(toleranc
 def test_without_a_gradient_it_grows_by_no_more_than_its_bound_and_says_why():
     adaptive = AdaptiveBatchSize(8, max_batch_size=100, interval=1, smoothing=0.0)
     sizes = []
-    for _ in range(6):
+    for _ in range(4):
         adaptive.observe(stationary(adaptive.batch_size, mean_square=0.0))
         found = adaptive.step()
         assert found.noise_dominated
         assert not found.passed
         assert found.target == math.inf
         sizes.append(adaptive.batch_size)
-    assert sizes == [16, 32, 64, 100, 100, 100]
+    assert sizes == [16, 32, 64, 100]
+
+
+def test_without_a_gradient_all_data_would_pass_where_there_is_an_end_to_them():
+    adaptive = AdaptiveBatchSize(8, max_batch_size=100, dataset_size=500, interval=1)
+    adaptive.observe(GradientScatter(8, 1.0, 100.0))
+    found = adaptive.step()
+    assert found.noise_dominated
+    assert found.target == pytest.approx(500)
+
+
+def test_there_is_no_test_once_the_batch_may_not_grow():
+    adaptive = AdaptiveBatchSize(8, max_batch_size=16, interval=1)
+    adaptive.observe(stationary(8))
+    assert adaptive.step().next_batch_size == 16
     assert not adaptive.may_grow
+    adaptive.observe(stationary(16))
+    assert adaptive.step() is None
+
+
+def test_a_size_saved_that_cannot_be_shared_out_is_refused():
+    saved = AdaptiveBatchSize(20, max_batch_size=100).state_dict()
+    adaptive = AdaptiveBatchSize(8, max_batch_size=100, multiple_of=8)
+    with pytest.raises(ValueError, match="batch size saved, 20, is no multiple of 8"):
+        adaptive.load_state_dict(saved)
+    assert adaptive.batch_size == 8
 
 
 def test_in_pure_noise_the_published_test_multiplies_by_one_over_its_tolerance_squared():

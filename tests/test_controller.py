@@ -1046,6 +1046,31 @@ def test_a_controller_that_only_measures_takes_any_batch_size_and_length():
     assert scheduler.peak == peak
 
 
+@pytest.mark.parametrize("apply", [True, False])
+@pytest.mark.parametrize("measured", [True, False])
+def test_an_illegal_batch_size_or_length_changes_nothing(apply, measured):
+    model, _, scheduler, batches = linear_problem()
+    controller = controller_of(
+        scheduler, MSE, dataset_size=128, batch_size=8, apply=apply, total_steps=100
+    )
+    if measured:
+        controller.maybe_update(model, batches)
+    before, peak = controller.state_dict()["cadence"], scheduler.peak
+    for size, steps, words in [
+        (-5, None, r"batch_size must lie in \[1, 128\], got -5"),
+        (129, 50, r"batch_size must lie in \[1, 128\], got 129"),
+        (16, -3, "total_steps must be positive, or None, got -3"),
+        (16, 0, "total_steps must be positive, or None, got 0"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            controller.set_batch_size(size, total_steps=steps)
+    if apply and not measured:
+        with pytest.raises(ValueError, match="nothing was measured yet"):
+            controller.set_batch_size(16, total_steps=50)
+    assert (controller.batch_size, controller.cadence.total_steps) == (8, 100)
+    assert (controller.state_dict()["cadence"], scheduler.peak) == (before, peak)
+
+
 def test_processes_agree_on_what_the_first_decided():
     first, second = (linear_problem(momentum=0.9) for _ in range(2))
     leader, follower = (

@@ -74,6 +74,20 @@ def test_the_next_step_starts_anew():
     assert found[0] == found[1]
 
 
+def test_a_step_that_is_not_read_is_forgotten():
+    model, x, y = problem()
+    parts = list(zip(x.split(4), y.split(4), strict=True))
+    expected = scatter_of_gradients(gradients_of(model, parts), group_size=4)
+    groups = GroupGradients(model.parameters())
+    for finish in (groups.forget, lambda: groups.scatter(12)):
+        model.zero_grad()
+        for part in parts:
+            LOSS(model, part).backward()
+            groups.add()
+        found = finish()
+    assert found.noise_scale == pytest.approx(expected.noise_scale, rel=1e-9)
+
+
 def test_parameters_without_a_gradient_count_for_nothing():
     model, x, y = problem()
     parts = list(zip(x.split(4), y.split(4), strict=True))

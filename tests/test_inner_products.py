@@ -22,6 +22,14 @@ def test_what_comes_late_counts(early_and_late):
     assert float(norm(early_and_late)) == pytest.approx(exact**0.5, rel=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_norms_of_any_shape_and_type_are_summed_in_more(dtype):
+    matrix = torch.full((300, 300), 1.5).to(dtype)
+    found = norm(matrix.T[:, :200])
+    assert found.dtype == torch.float64
+    assert float(found) == pytest.approx(1.5 * (300 * 200) ** 0.5, rel=1e-7)
+
+
 @pytest.mark.parametrize("size", [1, 5, PART, PART + 1, LONG])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_agrees_with_float64(size, dtype):

@@ -7,7 +7,7 @@ from typing import Any, final, overload
 import torch
 from torch import Tensor, nn
 
-from batchlr.inner_products import dot
+from batchlr.inner_products import norm
 from batchlr.sharded_tensors import local_part, norms_of_whole
 
 
@@ -19,9 +19,14 @@ class AdaGradNorm(torch.optim.Optimizer):
     accumulator all groups'. `CurvatureController` knows no limit for it and refuses it. For
     sharded parameters all processes step together.
 
+    A gradient that is not finite stays in the accumulator, and what it makes NaN of the weights is
+    lost. `torch.amp.GradScaler` leaves such steps out: unscale, then step through ``scaler.step``,
+    never by ``optimizer.step`` itself. Without one, skip a step whose gradients are not finite.
+
     Args:
         params: parameters, or groups of them.
-        lr: no step is longer, the first one nearly as long.
+        lr: no step is longer; the first one is nearly as long if ``|g|^2`` far exceeds
+            ``initial_accumulator``, else much shorter.
         initial_accumulator: ``b^2`` before the first step (as in the code of AdAdaGrad).
         weight_decay: L2 penalty, added to the gradient and so counted in its norm.
 
@@ -82,7 +87,7 @@ class AdaGradNorm(torch.optim.Optimizer):
         if not pairs:
             return loss
         gradients = [gradient for _, _, gradient in pairs]
-        norms = norms_of_whole([_norm(local_part(g)) for g in gradients], gradients)
+        norms = norms_of_whole([norm(local_part(g)) for g in gradients], gradients)
         accumulator = self.param_groups[0]["accumulator"].to(norms[0].device)
         accumulator = accumulator + torch.stack([n.to(norms[0]) for n in norms]).square().sum()
         for group in self.param_groups:
@@ -98,8 +103,3 @@ def _decayed(parameter: nn.Parameter, weight_decay: float) -> Tensor:
     if weight_decay == 0:
         return parameter.grad
     return parameter.grad.add(parameter.detach(), alpha=weight_decay)
-
-
-def _norm(tensor: Tensor) -> Tensor:
-    flat = tensor.reshape(-1).to(torch.promote_types(tensor.dtype, torch.float32))
-    return dot(flat, flat).sqrt()

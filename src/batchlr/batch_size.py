@@ -21,7 +21,7 @@ class BatchSizeTest:
     batch_size: int  # tested
     next_batch_size: int  # to go on with; never less
     passed: bool
-    target: float  # smallest batch size that would pass; infinite if noise dominates
+    target: float  # smallest batch size to pass; if noise dominates infinite, or all data
     smallest_tolerance: float  # smallest tolerance that would pass at this size
     noise_scale: float  # tr Cov / |G|^2, of the smoothed figures; infinite if noise dominates
     noise_dominated: bool  # the figures show no gradient beyond its noise
@@ -45,7 +45,7 @@ class AdaptiveBatchSize:
 
     By default ``|G|^2`` is unbiased (``debias``). The tests as published put ``|g|^2`` in its
     place, which holds ``trace / b`` of noise: iterated on noise as it is they end at
-    ``noise_scale (1 / tolerance^2 - 1)``, which is no growth at all from ``tolerance = 1`` on, and
+    ``noise_scale (1 / tolerance^2 - 1)``, which is nothing from ``tolerance = 1`` on, and
     without any gradient at ``1 / tolerance^2`` times the size, each time. Unbiased, ``tolerance =
     1`` makes for batches of one noise scale, twice the steps and twice the samples of the best in
     either (McCandlish et al. 2018). Trace and ``|G|^2`` are averaged separately over observations,
@@ -62,7 +62,8 @@ class AdaptiveBatchSize:
         orthogonality: tolerance of the second condition of ``"augmented"``; 5.84 is the tangent of
             80 degrees (Bollapragada et al. 2017, recalled).
         debias: see above.
-        max_growth: largest factor of one test; infinite is no bound (assumed: 2).
+        max_growth: largest factor of one test, but that one ``multiple_of`` more is always allowed,
+            which may be a larger factor; infinite is no bound (assumed: 2).
         interval: steps between two tests (assumed).
         smoothing: weight of the past in the averages, in [0, 1); 0 takes the last observation
             alone (assumed).
@@ -181,9 +182,13 @@ class AdaptiveBatchSize:
         ]
 
     def step(self) -> BatchSizeTest | None:
-        """Count an optimizer step; every ``interval`` of them test, and take the next size over."""
+        """Count an optimizer step; every ``interval`` of them test, and take the next size over.
+
+        None between two tests, and where there is nothing to test: before the first observation and
+        at the largest size, whose averages are of smaller batches and stay what they are.
+        """
         self._steps += 1
-        if self._steps % self.interval or not self._weight:
+        if self._steps % self.interval or not self._weight or not self.may_grow:
             return None
         found = self.test()
         self.batch_size = found.next_batch_size
@@ -267,7 +272,17 @@ class AdaptiveBatchSize:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: the batch size saved is no multiple of ``multiple_of``.
+        """
+        if state_dict["batch_size"] % self.multiple_of:
+            msg = (
+                f"the batch size saved, {state_dict['batch_size']}, is no multiple of "
+                f"{self.multiple_of}, and cannot be shared out as configured now"
+            )
+            raise ValueError(msg)
         self.batch_size = state_dict["batch_size"]
         self._steps = state_dict["steps"]
         self._weight = state_dict["weight"]

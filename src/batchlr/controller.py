@@ -125,9 +125,7 @@ class CurvatureController:
         if not 0 <= max_overhead < math.inf:
             msg = f"max_overhead must be finite and not negative, got {max_overhead}"
             raise ValueError(msg)
-        if total_steps is not None and total_steps < 1:
-            msg = f"total_steps must be positive, or None, got {total_steps}"
-            raise ValueError(msg)
+        _check_total_steps(total_steps)
         if every_steps is not None and every_steps < 1:
             msg = f"every_steps must be at least 1, or None, got {every_steps}"
             raise ValueError(msg)
@@ -321,17 +319,22 @@ class CurvatureController:
             total_steps: of the run, where the new size changes it; None leaves it.
 
         Raises:
-            ValueError: ``batch_size`` is not in [1, dataset_size], or nothing was measured yet.
+            ValueError: ``batch_size`` is not in [1, dataset_size], ``total_steps`` is not positive,
+                or nothing was measured yet; nothing has changed then.
         """
-        if total_steps is not None:
-            self.cadence.total_steps = total_steps
+        if not 1 <= batch_size <= self.limit.dataset_size:
+            msg = f"batch_size must lie in [1, {self.limit.dataset_size}], got {batch_size}"
+            raise ValueError(msg)
+        _check_total_steps(total_steps)
         last, size = self.limit.last, self.limit.batch_size
-        if last is None or size is None:
-            if not self.apply:
-                self.limit.batch_size = batch_size
-                return
+        if self.apply and (last is None or size is None):
             msg = "nothing was measured yet: change the batch size after the first step"
             raise ValueError(msg)
+        if total_steps is not None:
+            self.cadence.total_steps = total_steps
+        if last is None or size is None:
+            self.limit.batch_size = batch_size
+            return
         settled = not self._guard.unsettled
         there, here = (self.limit.bound(last, b, settled=settled) for b in (batch_size, size))
         factor = there.value / here.value
@@ -460,3 +463,9 @@ class CurvatureController:
         self._asked = state_dict["asked"]
         self.seconds = state_dict["seconds"]
         self._generator.set_state(state_dict["generator"].cpu())
+
+
+def _check_total_steps(total_steps: int | None) -> None:
+    if total_steps is not None and total_steps < 1:
+        msg = f"total_steps must be positive, or None, got {total_steps}"
+        raise ValueError(msg)

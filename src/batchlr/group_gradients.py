@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from batchlr.gradient_scatter import GradientScatter, scatter_of_norms
-from batchlr.inner_products import dot
+from batchlr.inner_products import norm
 from batchlr.sharded_tensors import local_part, norms_of_whole
 
 
@@ -20,7 +20,9 @@ class GroupGradients:
     that is not the same for all). Whether losses are divided by the number of micro-batches or not
     does not matter to any test of batch sizes, which knows ratios only.
 
-    It holds a copy of the gradients from `add` to `scatter`, and reads them twice a group.
+    It holds a copy of the gradients from `add` to `scatter`, and reads them twice a group. What was
+    added is of one step: every step with an `add` ends in `scatter` or `forget`, or the next one's
+    groups are compared with gradients that are no longer there.
 
     Args:
         parameters: those trained.
@@ -42,7 +44,10 @@ class GroupGradients:
 
     @torch.no_grad()
     def add(self) -> None:
-        """Take note of one group, whose gradients were just added to zeroed ones or to others'."""
+        """Take note of one group, whose gradients were just added to zeroed ones or to others'.
+
+        A step that calls it calls `scatter`, or `forget` where its noise is not asked for.
+        """
         found = {n: p.grad for n, p in enumerate(self._parameters) if p.grad is not None}
         parts = {number: local_part(gradient) for number, gradient in found.items()}
         # In place, so that there is one copy of the gradients and no second.
@@ -56,6 +61,10 @@ class GroupGradients:
                 self._seen[number].copy_(part)
             else:
                 self._seen[number] = part.clone()
+
+    def forget(self) -> None:
+        """Drop the groups added so far: of a step whose `scatter` is not wanted, or was skipped."""
+        self._seen, self._squares = {}, []
 
     @torch.no_grad()
     def scatter(
@@ -90,7 +99,7 @@ class GroupGradients:
         if total is not None:
             sums = total(sums)
         squares, count, norm = torch.cat([sums, square_norm.reshape(1)]).tolist()
-        self._seen, self._squares = {}, []
+        self.forget()
         return scatter_of_norms(
             squares,
             norm,
@@ -102,13 +111,8 @@ class GroupGradients:
 
 def _square(parts: list[Tensor], gradients: list[Tensor]) -> Tensor:
     """Squared norm ``()`` of all together, in float64; ``parts`` are this process's."""
-    norms = [_norm(part) for part in parts]
+    norms = [norm(part) for part in parts]
     if not norms:
         return torch.zeros((), dtype=torch.float64)
     whole = norms_of_whole(norms, gradients)
-    return torch.stack([norm.to(whole[0].device) for norm in whole]).square().sum()
-
-
-def _norm(tensor: Tensor) -> Tensor:
-    flat = tensor.reshape(-1).to(torch.promote_types(tensor.dtype, torch.float32))
-    return dot(flat, flat).sqrt()
+    return torch.stack([own.to(whole[0].device) for own in whole]).square().sum()

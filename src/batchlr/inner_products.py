@@ -24,9 +24,10 @@ def dot(left: Tensor, right: Tensor) -> Tensor:
     return rest.add_(sums.sum(dtype=torch.float64))
 
 
-def norm(vector: Tensor) -> Tensor:
-    """Euclidean norm ``()`` in float64, as good as `dot`."""
-    return dot(vector, vector).sqrt()
+def norm(tensor: Tensor) -> Tensor:
+    """Euclidean norm ``()`` in float64, of any shape and as good as `dot`; halves are widened."""
+    flat = tensor.reshape(-1).to(torch.promote_types(tensor.dtype, torch.float32))
+    return dot(flat, flat).sqrt()
 
 
 def dots(rows: Tensor, vectors: Tensor) -> Tensor:

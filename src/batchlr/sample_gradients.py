@@ -54,13 +54,18 @@ class _Loss(nn.Module):
         return self._loss_fn(self.model, batch)
 
 
-def _check_norms(model: nn.Module) -> None:
-    coupled = [
+def coupling_layers(model: nn.Module) -> list[str]:
+    """Names of the layers that make samples depend on one another: batch norm by the batch."""
+    return [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm)
         and (module.training or module.running_mean is None)
     ]
+
+
+def _check_norms(model: nn.Module) -> None:
+    coupled = coupling_layers(model)
     if coupled:
         msg = (
             f"a sample has no gradient of its own under batch statistics ({len(coupled)} layers, "

@@ -18,6 +18,7 @@ from batchlr.training.resumption import Progress, _in_samples
 from batchlr.training.shapes import _share
 
 SAMPLES = 1437  # of the digits to train on
+LARGEST = 384  # whole micro-batches of 48 in 400
 ADAPTIVE = {"max_size": 400, "tolerance": 0.25, "test_every": 4, "observe_every": 1}
 
 
@@ -49,13 +50,15 @@ def grown(tmp_path_factory):
 def test_the_batch_grows_in_tests_up_to_its_bound(grown):
     lines = metrics(grown)
     assert lines[0]["batch_size"] == 48
-    assert max(sizes(grown)) == summary(grown)["batch_size"] == 400
+    assert max(sizes(grown)) == summary(grown)["batch_size"] == LARGEST
     assert sizes(grown) == sorted(sizes(grown))
     for line, after in itertools.pairwise(lines):
         assert after["batch_size"] == line.get("next_batch_size", line["batch_size"])
         assert after["batch_size"] <= 2 * line["batch_size"]
-        assert ("norm_test" in line) == ((line["step"] + 1) % 4 == 0)
-    tested = [line for line in lines if line.get("norm_test") and line["batch_size"] < 400]
+        at_bound = line["batch_size"] == LARGEST
+        assert ("norm_test" in line) == ((line["step"] + 1) % 4 == 0 and not at_bound)
+        assert line.get("read", False) is not at_bound
+    tested = [line for line in lines if line.get("norm_test")]
     assert tested
     for line in tested:
         assert (line["norm_test"] > 0.25) == (line["next_batch_size"] > line["batch_size"])
@@ -166,8 +169,8 @@ def test_curvature_is_measured_beside_a_fixed_rate(tmp_path):
     out = run(tmp_path, adaptive(), "curvature.measure=true", "schedule={name: constant}")
     lines = metrics(out)
     assert {line["lr"] for line in lines} == {0.1}
-    assert max(sizes(out)) == 400
-    assert state(out)["controller"]["limit"]["batch_size"] == 400
+    assert max(sizes(out)) == LARGEST
+    assert state(out)["controller"]["limit"]["batch_size"] == LARGEST
 
 
 # Sizes -----------------------------------------------------------------------------------------
@@ -186,7 +189,12 @@ def test_sizes_are_whole_micro_batches(tmp_path):
         ({"groups": 6}, 1, False, 48, 8),
         ({"micro": 24}, 1, False, 24, 12),
         ({"micro": 6}, 1, False, 6, 6),
-        ({"size": 50, "micro": 50}, 1, False, 50, 10),  # the fewest equal parts
+        ({"size": 50}, 1, False, 50, 10),  # five are nearer to four than two
+        ({"size": 22}, 1, False, 22, 11),  # two of eleven, not eleven of two
+        ({"size": 4}, 1, False, 4, 2),  # never single samples
+        ({"size": 62, "micro": 31}, 1, False, 31, 31),
+        ({"size": 4, "micro": 1}, 1, False, 1, 1),  # unless asked for
+        ({"size": 62}, 31, False, 2, 2),
         ({}, 2, False, 24, 12),  # two groups of each process
         ({}, 4, False, 12, 12),  # a process is a group
         ({}, 2, True, 24, 6),  # of sharded weights all processes have one gradient
@@ -199,6 +207,20 @@ def test_an_update_is_read_in_groups(tmp_path, options, world, shards, plain, re
     assert experiment.part_size(read=True) == read
 
 
+@pytest.mark.parametrize(("micro", "unit"), [("auto", 22), (11, 11), (2, 2)])
+@pytest.mark.parametrize("groups", [2, 3, 4, 7])
+def test_every_size_a_batch_grows_to_can_be_read(tmp_path, micro, unit, groups):
+    experiment = build_experiment(tiny(tmp_path, adaptive(22, micro, groups=groups)))
+    assert experiment.adaptive.multiple_of == unit
+    for size in range(22, 400, unit):
+        experiment.adaptive.batch_size = size
+        plain, read = experiment.part_size(read=False), experiment.part_size(read=True)
+        assert plain == (22 if micro == "auto" else micro)  # never more than at first
+        assert size % plain == size % read == 0
+        assert 2 <= read <= min(plain, size // 2)
+        assert read == plain or size // plain < groups
+
+
 def test_updates_are_read_as_often_as_asked_until_the_batch_can_grow_no_more(tmp_path):
     experiment = build_experiment(tiny(tmp_path, adaptive(observe_every=3)))
     assert [experiment.is_read(step) for step in range(7)] == [True, False, False] * 2 + [True]
@@ -207,10 +229,80 @@ def test_updates_are_read_as_often_as_asked_until_the_batch_can_grow_no_more(tmp
     assert not build_experiment(tiny(tmp_path)).is_read(0)
 
 
-def test_batch_norm_and_dropout_grow_too(tmp_path):
-    for kind in ("batch norm", "dropout"):
-        out = run(tmp_path, *NETWORKS[kind], adaptive(size=8, max_size=32, groups=2), out=kind)
-        assert max(sizes(out)) == 32
+@pytest.mark.parametrize("kind", ["batch norm", "dropout"])
+@pytest.mark.parametrize("first", [4, 8])
+def test_batch_norm_and_dropout_grow_too(tmp_path, kind, first):
+    """VGG normalises maps of a single pixel, of which one sample has no statistics."""
+    out = run(tmp_path, *NETWORKS[kind], adaptive(size=first, max_size=32))
+    assert max(sizes(out)) == 32
+
+
+@pytest.mark.parametrize("micro", ["auto", 8])
+def test_no_pass_is_of_more_samples_than_the_first(tmp_path, monkeypatch, micro):
+    seen = set()
+    update = loop._Run.update_weights
+
+    def noting(self, batch):
+        hook = self.experiment.model.register_forward_pre_hook(
+            lambda _, inputs: seen.add(len(inputs[0]))
+        )
+        loss = update(self, batch)
+        hook.remove()
+        return loss
+
+    monkeypatch.setattr(loop._Run, "update_weights", noting)
+    out = run(tmp_path, adaptive(16, micro, observe_every=3, groups=2), "train.epochs=1")
+    assert max(sizes(out)) == 256
+    assert seen == ({8, 16} if micro == "auto" else {8})
+
+
+def test_losses_of_smaller_batches_statistics_are_marked_and_not_shown_to_the_guards(
+    tmp_path, monkeypatch
+):
+    observe, shown = CurvatureController.observe, []
+
+    def noting(self, loss, same=None):
+        shown.append(self._step - 1)
+        return observe(self, loss, same)
+
+    monkeypatch.setattr(CurvatureController, "observe", noting)
+    every = {"size": 8, "max_size": 32, "observe_every": 3}
+    norm, auto = NETWORKS["batch norm"], "optim.lr=auto"
+    lines = metrics(run(tmp_path, *norm, adaptive(**every), auto))
+    read = {line["step"] for line in lines if line.get("read")}
+    small = {line["step"] for line in lines if line["batch_size"] < 32}
+    assert read == {step for step in small if step % 3 == 0}
+    assert len(read) >= 3
+    assert set(range(len(lines))) - set(shown) == read
+    for others in (
+        [*norm, adaptive(**every | {"observe_every": 1})],  # all losses are alike
+        [*norm, adaptive(**every, micro=2)],  # micro-batches are the groups
+        [adaptive(**every)],  # without batch norm
+    ):
+        shown.clear()
+        lines = metrics(run(tmp_path, *others, auto, "train.max_steps=9"))
+        assert any(line.get("read") for line in lines)
+        assert shown == list(range(len(lines)))
+
+
+@pytest.mark.parametrize("loss", [math.inf, math.nan, 1e9])
+def test_a_network_lost_in_a_step_that_the_guards_were_not_shown_is_undone(
+    tmp_path, monkeypatch, loss
+):
+    update = loop._Run.update_weights
+
+    def losing(self, batch):
+        found = update(self, batch)
+        return found * 0 + loss if self.progress.step == 3 else found
+
+    monkeypatch.setattr(loop._Run, "update_weights", losing)
+    every = adaptive(size=8, max_size=32, observe_every=3)
+    overrides = *NETWORKS["batch norm"], every, "train.max_steps=4"
+    with pytest.raises(loop.DivergedError, match="in step 3"):  # nobody can undo it
+        run(tmp_path, *overrides, out="fixed")
+    out = run(tmp_path, *overrides, "optim.lr=auto")
+    assert summary(out)["events"] == [{"step": 3, "event": "undone"}]
+    assert not summary(out)["diverged"]
 
 
 def test_what_was_seen_of_a_network_that_is_undone_is_forgotten(tmp_path):
@@ -274,8 +366,11 @@ def test_what_cannot_work_is_refused_when_it_is_read(tmp_path, overrides, words)
     ("override", "words"),
     [
         (adaptive(max_size=1438), r"adaptive\.max_size 1438 is larger than the 1437 samples"),
-        (adaptive(size=1, micro=1), r"global_size must be at least 2 with batch\.adaptive"),
-        (adaptive(size=50), r"50 cannot be shared .* in 4 groups each \(batch\.adaptive\.groups\)"),
+        (adaptive(size=1, micro=1), "global_size 1 cannot be split .* that can: 2"),
+        (adaptive(size=2), "global_size 2 cannot be split .* that can: 4"),
+        (adaptive(size=3), "batch.adaptive reads the noise; the nearest that can: 4"),
+        (adaptive(size=31), "global_size 31 cannot be split .* that can: 30 and 32"),
+        (adaptive(size=31, micro=31), "global_size 31 cannot be split .* that can: 62"),
     ],
 )
 def test_what_does_not_fit_the_data_is_refused_when_it_is_built(tmp_path, override, words):

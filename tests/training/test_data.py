@@ -146,13 +146,13 @@ def test_the_last_batch_is_dropped_or_smaller():
     assert batches_per_epoch(data, batch_size=4, drop_last=False) == 3
 
 
-@pytest.mark.parametrize("start_batch", [0, 1, 3, 4])
-def test_starting_late_gives_the_batches_that_would_have_come(start_batch):
+@pytest.mark.parametrize("skipped", [0, 1, 3, 4])
+def test_starting_late_gives_the_batches_that_would_have_come(skipped):
     data = numbered(20, augmentation=CropAndFlip(2))
     options = {"batch_size": 5, "seed": 7, "epoch": 2}
     whole = list(train_batches(data, **options))
-    rest = train_batches(data, **options, start_batch=start_batch)
-    assert_same_batches(rest, whole[start_batch:])
+    rest = train_batches(data, **options, start_sample=5 * skipped)
+    assert_same_batches(rest, whole[skipped:])
 
 
 def test_another_batch_size_goes_on_where_the_last_one_stopped():
@@ -283,12 +283,8 @@ TRAIN = {"seed": 0, "epoch": 0}
         ),
         (lambda data: train_batches(data, batch_size=0, **TRAIN), "batch_size must be at least 1"),
         (
-            lambda data: train_batches(data, batch_size=5, start_batch=3, **TRAIN),
-            r"start_batch must lie in \[0, 2\], got 3",
-        ),
-        (
-            lambda data: train_batches(data, batch_size=5, start_batch=-1, **TRAIN),
-            r"start_batch must lie in \[0, 2\], got -1",
+            lambda data: train_batches(data, batch_size=5, start_sample=-1, **TRAIN),
+            r"start_sample must lie in \[0, 10\], got -1",
         ),
         (
             lambda data: train_batches(data, batch_size=5, start_sample=11, **TRAIN),
@@ -765,7 +761,7 @@ def test_folder_augmentation_is_the_samples_own_whatever_the_batch_and_the_start
     whole = list(train_batches(data, batch_size=4, **options))
     assert torch.equal(state, torch.get_rng_state())
     torch.rand(5)  # the state of the global generator is of no influence
-    assert_same_batches(train_batches(data, batch_size=4, **options, start_batch=2), whole[2:])
+    assert_same_batches(train_batches(data, batch_size=4, **options, start_sample=8), whole[2:])
     large = next(train_batches(data, batch_size=12, **options))
     assert torch.equal(torch.cat([x for x, _ in whole]), large[0])
     next_epoch = next(train_batches(data, batch_size=12, seed=1, epoch=4))

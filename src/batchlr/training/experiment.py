@@ -1,5 +1,6 @@
 """What a configuration stands for: data, network, loss, optimizer, scheduler, controller."""
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from batchlr.batch_size import AdaptiveBatchSize
 from batchlr.controller import CurvatureController
 from batchlr.operators.supervised import SupervisedLoss, supervised
 from batchlr.policies import POLICIES
+from batchlr.sample_gradients import coupling_layers
 from batchlr.schedulers import BatchAwareLR
 from batchlr.sharded_tensors import gathered_state, sharded_like
 from batchlr.training.config import TrainConfig
@@ -46,7 +48,6 @@ class Experiment:
     controller: CurvatureController | None
     adaptive: AdaptiveBatchSize | None
     steps_per_epoch: int  # at the batch size it begins with
-    total_steps: int  # likewise
     sampler: torch.Generator = field(default_factory=torch.Generator)  # of measured samples
 
     @property
@@ -69,9 +70,21 @@ class Experiment:
         size = micro_size(self.config, self.processes.world_size, self.batch_size)
         if not read:
             return size
-        share = self.batch_size // self.processes.world_size
-        least = min(share, max(share // size, _parts(self.config, self.processes)))
-        return share // next(n for n in range(least, share + 1) if share % n == 0)
+        found = _group_size(self.config, self.processes, self.batch_size, size)
+        assert found is not None  # as of the first size, whose multiples all others are
+        return found
+
+    def distorts(self, step: int) -> bool:
+        """Whether the loss of update ``step`` is that of smaller batches' statistics.
+
+        So it is where there is batch norm and the noise is read in smaller parts than usual. Where
+        every update is read none differs from another.
+        """
+        options = self.config.batch.adaptive
+        if options is None or options.observe_every == 1 or not self.is_read(step):
+            return False
+        finer = self.part_size(read=True) < self.part_size(read=False)
+        return finer and bool(coupling_layers(self.model))
 
     def resize(self, batch_size: int, *, total_steps: int) -> None:
         """Let the rate follow the batch, whose size has just become ``batch_size``.
@@ -206,7 +219,6 @@ def build_experiment(config: TrainConfig, processes: Processes | None = None) ->
         else None,
         adaptive=_adaptive(config, data, processes),
         steps_per_epoch=steps_per_epoch,
-        total_steps=total_steps,
         sampler=_sampler(config),
     )
 
@@ -260,9 +272,13 @@ def _sampler(config: TrainConfig) -> torch.Generator:
 
 
 def micro_size(config: TrainConfig, world_size: int = 1, batch_size: int | None = None) -> int:
-    """Samples in one forward pass of one process; ``batch_size`` is by default the configured."""
+    """Samples in one forward pass of one process; ``batch_size`` is by default the configured.
+
+    A batch that has grown takes no more at a time than the first one, which is known to fit.
+    """
+    first, micro = config.batch.global_size // world_size, config.batch.micro_size
     share = (batch_size or config.batch.global_size) // world_size
-    return share if config.batch.micro_size == "auto" else min(config.batch.micro_size, share)
+    return min(first if micro == "auto" else micro, share)
 
 
 def find_device(config: TrainConfig, processes: Processes) -> torch.device:
@@ -294,11 +310,9 @@ def _check_sharing(config: TrainConfig, data: ImageData, processes: Processes) -
         )
         raise ValueError(msg)
     share = max(1, size // world)
-    unit = _unit(config, processes)
+    unit = world if micro == "auto" else world * min(micro, share)
     if size % unit:
         parts = "" if micro == "auto" else f" in equal micro-batches of {min(micro, share)}"
-        if micro == "auto" and unit > world:
-            parts = f" in {unit // world} groups each (batch.adaptive.groups)"
         lower = max(unit, size // unit * unit)
         msg = (
             f"batch.global_size {size} cannot be shared by {world} processes{parts}; the nearest "
@@ -307,23 +321,24 @@ def _check_sharing(config: TrainConfig, data: ImageData, processes: Processes) -
         raise ValueError(msg)
 
 
-def _unit(config: TrainConfig, processes: Processes) -> int:
-    """What every batch size is a multiple of."""
-    world, micro = processes.world_size, config.batch.micro_size
-    if micro != "auto":
-        return world * min(micro, max(1, config.batch.global_size // world))
-    return world * _parts(config, processes)
+def _group_size(
+    config: TrainConfig, processes: Processes, batch_size: int, micro: int
+) -> int | None:
+    """Samples of a group, where noise is read from passes of at most ``micro``; None if none fits.
 
-
-def _parts(config: TrainConfig, processes: Processes) -> int:
-    """Groups that each process makes of its share, at least.
-
-    Of sharded weights nobody has a gradient of its own: every group is of all processes.
+    Groups are of equal size, and of at least two samples, for one alone has no batch statistics,
+    unless ``micro`` is 1. There are two or more over all processes, and of such numbers the nearest
+    to ``batch.adaptive.groups``. Of sharded weights nobody has a gradient of its own: every group
+    is of all processes.
     """
     options = config.batch.adaptive
-    if options is None:
-        return 1
-    return options.groups if processes.shards else math.ceil(options.groups / processes.world_size)
+    assert options is not None
+    apart = 1 if processes.shards else processes.world_size
+    share = batch_size // processes.world_size
+    largest = min(micro, share * apart // 2)
+    sizes = [size for size in range(min(2, micro), largest + 1) if share % size == 0]
+    wanted = options.groups / apart
+    return max(sizes, key=lambda size: (-abs(share // size - wanted), size), default=None)
 
 
 def _adaptive(
@@ -332,14 +347,12 @@ def _adaptive(
     """Chooses the batch sizes of the run, if they are not all the same.
 
     Raises:
-        ValueError: the batch cannot be split into two.
+        ValueError: the batch cannot be split into groups, or its bound exceeds the data.
     """
     options = config.batch.adaptive
     if options is None:
         return None
-    if config.batch.global_size < 2:
-        msg = "batch.global_size must be at least 2 with batch.adaptive: one sample shows no noise"
-        raise ValueError(msg)
+    _check_groups(config, processes)
     if options.max_size > len(data.train):
         msg = (
             f"batch.adaptive.max_size {options.max_size} is larger than the {len(data.train)} "
@@ -355,8 +368,30 @@ def _adaptive(
         max_growth=math.inf if options.max_growth is None else options.max_growth,
         interval=options.test_every,
         smoothing=options.smoothing,
-        multiple_of=_unit(config, processes),
+        multiple_of=processes.world_size * micro_size(config, processes.world_size),
     )
+
+
+def _check_groups(config: TrainConfig, processes: Processes) -> None:
+    """Raise ValueError, naming sizes that can, unless the first batch can be read in groups."""
+    size, world = config.batch.global_size, processes.world_size
+    automatic, micro = config.batch.micro_size == "auto", micro_size(config, world)
+
+    def fits(total: int) -> bool:
+        largest = total // world if automatic else micro
+        return _group_size(config, processes, total, largest) is not None
+
+    if fits(size):
+        return
+    unit = world if automatic else world * micro
+    below = next((total for total in range(size - unit, 0, -unit) if fits(total)), None)
+    above = next(total for total in itertools.count(size + unit, unit) if fits(total))
+    nearest = f"{above}" if below is None else f"{below} and {above}"
+    msg = (
+        f"batch.global_size {size} cannot be split into two or more equal groups of two or more "
+        f"samples, between which batch.adaptive reads the noise; the nearest that can: {nearest}"
+    )
+    raise ValueError(msg)
 
 
 def _sharded_as(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:

@@ -87,6 +87,7 @@ class _Run:
             self.last_step, progress.step, progress=config.log.progress, enabled=first
         )
         self.updates: list[CurvatureUpdate] = []
+        self.unjudged: set[int] = set()  # steps whose losses are of smaller batches' statistics
         if experiment.controller is not None:
             experiment.controller.watch(experiment.model)
         if progress.step:
@@ -204,9 +205,12 @@ class _Run:
         experiment, progress = self.experiment, self.progress
         update, size = self.measure(), experiment.batch_size
         rate = float(experiment.scheduler.get_last_lr()[0])
+        read, distorted = experiment.is_read(progress.step), experiment.distorts(progress.step)
         loss = self.update_weights(batch)
         event = None
-        if experiment.controller is not None:
+        if distorted:
+            self.unjudged.add(progress.step)
+        elif experiment.controller is not None:
             event = experiment.controller.observe(loss, self.same)
         entry = {
             "step": progress.step,
@@ -215,6 +219,8 @@ class _Run:
             "momentum": get_momentum(experiment.optimizer),
             "batch_size": size,
         }
+        if read:
+            entry["read"] = True
         progress.last_lr = rate
         progress.step += 1
         progress.samples += size
@@ -353,7 +359,7 @@ class _Run:
         """Write the losses so far, and raise ArithmeticError if the run has diverged.
 
         Exploded losses of steps that the controller has undone are not held against it, nor counted
-        in the mean.
+        in the mean. Of those that it was not shown (`Experiment.distorts`) it is told here.
         """
         progress, controller = self.progress, self.experiment.controller
         if controller is not None:
@@ -364,12 +370,16 @@ class _Run:
                 progress.first_loss = loss
             first = 1.0 if progress.first_loss is None else progress.first_loss
             if not math.isfinite(loss) or loss > _DIVERGED * max(first, 1.0):
+                hidden = step in self.unjudged and step >= progress.undone
+                if hidden and controller is not None:
+                    self.heed(controller.rescue(self.same, lost=True))
                 if step < progress.undone:
                     continue
                 msg = f"the training loss became {loss:.4g} in step {step} (first loss {first:.4g})"
                 raise DivergedError(msg)
             progress.loss_sum += loss
             progress.counted += 1
+        self.unjudged.clear()
 
     def asked_to_stop(self) -> bool:
         """Whether to stop now; processes agree on it now and then, for it costs a message."""

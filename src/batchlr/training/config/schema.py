@@ -49,7 +49,9 @@ from batchlr.training.config.variants import (
 class AdaptiveOptions(Options):
     """How the batch grows while training: until its gradient stands out of its noise."""
 
-    max_size: Count = Field(description="largest number of samples in one update")
+    max_size: Count = Field(
+        description="largest number of samples in one update, rounded down to whole micro-batches"
+    )
     tolerance: Positive = Field(
         default=1.0,
         description="largest noise of the batch's gradient, over the gradient's norm, that passes; "
@@ -58,10 +60,12 @@ class AdaptiveOptions(Options):
     debias: Flag = Field(
         default=True,
         description="take the noise out of the gradient's norm; false = as published, which from "
-        "tolerance 1 on never grows",
+        "tolerance 1 on hardly grows: only where chance has it",
     )
     max_growth: AboveOneOrNull = Field(
-        default=2.0, description="largest factor of one test; null = no bound (assumed)"
+        default=2.0,
+        description="largest factor of one test, or one micro-batch of each device "
+        "more where that is a larger one; null = no bound (assumed)",
     )
     test_every: Count = Field(default=50, description="updates between two tests (assumed)")
     observe_every: Count = Field(
@@ -76,8 +80,9 @@ class AdaptiveOptions(Options):
     )
     groups: CountFromTwo = Field(
         default=4,
-        description="parts of the batch, over all processes, whose gradients are compared, at "
-        "least; an update of fewer micro-batches is split where it is read (assumed)",
+        description="parts of the batch, over all processes, whose gradients are compared: "
+        "micro-batches, or if these are fewer equal parts of two samples or more, as near to this "
+        "number as can be (assumed)",
     )
     rate: Literal["auto", "none", "linear", "sqrt"] = Field(
         default="auto",
@@ -93,7 +98,8 @@ class BatchOptions(Options):
     micro_size: CountOrAuto = Field(
         default="auto",
         description="samples in one forward pass; gradients accumulate up to global_size; "
-        "auto = as many as one device's share",
+        "auto = as many as one device's share. With batch.adaptive that of the first batch: larger "
+        "ones accumulate, and all are multiples of it, over all devices",
     )
     adaptive: AdaptiveOptions | None = Field(
         default=None,

@@ -30,14 +30,13 @@ def train_batches(
     batch_size: int,
     seed: int,
     epoch: int,
-    start_batch: int = 0,
     start_sample: int = 0,
     device: torch.device | str = "cpu",
     drop_last: bool = True,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """Shuffled and augmented batches of one epoch, from batch ``start_batch`` on.
+    """Shuffled and augmented batches of one epoch, from sample ``start_sample`` on.
 
     Order and augmentation depend on ``(seed, epoch)`` only: starting late, other workers or another
     number of processes change nothing in the batches that follow.
@@ -47,9 +46,8 @@ def train_batches(
         batch_size: Samples of one batch, over all processes.
         seed: Seed of the run.
         epoch: Number of the pass over the data.
-        start_batch: Number of batches to skip; all of them leaves an empty iterator.
-        start_sample: Number of samples of the epoch to skip before that: those of batches of other
-            sizes.
+        start_sample: Number of samples of the epoch to skip, of whatever batches; all of them
+            leaves an empty iterator.
         device: Where the batches are delivered.
         drop_last: Whether to leave out a last, smaller batch.
         rank: Number of this process; it receives the ``rank``-th part of each batch.
@@ -64,9 +62,6 @@ def train_batches(
         raise ValueError(msg)
     left = len(data.train) - start_sample
     num_batches = left // batch_size if drop_last else -(-left // batch_size)
-    if not 0 <= start_batch <= num_batches:
-        msg = f"start_batch must lie in [0, {num_batches}], got {start_batch}"
-        raise ValueError(msg)
     _check_rank(rank, world_size)
     if batch_size % world_size or (world_size > 1 and not drop_last):
         msg = (
@@ -76,7 +71,7 @@ def train_batches(
         raise ValueError(msg)
     key = EpochKey(seed, epoch)
     order = permutation(len(data.train), key)[start_sample:]
-    index_batches = torch.split(order, batch_size)[start_batch:num_batches]
+    index_batches = torch.split(order, batch_size)[:num_batches]
     shards = [indices.chunk(world_size)[rank] for indices in index_batches]
     return data.train.batches(shards, augmented_for=key, device=torch.device(device))
 
