@@ -141,7 +141,8 @@ class CurvatureOptions(Options):
     samples: CountFromTwo = Field(
         default=256,
         description="samples in one measurement (assumed); while training no more than half the "
-        "batch has (measured: docs/log.md), or 64 (assumed)",
+        "batch has (measured: docs/log.md), or 64 (assumed); batchlr lr takes eight batches, if "
+        "that is more, where batch norm couples samples",
     )
     max_overhead: NonNegative = Field(
         default=0.05,
