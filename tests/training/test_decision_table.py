@@ -40,6 +40,10 @@ def test_explain_with_a_report_says_how_far_the_rule_holds(run):
     assert "momentum 0, limited by" in result.stdout
     assert f"and {report.max_lr(64).value:.3g} at 64 (" in result.stdout
     assert "Carried over from 8, the linear rule holds" in result.stdout
+    limit = report.max_lr(8).value
+    rated = run("explain", "--from", 8, "--to", 64, "--lr", 2 * limit, "--report", "report.json")
+    assert f"{2 * limit:.4g} at 8 is 2 times the limit" in rated.stdout
+    assert "Noise goes with 1/B - 1/64" in rated.stdout
     beside = ("--optimizer", "adam", "--momentum", 0.95, "--report", "report.json")
     adam = run("explain", "--from", 8, "--to", 64, *beside)
     assert adam.exit_code == 0, adam.output
@@ -58,7 +62,7 @@ def test_explain_with_a_report_says_how_far_the_rule_holds(run):
     [
         (("--from", 0, "--to", 8), 2, "Invalid value for '--from'"),
         (("--from", 8, "--to", 8, "--optimizer", "lion"), 2, "optimizer must be one of sgd, adam"),
-        (("--from", 8, "--to", 8, "--report", "no.json"), 3, "no.json is no file; batchlr lr"),
+        (("--from", 8, "--to", 8, "--report", "no.json"), 3, "no.json is no report; batchlr lr"),
     ],
 )
 def test_explain_refuses(run, options, code, complaint):

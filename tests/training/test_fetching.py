@@ -63,7 +63,7 @@ def test_an_archive_put_in_place_is_unpacked(tmp_path, archive):
 
 def test_a_mirror_may_be_named(tmp_path, archive, address):
     root = tmp_path / "root"
-    with pytest.raises(DataError, match=r"missing: train, test, meta; the download failed: .*404"):
+    with pytest.raises(DataError, match=r"missing: train, test, meta; the download of .*404"):
         fetch_data("cifar100", root=root, url=f"{address}/nowhere.tar.gz")
     archive.rename(tmp_path / "mirror.tar.gz")
     fetch_data("cifar100", root=root, url=f"{address}/mirror.tar.gz")
@@ -73,7 +73,7 @@ def test_a_mirror_may_be_named(tmp_path, archive, address):
 def test_a_mirror_with_something_else_is_refused(tmp_path, archive, address):
     other = tmp_path / "other.tar.gz"
     other.write_bytes(archive.read_bytes()[:-1])
-    with pytest.raises(DataError, match="the download failed: File not found or corrupted"):
+    with pytest.raises(DataError, match=r"the download of .* failed: File not found or"):
         fetch_data("cifar100", root=tmp_path / "root", url=f"{address}/other.tar.gz")
     assert not (tmp_path / "root" / CIFAR100_FOLDER).exists()
 

@@ -55,8 +55,8 @@ def print_decision_table(
     """
     measured = [_UNMEASURED]
     if report is not None:
-        if not report.is_file():
-            msg = f"{report} is no file; batchlr lr CONFIG writes runs/NAME/curvature/report.json"
+        if not report.is_file() or report.suffix != ".json":
+            msg = f"{report} is no report; batchlr lr CONFIG writes runs/NAME/curvature/report.json"
             raise FileNotFoundError(msg)
         read = CurvatureReport.load(report)
         here = read.max_lr(old, optimizer=_kind(optimizer), momentum=momentum)
@@ -65,7 +65,7 @@ def print_decision_table(
         settings["betas"] = (momentum, _BETA2)
     changes = batch_size_change(old, new, optimizer=optimizer, **settings)
     if report is not None:
-        measured = _measured(read, here, new, optimizer, changes)
+        measured = _measured(read, here, new, optimizer, changes, settings.get("lr"))
     table = Table(box=SIMPLE, pad_edge=False)
     for title in (f"{optimizer}, batch {old} -> {new}", "becomes", "while", "source"):
         table.add_column(title, no_wrap=title != "while")
@@ -88,6 +88,7 @@ def _measured(
     new: int,
     optimizer: Optimizer,
     changes: Sequence[SettingChange],
+    lr: float | None,
 ) -> list[str]:
     kind = _kind(optimizer)
     name = "beta1" if kind == "adam" else "momentum"
@@ -105,9 +106,21 @@ def _measured(
         if (low, high) == (1, report.dataset_size)
         else f"from {low} to {high}; beyond, it ends a quarter above the limit"
     )
-    reasons = dict.fromkeys(reason for bound in (here, there) for reason in bound.reasons)
-    return [
+    lines = [
         f"Measured: the largest stable rate is {limits}, x {there.value / here.value:.3g}.",
         f"Carried over from {here.batch_size}, the {rule} rule holds {reach}.",
-        *(f"* {reason}" for reason in reasons),
     ]
+    if lr is not None:
+        rates = ((lr, here), (changes[0].value or lr, there))
+        sides = [
+            f"{rate:.4g} at {bound.batch_size} is {rate / bound.value:.2g} times the limit"
+            for rate, bound in rates
+        ]
+        lines.append(f"Of your rate, {' and '.join(sides)}.")
+    if new > report.dataset_size / 10:
+        lines.append(
+            f"Noise goes with 1/B - 1/{report.dataset_size}: near all samples limits grow faster "
+            "than B."
+        )
+    reasons = dict.fromkeys(reason for bound in (here, there) for reason in bound.reasons)
+    return lines + [f"Not reliable: {reason}" for reason in reasons]

@@ -22,7 +22,7 @@ from batchlr.operators.curvature_matrix import normalises_over_batches
 from batchlr.operators.supervised import LossFunction
 from batchlr.plotting import plot_sweep, save_figure
 from batchlr.training.analysis import build_at
-from batchlr.training.checkpoint import checkpoint_digest
+from batchlr.training.checkpoint import checkpoint_digest, latest_checkpoint
 from batchlr.training.config import TrainConfig
 from batchlr.training.config.variants import SGDOptions
 from batchlr.training.data import measurement_batches
@@ -352,7 +352,8 @@ def _settings(config: TrainConfig, steps: int, checkpoint: Path | None) -> dict[
     content["optim"].pop("lr")  # what is swept
     for key in ("root", "download", "workers"):  # where the data lie, not what they are
         content["data"].pop(key, None)
-    weights = None if checkpoint is None else checkpoint_digest(checkpoint)
+    file = latest_checkpoint(checkpoint) if checkpoint and checkpoint.is_dir() else checkpoint
+    weights = None if file is None else checkpoint_digest(file)
     return {"steps": steps, "weights": weights} | flat(content)
 
 

@@ -103,7 +103,7 @@ def fetch_cifar(name: str, root: str | Path, *, url: str | None = None) -> bool:
             archive = {"filename": dataset.filename, "md5": dataset.tgz_md5}
             download_and_extract_archive(url, root, **archive)
     except _FAILURES as error:
-        problems = [*cifar_problems(name, root), f"the download failed: {error}"]
+        problems = [*cifar_problems(name, root), f"the download of {url} failed: {error}"]
         raise _data_error(name, root, problems) from error
     return True
 
@@ -181,8 +181,9 @@ def _data_error(name: str, root: Path, problems: list[str]) -> DataError:
     dataset = _dataset(name)
     return DataError(
         f"{name} is missing or corrupt in {cifar_folder(name, root)} ({'; '.join(problems)}). "
-        f"Unpack {dataset.filename} in {root}; or run `batchlr data fetch` or set "
-        f"data.download=true, which unpack the archive there, or fetch it from {dataset.url}."
+        f"Unpack {dataset.filename} in {root}; or run `batchlr data fetch CONFIG` (--url "
+        f"names a mirror) or set data.download=true, which unpack the archive there, or fetch it "
+        f"from {dataset.url}."
     )
 
 
