@@ -365,6 +365,7 @@ def test_what_cannot_work_is_refused_when_it_is_read(tmp_path, overrides, words)
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        (adaptive(max_size=95), r"max_size 95 leaves no room to grow: .* the next after 48 is 96"),
         (adaptive(max_size=1438), r"adaptive\.max_size 1438 is larger than the 1437 samples"),
         (adaptive(size=1, micro=1), "global_size 1 cannot be split .* that can: 2"),
         (adaptive(size=2), "global_size 2 cannot be split .* that can: 4"),

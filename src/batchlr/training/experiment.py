@@ -347,7 +347,8 @@ def _adaptive(
     """Chooses the batch sizes of the run, if they are not all the same.
 
     Raises:
-        ValueError: the batch cannot be split into groups, or its bound exceeds the data.
+        ValueError: the batch cannot be split into groups, or its bound exceeds the data or leaves
+            no room to grow.
     """
     options = config.batch.adaptive
     if options is None:
@@ -359,8 +360,17 @@ def _adaptive(
             f"samples of {data.name}"
         )
         raise ValueError(msg)
+    first = config.batch.global_size
+    unit = processes.world_size * micro_size(config, processes.world_size)
+    if first < options.max_size < first + unit:
+        msg = (
+            f"batch.adaptive.max_size {options.max_size} leaves no room to grow: sizes are "
+            f"multiples of {unit}, so the next after {first} is {first + unit}; allow that, or set "
+            "a smaller batch.micro_size"
+        )
+        raise ValueError(msg)
     return AdaptiveBatchSize(
-        config.batch.global_size,
+        first,
         max_batch_size=options.max_size,
         dataset_size=len(data.train),
         tolerance=options.tolerance,
@@ -368,7 +378,7 @@ def _adaptive(
         max_growth=math.inf if options.max_growth is None else options.max_growth,
         interval=options.test_every,
         smoothing=options.smoothing,
-        multiple_of=processes.world_size * micro_size(config, processes.world_size),
+        multiple_of=unit,
     )
 
 
