@@ -19,6 +19,15 @@ from batchlr.training.models import MLP, VGG, PreResNet
 RAGGED = (5, 3, 2)
 
 
+def conv_net():
+    """For 8x8 images of one channel; batch norm and dropout are what probes could disturb."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3),
+        nn.Linear(108, 4),
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Problem:
     """A model, a loss and batches, in the form the operators take and in the reference's."""

@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from batchlr import HessianOperator, supervised
 from batchlr.loss_probe import LossProbe, mean_vertex
+from cases import conv_net
 
 CROSS_ENTROPY = supervised(nn.CrossEntropyLoss())
 DOUBLE = torch.float64
@@ -156,14 +157,6 @@ def test_losses_are_those_of_the_weights_between_and_beyond():
         assert line.losses[3] == float(CROSS_ENTROPY(model, (x, y)).detach())  # to the bit
         want = np.polynomial.Polynomial.fit(multiples, line.losses, 2).convert().coef
         assert (line.level, line.slope, line.curvature / 2) == pytest.approx(want, rel=1e-8)
-
-
-def conv_net():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3),
-        nn.Linear(108, 4),
-    )  # fmt: skip
 
 
 def images(seed):

@@ -11,7 +11,7 @@ import reference
 from batchlr import supervised
 from batchlr.learning_rates import max_sgd_lr
 from batchlr.probes import BatchSharpness, batch_sharpness
-from cases import CASES, Problem
+from cases import CASES, Problem, conv_net
 
 CROSS_ENTROPY = supervised(nn.CrossEntropyLoss())
 
@@ -93,14 +93,6 @@ def test_a_single_batch_has_no_error():
     assert (float(sharpness.value), float(sharpness.mean_ratio)) == pytest.approx((2.0, 2.0))
     assert math.isnan(sharpness.value.stderr)
     assert math.isnan(sharpness.mean_ratio.stderr)
-
-
-def conv_net():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3),
-        nn.Linear(108, 4),
-    )  # fmt: skip
 
 
 def images(*sizes):

@@ -28,7 +28,8 @@ _DOUBT = (4.0, 1.4)  # measured (docs/log.md): of a gap remembered, of one seen
 _CLOSED = 1e-5  # assumed: a residual this small beside the spectrum is rounding
 _RESTART_STEPS = 5  # assumed: products from a random vector on before a space is believed again
 _FLUSHED = 1e-30  # assumed: entries of a unit vector that may be zero as well
-_SURE = 1e-3  # assumed: 1 - c^2 of the best estimate of a direction, weight of the worst
+_SURE = 1e-3  # assumed: 1 - c^2 of the best estimate of a direction
+_LEAST = 1e-3  # assumed: weight of one that told nothing, lest the other's share be infinite
 _FORGET = 0.97  # measured (docs/log.md): of the second eigenvalue seen, at each update
 
 
@@ -81,7 +82,7 @@ class _Trail:
         """
         if self.kept is None or self.lean is None or self.lean < self.kept:
             return 0.0
-        return _weight(self.lean) / max(_weight(self.kept), _SURE)
+        return _weight(self.lean) / max(_weight(self.kept), _LEAST)
 
     def learn(self, found: Tensor, slope: Tensor | None) -> None:
         """Take ``found`` as the edge's vector, and note what would have told it beforehand."""

@@ -21,7 +21,7 @@ from batchlr.operators import DifferenceOperator, GGNOperator, HessianOperator, 
 from batchlr.operators.curvature_matrix import CurvatureMatrix, normalises_over_batches
 from batchlr.plotting import plot_rates, plot_spectrum, save_figure
 from batchlr.slq import SpectralMeasure, stochastic_lanczos_quadrature
-from batchlr.training.checkpoint import CheckpointError, load_checkpoint
+from batchlr.training.checkpoint import CheckpointError, checkpoint_digest, load_checkpoint
 from batchlr.training.config import TrainConfig
 from batchlr.training.config.variants import SGDOptions
 from batchlr.training.data import Batch
@@ -162,6 +162,27 @@ def build_at(config: TrainConfig, checkpoint: Path | None) -> Experiment:
         load_weights(experiment, checkpoint)
     experiment.model.train()
     return experiment
+
+
+def common_settings(config: TrainConfig, checkpoint: Path | None, **parts: Any) -> dict[str, Any]:
+    """What kept figures have in common: what was measured, on which data, at which weights.
+
+    Args:
+        config: of the experiment. Seed, data but for where they lie, network and label smoothing
+            always count.
+        checkpoint: a file; None stands for the initial weights.
+        parts: what else does, as in pydantic's ``include``.
+
+    Raises:
+        CheckpointError: the checkpoint is not there.
+    """
+    always = {"seed": True, "data": True, "model": True, "train": {"label_smoothing"}}
+    include: Any = always | parts
+    content: dict[str, Any] = config.model_dump(mode="json", include=include)
+    for key in ("root", "download", "workers"):
+        content["data"].pop(key, None)
+    content["weights"] = None if checkpoint is None else checkpoint_digest(checkpoint)
+    return content
 
 
 def load_weights(experiment: Experiment, checkpoint: Path) -> dict[str, Any]:

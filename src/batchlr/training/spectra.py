@@ -14,8 +14,13 @@ from rich.console import Console
 
 from batchlr.plotting import plot_batch_spectra, save_figure
 from batchlr.slq import stochastic_lanczos_quadrature
-from batchlr.training.analysis import curvature_operator, load_weights, save_measure
-from batchlr.training.checkpoint import checkpoint_digest, listed_checkpoints
+from batchlr.training.analysis import (
+    common_settings,
+    curvature_operator,
+    load_weights,
+    save_measure,
+)
+from batchlr.training.checkpoint import listed_checkpoints
 from batchlr.training.config import TrainConfig
 from batchlr.training.data import batches_per_epoch, measurement_batches
 from batchlr.training.experiment import Experiment, build_experiment
@@ -98,20 +103,12 @@ def _sources(checkpoints: Sequence[Path]) -> list[Path | None]:
 
 def _cells(config: TrainConfig, source: Path | None) -> list[_Cell]:
     options = config.spectrum
-    content = config.model_dump(
-        mode="json",
-        include={
-            "seed": True,
-            "data": True,
-            "model": True,
-            "train": {"label_smoothing"},
-            "curvature": {"norm_mode"},
-            "spectrum": {"matrix", "steps", "probes"},
-        },
+    content = common_settings(
+        config,
+        source,
+        curvature={"norm_mode"},
+        spectrum={"matrix", "steps", "probes"},
     )
-    for key in ("root", "download", "workers"):  # where the data lie, not what they are
-        content["data"].pop(key, None)
-    content["weights"] = None if source is None else checkpoint_digest(source)
     text = json.dumps(content, sort_keys=True)
     setting = hashlib.sha256(text.encode()).hexdigest()[:12]
     return [

@@ -21,8 +21,8 @@ from batchlr.lr_bound import LRBound
 from batchlr.operators.curvature_matrix import normalises_over_batches
 from batchlr.operators.supervised import LossFunction
 from batchlr.plotting import plot_sweep, save_figure
-from batchlr.training.analysis import build_at
-from batchlr.training.checkpoint import checkpoint_digest, latest_checkpoint
+from batchlr.training.analysis import build_at, common_settings
+from batchlr.training.checkpoint import latest_checkpoint
 from batchlr.training.config import TrainConfig
 from batchlr.training.config.variants import SGDOptions
 from batchlr.training.data import measurement_batches
@@ -338,23 +338,10 @@ def _all_samples(experiment: Experiment) -> tuple[Tensor, Tensor]:
 
 def _settings(config: TrainConfig, steps: int, checkpoint: Path | None) -> dict[str, Any]:
     """What the cells of a sweep have in common, flat."""
-    content = config.model_dump(
-        mode="json",
-        include={
-            "seed": True,
-            "data": True,
-            "model": True,
-            "optim": True,
-            "curvature": True,
-            "train": {"label_smoothing"},
-        },
-    )
-    content["optim"].pop("lr")  # what is swept
-    for key in ("root", "download", "workers"):  # where the data lie, not what they are
-        content["data"].pop(key, None)
     file = latest_checkpoint(checkpoint) if checkpoint and checkpoint.is_dir() else checkpoint
-    weights = None if file is None else checkpoint_digest(file)
-    return {"steps": steps, "weights": weights} | flat(content)
+    content = common_settings(config, file, optim=True, curvature=True)
+    content["optim"].pop("lr")  # what is swept
+    return {"steps": steps} | flat(content)
 
 
 def _check_settings(path: Path, record: Path, settings: dict[str, Any]) -> None:
