@@ -25,8 +25,9 @@ from batchlr.training.checkpoint import CheckpointError, checkpoint_digest, load
 from batchlr.training.config import TrainConfig
 from batchlr.training.config.variants import SGDOptions
 from batchlr.training.data import Batch
-from batchlr.training.experiment import Experiment, build_experiment, measurement_sizes
+from batchlr.training.experiment import Experiment, build_experiment
 from batchlr.training.metrics import write_json
+from batchlr.training.pass_sizes import measurement_sizes
 
 _SMALLEST_BATCH = 4
 _END_STEPS = 40  # assumed: isolated ends take 10-30; the edge of a bulk may stay unconverged
