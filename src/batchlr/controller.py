@@ -128,6 +128,7 @@ class CurvatureController:
         self.loss_fn = loss_fn
         self.apply = apply
         self.norm_mode: NormMode = norm_mode
+        self.max_products = max_products
         self.policy: Policy = policy
         self.every_steps = every_steps
         self.cadence = Cadence(total_steps, max_overhead)
