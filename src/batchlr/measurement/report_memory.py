@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from batchlr.lanczos import least_basis
+from batchlr.krylov.wanted_pairs import least_basis
 from batchlr.measurement.curvature_point import make_operator
 from batchlr.measurement.memory_plan import MemoryBudgetError, MemoryShare, divide
 from batchlr.measurement.outlying_directions import COUNT

@@ -53,7 +53,7 @@ class ResampledEdges:
         return float(np.quantile(moved, quantile)), error
 
     def _table(self, end: End) -> tuple[Array, Array, Array]:
-        """``1/b`` ascending to 1 by factors of about two, mean distances there, and their errors."""
+        """``1/b`` ascending to 1 by factors of some two, mean distances there, their errors."""
         if end not in self._tables:
             index = 0 if end == "largest" else -1
             edge = abs(float(self._values[index]))
