@@ -15,8 +15,8 @@ from batchlr.operators.batches import count_samples, take
 from batchlr.operators.curvature_matrix import (
     CurvatureMatrix,
     NormMode,
-    normalises_over_batches,
 )
+from batchlr.operators.isolation import normalises_over_batches
 from batchlr.operators.supervised import LossFunction
 
 _FEWEST = 8  # assumed: samples run together, below which a product takes much longer

@@ -23,6 +23,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return inner
 
 
+def normalises_over_batches(model: nn.Module) -> bool:
+    """Whether some layer's output depends on the rest of the batch in train mode."""
+    return any(isinstance(m, NORM_LAYERS) for m in model.modules())
+
+
 @final
 class Isolation:
     """Contexts in which a model is run and differentiated; it must not be run elsewhere meanwhile.

@@ -17,7 +17,7 @@ from torch import Tensor
 from batchlr.curvature import measure_curvature
 from batchlr.curvature_report import CurvatureReport
 from batchlr.lr_bound import LRBound
-from batchlr.operators.curvature_matrix import normalises_over_batches
+from batchlr.operators.isolation import normalises_over_batches
 from batchlr.plotting import plot_sweep, save_figure
 from batchlr.training.analysis import build_at, common_settings
 from batchlr.training.checkpoint import latest_checkpoint
