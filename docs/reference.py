@@ -52,7 +52,8 @@ class PublicNames(SphinxDirective):
         """Hands the names to autosummary and autodoc."""
         groups = public_names()
         if self.arguments[0] not in groups:
-            raise self.error(f"no group {self.arguments[0]!r}; there are {sorted(groups)}")
+            msg = f"no group {self.arguments[0]!r}; there are {sorted(groups)}"
+            raise self.error(msg)
         names = groups[self.arguments[0]]
         kinds = {n: "class" if inspect.isclass(getattr(batchlr, n)) else "function" for n in names}
         lines = [
@@ -81,7 +82,7 @@ def fields(documented: type) -> Iterator[str]:
     """``name (type): comment`` of each field that the class itself declares."""
     source = inspect.getsource(documented)
     (declared,) = ast.parse(source).body
-    comments = [line.rpartition("  # ")[2] if "  # " in line else "" for line in source.splitlines()]
+    comments = [line.partition("  # ")[2] for line in source.splitlines()]
     for node in declared.body:
         if isinstance(node, ast.AnnAssign):
             said = " ".join(filter(None, comments[node.lineno - 1 : node.end_lineno]))
@@ -143,9 +144,14 @@ def describe_options(prefix: str, options: type[Options]) -> Iterator[str]:
         if key == "name":
             continue
         yield from describe_key(f"{prefix}.{key}", field)
-        for inner in get_args(field.annotation):
-            if inspect.isclass(inner) and issubclass(inner, Options):
-                yield from describe_options(f"{prefix}.{key}", inner)
+        for inner in sections_within(field):
+            yield from describe_options(f"{prefix}.{key}", inner)
+
+
+def sections_within(field: FieldInfo) -> list[type[Options]]:
+    """The keys that a section may have in place of a value."""
+    kinds = [kind for kind in get_args(field.annotation) if inspect.isclass(kind)]
+    return [kind for kind in kinds if issubclass(kind, Options)]
 
 
 def describe_key(key: str, field: FieldInfo) -> Iterator[str]:
@@ -164,7 +170,7 @@ def legal_values(field: FieldInfo) -> str:
         return "text"
     if get_origin(field.annotation) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(field.annotation))
-    if any(issubclass(kind, Options) for kind in get_args(field.annotation) if inspect.isclass(kind)):
+    if sections_within(field):
         return "the keys below, or null"
     adapter = TypeAdapter(Annotated[field.annotation, *field.metadata])
     try:

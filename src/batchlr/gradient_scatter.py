@@ -72,7 +72,7 @@ class GradientScatter:
 def scatter_of_gradients(
     gradients: Sequence[Tensor], *, group_size: int = 1, dataset_size: int | None = None
 ) -> GradientScatter:
-    """All of them, from the gradients themselves through their Gram matrix ``(J, J)``.
+    """Norm and noise of a batch's gradient, from gradients of its parts: their Gram matrix.
 
     Args:
         gradients: one tensor ``(J, ...)`` a parameter, as of `sample_gradients`.
