@@ -19,16 +19,16 @@ from batchlr.edge_laws import edge_laws as edge_laws
 # While training: a torch scheduler with a movable peak, and what moves it
 from batchlr.schedulers import BatchAwareLR as BatchAwareLR
 from batchlr.controller import CurvatureController as CurvatureController
-from batchlr.curvature_update import CurvatureUpdate as CurvatureUpdate
+from batchlr.on_the_fly.curvature_update import CurvatureUpdate as CurvatureUpdate
 
 # Batch sizes from the gradient's noise, and the optimizer published with them
 from batchlr.adagrad_norm import AdaGradNorm as AdaGradNorm
 from batchlr.batch_size import AdaptiveBatchSize as AdaptiveBatchSize
 from batchlr.batch_size import BatchSizeTest as BatchSizeTest
-from batchlr.gradient_scatter import GradientScatter as GradientScatter
-from batchlr.gradient_scatter import scatter_of_gradients as scatter_of_gradients
-from batchlr.group_gradients import GroupGradients as GroupGradients
-from batchlr.sample_gradients import sample_gradients as sample_gradients
+from batchlr.gradients.gradient_scatter import GradientScatter as GradientScatter
+from batchlr.gradients.gradient_scatter import scatter_of_gradients as scatter_of_gradients
+from batchlr.gradients.group_gradients import GroupGradients as GroupGradients
+from batchlr.gradients.sample_gradients import sample_gradients as sample_gradients
 
 # Curvature matrices, known through their products
 from batchlr.operators import DenseOperator as DenseOperator
