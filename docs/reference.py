@@ -70,12 +70,13 @@ class PublicNames(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(lines))
 
 
-def list_fields(
+def complete_docstring(
     app: Sphinx, what: str, name: str, documented: Any, options: Any, lines: list[str]
 ) -> None:
-    """Adds the fields of a dataclass to its docstring, unless that has them."""
+    """Finds the classes that a docstring names, wherever they are; lists a dataclass's fields."""
+    lines[:] = [re.sub(r"(?<!`)`(?=[A-Z][\w.]*`(?!`))", "`.", line) for line in lines]
     if what == "class" and dataclasses.is_dataclass(documented) and "Attributes:" not in lines:
-        lines += ["Attributes:", *(f"    {field}" for field in fields(documented)), ""]
+        lines += ["", "Attributes:", *(f"    {field}" for field in fields(documented)), ""]
 
 
 def fields(documented: type) -> Iterator[str]:
@@ -91,16 +92,16 @@ def fields(documented: type) -> Iterator[str]:
 
 
 class CommandLine(SphinxDirective):
-    """The help of ``batchlr`` and all its commands, as typer writes it in Markdown."""
+    """The help of every command, as typer writes it in Markdown."""
 
     def run(self) -> list[nodes.Node]:
-        """Leaves out the title, which the page has."""
+        """Leaves out what comes before the commands, which the page says."""
         words = ["typer", "batchlr.cli", "utils", "docs", "--name", "batchlr"]
         answer = subprocess.run(
             [sys.executable, "-m", *words], capture_output=True, text=True, check=True
         )
-        _, _, text = answer.stdout.partition("\n")
-        return self.parse_text_to_nodes(text, allow_section_headings=True)
+        _, heading, commands = answer.stdout.partition("## ")
+        return self.parse_text_to_nodes(heading + commands, allow_section_headings=True)
 
 
 class ConfigurationKeys(SphinxDirective):
@@ -196,6 +197,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("public-names", PublicNames)
     app.add_directive("command-line", CommandLine)
     app.add_directive("configuration-keys", ConfigurationKeys)
-    app.connect("autodoc-process-docstring", list_fields, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", complete_docstring, priority=400)  # before napoleon
     app.connect("source-read", link_to_files)
     return {"parallel_read_safe": True}
