@@ -73,8 +73,10 @@ class PublicNames(SphinxDirective):
 def complete_docstring(
     app: Sphinx, what: str, name: str, documented: Any, options: Any, lines: list[str]
 ) -> None:
-    """Finds the classes that a docstring names, wherever they are; lists a dataclass's fields."""
-    lines[:] = [re.sub(r"(?<!`)`(?=[A-Z][\w.]*`(?!`))", "`.", line) for line in lines]
+    """Links the classes and pages that a docstring names, and lists a dataclass's fields."""
+    classes, pages = r"(?<!`)`(?=[A-Z][\w.]*`(?!`))", r"docs/(\w+)\.md"
+    for at, line in enumerate(lines):
+        lines[at] = re.sub(pages, r":doc:`\1 </\1>`", re.sub(classes, "`.", line))
     if what == "class" and dataclasses.is_dataclass(documented) and "Attributes:" not in lines:
         lines += ["", "Attributes:", *(f"    {field}" for field in fields(documented)), ""]
 
