@@ -37,7 +37,7 @@ python_use_unqualified_type_names = True
 
 copybutton_exclude = ".linenos, .gp, .go"  # a console's prompts and output stay behind
 
-smartquotes = False  # primes are transposes
+smartquotes_action = "De"  # dashes and dots, no quotes: primes are transposes
 html_theme = "furo"
 html_title = f"batchlr {release}"
 html_copy_source = False

@@ -73,11 +73,12 @@ class PublicNames(SphinxDirective):
 def complete_docstring(
     app: Sphinx, what: str, name: str, documented: Any, options: Any, lines: list[str]
 ) -> None:
-    """Links the classes and pages that a docstring names, and lists a dataclass's fields."""
+    """Links the classes and pages that a docstring names; lists the fields that it does not."""
     classes, pages = r"(?<!`)`(?=[A-Z][\w.]*`(?!`))", r"docs/(\w+)\.md"
     for at, line in enumerate(lines):
         lines[at] = re.sub(pages, r":doc:`\1 </\1>`", re.sub(classes, "`.", line))
-    if what == "class" and dataclasses.is_dataclass(documented) and "Attributes:" not in lines:
+    listed = {"Attributes:", "Args:"} & {*lines}
+    if what == "class" and dataclasses.is_dataclass(documented) and not listed:
         lines += ["", "Attributes:", *(f"    {field}" for field in fields(documented)), ""]
 
 
