@@ -35,7 +35,7 @@ check: $(VENV)/.installed-dev  ## lint, formatting and types
 	$(BIN)/python -m mypy
 
 docs: $(VENV)/.installed-docs  ## build the documentation in docs/_build/html; a warning is an error
-	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build/html
+	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet docs docs/_build/html
 	@echo docs/_build/html/index.html
 
 bench: $(VENV)/.installed-bench  ## curvature beside other libraries; one part: make bench PARTS=product_cost

@@ -73,13 +73,18 @@ class PublicNames(SphinxDirective):
 def complete_docstring(
     app: Sphinx, what: str, name: str, documented: Any, options: Any, lines: list[str]
 ) -> None:
-    """Links the classes and pages that a docstring names; lists the fields that it does not."""
-    classes, pages = r"(?<!`)`(?=[A-Z][\w.]*`(?!`))", r"docs/(\w+)\.md"
-    for at, line in enumerate(lines):
-        lines[at] = re.sub(pages, r":doc:`\1 </\1>`", re.sub(classes, "`.", line))
+    """Links the names and pages that a docstring mentions; lists the fields that it does not."""
+    lines[:] = map(link, lines)
     listed = {"Attributes:", "Args:"} & {*lines}
     if what == "class" and dataclasses.is_dataclass(documented) and not listed:
         lines += ["", "Attributes:", *(f"    {field}" for field in fields(documented)), ""]
+
+
+def link(line: str) -> str:
+    """``line`` with classes and public functions found wherever they are, which a dot says."""
+    known = "|".join([r"[A-Z]\w*", *(name for group in public_names().values() for name in group)])
+    line = re.sub(rf"(?<!`)`(?=(?:{known})(?:\.\w+)*`(?!`))", "`.", line)
+    return re.sub(r"docs/(\w+)\.md", r":doc:`\1 </\1>`", line)
 
 
 def fields(documented: type) -> Iterator[str]:
