@@ -12,7 +12,7 @@ from batchlr.integrations.steering import Draw, Steering
 from batchlr.integrations.training_samples import (
     MOST_SAMPLES,
     TrainingSamples,
-    can_be_drawn_from,
+    num_samples,
 )
 
 try:
@@ -34,7 +34,7 @@ def steer(
     seed: int = 0,
     **options: Any,
 ) -> None:
-    """Let ``trainer`` keep the peak of its rate at the largest stable one; see `CurvatureController`.
+    """Let ``trainer`` keep the peak of its rate at the largest stable one (`CurvatureController`).
 
     Call it before ``trainer.train()``. ``lr_scheduler_type`` and the warm-up of the arguments are
     the shape, the measured limit takes the place of ``learning_rate``. Loss (``compute_loss``),
@@ -91,7 +91,7 @@ class _Steered(TrainerCallback):  # type: ignore[misc]
                 shape=lambda shadow: self._shape(num_training_steps, shadow),
                 total_steps=num_training_steps,
                 batch_size=trainer.get_total_train_batch_size(trainer.args),
-                dataset_size=len(trainer.train_dataset) if self.batches is None else None,
+                dataset_size=num_samples(trainer.train_dataset),
                 seed=self.seed,
                 **{"clip_norm": trainer.args.max_grad_norm or None} | self.options,
             )
@@ -178,7 +178,7 @@ def _check(trainer: Any, batches: Callable[[], list[Any]] | None) -> None:
         )
     elif trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         problem = "FSDP and DeepSpeed split the model: measure on one device, or with DDP"
-    elif batches is None and not can_be_drawn_from(dataset):
+    elif batches is None and num_samples(dataset) is None:
         problem = (
             "batches to measure on cannot be drawn from a training data set of type "
             f"{type(dataset).__name__}: pass steer(batches=...), a function that returns a list of "

@@ -21,7 +21,7 @@ from batchlr.integrations.steering import Draw, Steering
 from batchlr.integrations.training_samples import (
     MOST_SAMPLES,
     TrainingSamples,
-    can_be_drawn_from,
+    num_samples,
 )
 from batchlr.operators.supervised import LossFunction
 
@@ -148,7 +148,7 @@ class CurvatureCallback(_callback_class()):  # type: ignore[misc]
             return lambda generator: batches()
         loader = trainer.train_dataloader
         dataset = getattr(loader, "dataset", None)
-        if not can_be_drawn_from(dataset):
+        if num_samples(dataset) is None:
             msg = (
                 "batches to measure on cannot be drawn from a training loader of type "
                 f"{type(loader).__name__} with a data set of type {type(dataset).__name__}: pass "
@@ -194,7 +194,7 @@ class CurvatureCallback(_callback_class()):  # type: ignore[misc]
             shape=None if shape is None else lambda optimizer: shape(optimizer, total_steps or 0),
             total_steps=total_steps,
             batch_size=self._step_size(trainer),
-            dataset_size=len(dataset) if can_be_drawn_from(dataset) else None,
+            dataset_size=num_samples(dataset),
             seed=self.seed,
             **{"clip_norm": (trainer.gradient_clip_val or None) if norm else None} | self.options,
         )

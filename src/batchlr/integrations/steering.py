@@ -16,6 +16,7 @@ from batchlr.schedulers import ShapeFactory
 
 Draw = Callable[[torch.Generator], list[Any]]
 
+
 @final
 class Steering:
     """What a framework's loop calls around its optimizer steps: `measure`, `step`, `observe`.
@@ -47,8 +48,9 @@ class Steering:
         **options: Any,
     ) -> None:
         size = batch_size if dataset_size is None else min(batch_size, dataset_size)
-        # The first measurement replaces the peak before the first step.
-        self.scheduler = BatchAwareLR(optimizer, 1.0, shape, batch_size=size)
+        # Kept with ``apply=False``; else the first measurement replaces it before the first step.
+        rate = max(float(group["lr"]) for group in optimizer.param_groups)
+        self.scheduler = BatchAwareLR(optimizer, rate or 1.0, shape, batch_size=size)
         self.controller = CurvatureController(
             self.scheduler,
             loss_fn,
@@ -104,7 +106,7 @@ class Steering:
         return [float(rate) for rate in self.scheduler.get_last_lr()]
 
     def figures(self, update: CurvatureUpdate) -> dict[str, float]:
-        """What to log of a measurement, named as in ``metrics.jsonl``; what is not known is left out."""
+        """What to log of a measurement, named as in ``metrics.jsonl``; unknown ones are left out."""
         bound = update.bound
         known = {
             "lr": self.get_last_lr()[0],

@@ -8,6 +8,7 @@ from typing import Any, final
 
 import numpy as np
 import torch
+from torch.utils.data import IterableDataset
 
 from batchlr.operators.isolation import forked_random_state
 
@@ -40,9 +41,10 @@ class TrainingSamples:
         return [self.collate([self.dataset[row] for row in part]) for part in parts.tolist()]
 
 
-def can_be_drawn_from(dataset: Any) -> bool:
-    """Whether samples can be looked up by number, not only be waited for."""
-    return isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")
+def num_samples(dataset: Any) -> int | None:
+    """How many there are to choose from; None where they can only be waited for."""
+    waited_for = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
+    return None if waited_for or not isinstance(dataset, Sized) else len(dataset)
 
 
 @contextmanager
