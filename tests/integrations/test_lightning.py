@@ -83,9 +83,7 @@ def test_a_run_goes_on_from_a_checkpoint_bit_identically(tmp_path):
     rates = fit(whole, callbacks(), enable_checkpointing=True, max_epochs=3)
     resumed = Net()
     checkpoint = next(tmp_path.glob("*step=58*"))
-    rest = fit(
-        resumed, callbacks(), ckpt_path=checkpoint, enable_checkpointing=True, max_epochs=3
-    )
+    rest = fit(resumed, callbacks(), ckpt_path=checkpoint, enable_checkpointing=True, max_epochs=3)
     assert rest == rates[58:]
     assert torch.equal(weights(resumed), weights(whole))
 
@@ -231,13 +229,13 @@ def test_what_cannot_be_steered_is_refused(module, words):
 def test_two_optimizers_are_refused():
     module = Pair()
     module.automatic_optimization = True
-    with pytest.raises((ValueError, RuntimeError), match="one optimizer|multiple optimizers"):
+    with pytest.raises((ValueError, RuntimeError), match=r"one optimizer|multiple optimizers"):
         fit(module, [CurvatureCallback()])
 
 
 def test_a_model_that_may_be_split_is_refused():
     strategy = SplitStrategy(torch.device("cpu"))
-    with pytest.raises(ValueError, match="SplitStrategy may split the model.*strategy='ddp'"):
+    with pytest.raises(ValueError, match=r"SplitStrategy may split the model.*strategy='ddp'"):
         fit(Net(), [CurvatureCallback()], strategy=strategy)
 
 

@@ -106,7 +106,7 @@ class Steering:
         return [float(rate) for rate in self.scheduler.get_last_lr()]
 
     def figures(self, update: CurvatureUpdate) -> dict[str, float]:
-        """What to log of a measurement, named as in ``metrics.jsonl``; unknown ones are left out."""
+        """What is known of a measurement, named as in ``metrics.jsonl``."""
         bound = update.bound
         known = {
             "lr": self.get_last_lr()[0],
