@@ -1,13 +1,13 @@
 """Hugging Face transformers: a `Trainer` whose rate is measured and steered."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from batchlr.integrations.accelerate import without_autocast
 from batchlr.integrations.steering import Draw, Steering
 from batchlr.integrations.training_samples import (
     MOST_SAMPLES,
@@ -109,7 +109,7 @@ class _Steered(TrainerCallback):  # type: ignore[misc]
         self._losses = []
         trainer, model = self.trainer, self.trainer.model
         model.train()  # as the trainer does in a moment
-        with _without_autocast(model):
+        with without_autocast(model):
             update = trainer.lr_scheduler.measure(model, self._draw(kwargs["train_dataloader"]))
         if update is not None:
             figures = trainer.lr_scheduler.figures(update)
@@ -187,17 +187,3 @@ def _check(trainer: Any, batches: Callable[[], list[Any]] | None) -> None:
     else:
         return
     raise ValueError(problem)
-
-
-@contextmanager
-def _without_autocast(model: nn.Module) -> Iterator[None]:
-    """Inside, ``model`` runs without the autocast that Accelerate put around its forward pass."""
-    patched, plain = (vars(model).get(name) for name in ("forward", "_original_forward"))
-    if patched is None or plain is None:
-        yield
-        return
-    model.forward = plain
-    try:
-        yield
-    finally:
-        model.forward = patched
