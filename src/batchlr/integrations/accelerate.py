@@ -14,6 +14,14 @@ from batchlr.integrations.steering import Draw, Steering
 from batchlr.integrations.training_samples import MOST_SAMPLES, TrainingSamples, num_samples
 from batchlr.operators.supervised import LossFunction
 
+try:
+    from accelerate.utils import send_to_device
+except ModuleNotFoundError as error:
+    if error.name not in ("accelerate", "accelerate.utils"):
+        raise
+    msg = "this needs Hugging Face Accelerate: pip install 'batchlr[huggingface]'"
+    raise ImportError(msg) from None
+
 _WHOLE = ("NO", "MULTI_CPU", "MULTI_GPU")  # every process has the whole model
 
 
@@ -118,8 +126,6 @@ class CurvatureSteering:
             self.steering.observe(torch.stack(losses).mean())
 
     def _moved(self, generator: torch.Generator) -> list[Any]:
-        from accelerate.utils import send_to_device
-
         return [send_to_device(batch, self.accelerator.device) for batch in self._draw(generator)]
 
 
