@@ -8,7 +8,7 @@ import argparse
 import numpy as np
 import torch
 
-from batchlr.collapse import CollapseDetector
+from batchlr.on_the_fly.collapse import CollapseDetector
 
 LR, WEIGHTS = 0.002, 10
 

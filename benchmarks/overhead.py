@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from batchlr.cadence import Cadence
 from batchlr.controller import CurvatureController
+from batchlr.on_the_fly.cadence import Cadence
 from batchlr.training.config import TrainConfig
 from batchlr.training.loop import _Run, train
 

@@ -2,13 +2,15 @@
 
 For the cells of `no_tuning.py`, from its results: the largest sum over layers of
 ``|W' - W| / |W|`` in a step (`RelativeUpdate`), and what the run lost against the best fixed rate.
-Rests on the first seed.
+Changes beyond ln 2, where a layer's output can be of another sign (Bernstein et al. 2020), are
+bold. Rests on the first seed.
 
     python benchmarks/relative_updates.py --models vgg mlp
 """
 
 import argparse
 import itertools
+import math
 
 import no_tuning
 import numpy as np
@@ -19,8 +21,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from batchlr.collapse import TRUSTED
-from batchlr.relative_update import RelativeUpdate
+from batchlr.on_the_fly.relative_update import RelativeUpdate
 
 
 class Meter:
@@ -78,7 +79,7 @@ def main():
         for rate in rates[first : first + 2]:
             accuracy, change = meter.run(cell | {"rate": rate})
             best = accuracy if best is None else best
-            mark = "**" if change > TRUSTED else ""
+            mark = "**" if change > math.log(2) else ""
             print(
                 f"| {model} | {optimizer} | {batch} | {rate:g} | {mark}{change:.2f}{mark} | "
                 f"{accuracy - best:+.1f} |",

@@ -24,11 +24,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 
 import batchlr
-from batchlr.collapse import _signs
-from batchlr.optimizer_state import rate_ratios, second_moments
-from batchlr.relative_update import RelativeUpdate
+from batchlr.measurement.optimizer_state import rate_ratios, second_moments
+from batchlr.on_the_fly.collapse import _signs
+from batchlr.on_the_fly.relative_update import RelativeUpdate
+from batchlr.on_the_fly.update_curvature import update_curvature
 from batchlr.sharded_tensors import gathered, norms_of_whole
-from batchlr.update_curvature import update_curvature
 
 LOSS = batchlr.supervised(nn.CrossEntropyLoss())
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {

@@ -3,7 +3,7 @@
 import numpy as np
 
 from batchlr.measured import Measured
-from batchlr.projected_curvature import ProjectedCurvature
+from batchlr.measurement.projected_curvature import ProjectedCurvature
 
 NO_LEAK = Measured(0.0, 0.0)
 

@@ -10,7 +10,7 @@ from torch import nn
 import batchlr
 import gold12
 from batchlr import AdaptiveBatchSize, GradientScatter, GroupGradients, supervised
-from batchlr.gradient_scatter import scatter_of_gradients
+from batchlr.gradients.gradient_scatter import scatter_of_gradients
 from gold12 import GRADIENTS
 
 GOLD = scatter_of_gradients([GRADIENTS])

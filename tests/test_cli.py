@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from batchlr.cli import app, main
-from batchlr.memory_plan import MemoryBudgetError
+from batchlr.measurement.memory_plan import MemoryBudgetError
 from batchlr.training.checkpoint import CheckpointError
 from batchlr.training.config import load_config
 from batchlr.training.data import DataError

@@ -15,14 +15,14 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 from batchlr.controller import CurvatureController
 from batchlr.curvature import track_curvature
 from batchlr.learning_rates import balanced_momentum, heavy_ball, max_sgd_lr
-from batchlr.on_the_fly import learn_step_size
+from batchlr.measurement.optimizer_state import get_momentum
+from batchlr.on_the_fly.learned_step_size import learn_step_size
+from batchlr.on_the_fly.rate_filter import RateFilter
+from batchlr.on_the_fly.update_curvature import CdatEdge, update_curvature
 from batchlr.operators import HessianOperator, supervised
-from batchlr.optimizer_state import get_momentum
 from batchlr.policies import POLICIES
-from batchlr.rate_filter import RateFilter
 from batchlr.schedulers import BatchAwareLR
 from batchlr.tracker import CurvatureTracker
-from batchlr.update_curvature import CdatEdge, update_curvature
 
 MSE = supervised(nn.MSELoss())
 CROSS_ENTROPY = supervised(nn.CrossEntropyLoss())

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.optim.lr_scheduler import LambdaLR
 
 from batchlr.curvature import measure_curvature, track_curvature
-from batchlr.memory_plan import MemoryBudgetError
+from batchlr.measurement.memory_plan import MemoryBudgetError
 from batchlr.operators import supervised
 from batchlr.schedulers import BatchAwareLR
 from batchlr.tracker import CurvatureTracker
@@ -794,7 +794,7 @@ def batch_second_moment(model, batch, batch_size, numbers, dataset_size):
 
 @pytest.mark.parametrize("dataset_size", [200, 5000])
 def test_adam_without_a_step_takes_its_preconditioner_from_gradients(dataset_size, monkeypatch):
-    monkeypatch.setattr("batchlr.adam_measurement.selection_bias", lambda *_: 1.0)
+    monkeypatch.setattr("batchlr.measurement.adam_measurement.selection_bias", lambda *_: 1.0)
     model, batch = train(network(), 1), first_digits(200)
     report = measure(model, batch, 25, optimizer="adam", dataset_size=dataset_size, **TOP)
     at = batch_second_moment(model, batch, 25, range(8), dataset_size)
@@ -827,9 +827,9 @@ def test_adam_s_metric_is_judged_by_halves_of_the_batches(monkeypatch):
 
     model, batch = train(network(), 1), first_digits(200)
     options = {"optimizer": "adam", **TOP}
-    monkeypatch.setattr("batchlr.adam_measurement.selection_bias", lambda *_: 1.0)
+    monkeypatch.setattr("batchlr.measurement.adam_measurement.selection_bias", lambda *_: 1.0)
     plain = measure(model, batch, 25, **options).adam
-    monkeypatch.setattr("batchlr.adam_measurement.selection_bias", judge)
+    monkeypatch.setattr("batchlr.measurement.adam_measurement.selection_bias", judge)
     judged = measure(model, batch, 25, **options).adam
     count = len(judged.batch_sizes)
     places = [0, 2, 4, 6, 7]  # every other one and the last; straight lines between
@@ -858,7 +858,7 @@ def test_adam_s_metric_is_judged_by_halves_of_the_batches(monkeypatch):
 
 def test_adam_s_metric_is_measured_without_each_batch_in_turn(monkeypatch):
     """Its factor for having been chosen stays: it is the whole's."""
-    monkeypatch.setattr("batchlr.adam_measurement.selection_bias", lambda *_: 1.25)
+    monkeypatch.setattr("batchlr.measurement.adam_measurement.selection_bias", lambda *_: 1.25)
     model, batch = train(network(), 1), first_digits(200)
     options = {"optimizer": "adam", **TOP}
     adam = measure(model, batch, 25, **options).adam

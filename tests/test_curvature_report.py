@@ -16,13 +16,13 @@ from scipy.stats import t as student
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from batchlr.adam_curvature import AdamCurvature
 from batchlr.curvature import measure_curvature
 from batchlr.curvature_noise import CurvatureNoise
 from batchlr.curvature_report import CurvatureReport
 from batchlr.learning_rates import max_adam_lr, max_sgd_lr
 from batchlr.mean_square import Dynamics
 from batchlr.measured import Measured
+from batchlr.measurement.adam_curvature import AdamCurvature
 from batchlr.operators import supervised
 from reports import projected_curvature
 

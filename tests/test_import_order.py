@@ -13,44 +13,18 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src"
 LEVELS = [
-    {"sharded_tensors"},
-    {"random_matrix", "learning_rates", "scaling_rules", "measured", "mean_square", "operators"}
-    | {
-        "lr_bound",
-        "cadence",
-        "rate_filter",
-        "spike_guard",
-        "collapse",
-        "snapshots",
-        "relative_update",
-        "peak_bounds",
-        "metric",
-        "usable_curvature",
-        "averaging",
-        "escape",
-        "gradient_scatter",
-    }
-    | {"inner_products", "orthogonality", "ritz_bounds"},
-    {"krylov_basis", "rayleigh_ritz"}
-    | {"batch_size", "group_gradients", "sample_gradients", "adagrad_norm"},
-    {"lanczos_process", "memory_plan"},
-    {"lanczos", "dataclass_files", "policies", "projected_curvature", "outlying_directions"},
-    {
-        "slq",
-        "trace",
-        "sampling",
-        "curvature_noise",
-        "gradient_noise",
-        "adam_curvature",
-        "optimizer_state",
-        "policy_choice",
-        "stationarity",
-    },
-    {"tracker", "curvature_report", "safeguard"},
-    {"curvature_point", "spectral_edges", "batch_size_change"},
-    {"adam_measurement", "report_memory"},
-    {"curvature", "edge_laws", "on_the_fly", "layer_spectra", "update_curvature"},
-    {"schedulers", "stability_limit", "probes", "loss_probe", "curvature_update"},
+    {"sharded_tensors", "inner_products", "measured", "lr_bound"},
+    {"random_matrix", "learning_rates", "scaling_rules", "mean_square", "surge"}
+    | {"averaging", "escape"},
+    {"operators", "policies"},
+    {"krylov", "gradients"},
+    {"lanczos", "dataclass_files", "batch_size", "optim", "stationarity"},
+    {"slq", "trace", "sampling", "curvature_noise", "probes", "loss_probe"},
+    {"tracker", "layer_spectra"},
+    {"measurement"},
+    {"curvature_report"},
+    {"curvature", "edge_laws", "schedulers", "batch_size_change"},
+    {"on_the_fly", "adascale"},
     {"controller"},
     {"__init__"},  # the public names: `import batchlr` as a user writes it
     {"plotting"},
@@ -60,8 +34,8 @@ LEVELS = [
     {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-THEORY = ["random_matrix", "learning_rates", "scaling_rules", "policies", "usable_curvature"]
-THEORY += ["averaging", "escape"]
+THEORY = ["random_matrix", "learning_rates", "scaling_rules", "policies", "averaging", "escape"]
+THEORY += ["surge", "on_the_fly.usable_curvature"]
 HEAVY = ["torchvision", "matplotlib", "typer", "yaml", "pydantic", "sklearn", "batchlr.training"]
 HEAVY += ["jinja2", "filelock", "torch.distributed.fsdp", "torch.distributed.tensor"]
 

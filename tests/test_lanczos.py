@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from batchlr import DenseOperator, LinearOperator, lanczos, top_eigenpairs
-from batchlr.krylov_basis import KrylovBasis
+from batchlr.krylov.krylov_basis import KrylovBasis
 from batchlr.lanczos import MAX_STEPS
 from cases import CASES, BatchMatrices, DiagonalOperator
 

@@ -23,10 +23,10 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from batchlr.adam_curvature import AdamCurvature
 from batchlr.curvature_noise import CurvatureNoise
 from batchlr.curvature_report import CurvatureReport
 from batchlr.measured import Measured
+from batchlr.measurement.adam_curvature import AdamCurvature
 from batchlr.schedulers import BatchAwareLR
 from reports import projected_curvature
 

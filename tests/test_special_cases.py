@@ -11,11 +11,11 @@ import math
 import numpy as np
 import pytest
 
-from batchlr.adam_curvature import AdamCurvature
 from batchlr.curvature_noise import CurvatureNoise
 from batchlr.curvature_report import CurvatureReport
 from batchlr.learning_rates import max_adam_lr, max_sgd_lr, paper_adam_lr, paper_sgd_lr
 from batchlr.measured import Measured
+from batchlr.measurement.adam_curvature import AdamCurvature
 from batchlr.scaling_rules import rescale_adam, rescale_lr
 from reports import projected_curvature
 

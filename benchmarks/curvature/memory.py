@@ -24,7 +24,7 @@ import torch
 from models import RECIPES, Case, make_case
 
 import batchlr
-from batchlr.memory_plan import MemoryBudgetError
+from batchlr.measurement.memory_plan import MemoryBudgetError
 
 PART = "memory"
 TITLE = "Peak memory"

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
-from batchlr.gradient_scatter import GradientScatter
+from batchlr.gradients.gradient_scatter import GradientScatter
 
 Test = Literal["norm", "inner_product", "augmented"]
 

@@ -298,7 +298,7 @@ def _exit_code(error: BaseException) -> int | None:
 
     if isinstance(error, ConfigError | typer.Exit):
         return USAGE if isinstance(error, ConfigError) else None
-    from batchlr.memory_plan import MemoryBudgetError
+    from batchlr.measurement.memory_plan import MemoryBudgetError
     from batchlr.training.checkpoint import CheckpointError
     from batchlr.training.data import DataError
     from batchlr.training.loop import InterruptedRun

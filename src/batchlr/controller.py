@@ -10,24 +10,24 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from batchlr.cadence import Cadence
-from batchlr.collapse import Same
-from batchlr.curvature_update import CurvatureUpdate
 from batchlr.lanczos import default_generator
 from batchlr.lr_bound import Rule
-from batchlr.on_the_fly import learn_step_size
+from batchlr.measurement.optimizer_state import get_momentum, set_momentum
+from batchlr.on_the_fly.cadence import Cadence
+from batchlr.on_the_fly.collapse import Same
+from batchlr.on_the_fly.curvature_update import CurvatureUpdate
+from batchlr.on_the_fly.learned_step_size import learn_step_size
+from batchlr.on_the_fly.peak_bounds import PeakBounds
+from batchlr.on_the_fly.policy_choice import LIMIT_POLICIES, Policy, check_policy, sets_momentum
+from batchlr.on_the_fly.rate_filter import RateFilter
+from batchlr.on_the_fly.safeguard import EVENTS, Event, Safeguard
+from batchlr.on_the_fly.stability_limit import StabilityLimit, relative_error
+from batchlr.on_the_fly.update_curvature import CdatEdge, update_curvature
 from batchlr.operators.batches import count_samples
 from batchlr.operators.curvature_matrix import NormMode
 from batchlr.operators.supervised import LossFunction
-from batchlr.optimizer_state import get_momentum, set_momentum
-from batchlr.peak_bounds import PeakBounds
 from batchlr.policies import POLICIES, PolicyName
-from batchlr.policy_choice import LIMIT_POLICIES, Policy, check_policy, sets_momentum
-from batchlr.rate_filter import RateFilter
-from batchlr.safeguard import EVENTS, Event, Safeguard
 from batchlr.schedulers import BatchAwareLR
-from batchlr.stability_limit import StabilityLimit, relative_error
-from batchlr.update_curvature import CdatEdge, update_curvature
 
 logger = logging.getLogger("batchlr")
 

@@ -9,17 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchlr.adam_curvature import AdamCurvature
-from batchlr.adam_measurement import AdamMeasurement
 from batchlr.curvature_noise import CurvatureNoise, directional_noise
-from batchlr.curvature_point import CurvaturePoint, Matrix, disjoint, make_operator
 from batchlr.curvature_report import CurvatureReport
-from batchlr.gradient_noise import mean_gradient
+from batchlr.gradients.gradient_noise import mean_gradient
 from batchlr.inner_products import dot, norm
-from batchlr.krylov_basis import KrylovBasis
+from batchlr.krylov.krylov_basis import KrylovBasis
 from batchlr.lanczos import default_generator, first_vector, top_eigenpairs
 from batchlr.measured import Measured
-from batchlr.memory_plan import UNLIMITED, MemoryShare
+from batchlr.measurement.adam_curvature import AdamCurvature
+from batchlr.measurement.adam_measurement import AdamMeasurement
+from batchlr.measurement.curvature_point import CurvaturePoint, Matrix, disjoint, make_operator
+from batchlr.measurement.memory_plan import UNLIMITED, MemoryShare
+from batchlr.measurement.optimizer_state import Optimizer, group_value, optimizer_kind
+from batchlr.measurement.report_memory import possible_micro_batches, share_of
+from batchlr.measurement.spectral_edges import EdgeSearch, SpectralEdges, followed_edges
 from batchlr.operators.batches import pick
 from batchlr.operators.curvature_matrix import (
     CurvatureOptions,
@@ -28,9 +31,6 @@ from batchlr.operators.curvature_matrix import (
 )
 from batchlr.operators.supervised import LossFunction, SupervisedLoss, piecewise_linear
 from batchlr.operators.unsharded import unsharding
-from batchlr.optimizer_state import Optimizer, group_value, optimizer_kind
-from batchlr.report_memory import possible_micro_batches, share_of
-from batchlr.spectral_edges import EdgeSearch, SpectralEdges, followed_edges
 from batchlr.trace import estimate_trace
 from batchlr.tracker import CurvatureTracker
 

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from batchlr.adam_curvature import AdamCurvature
 from batchlr.curvature_noise import CurvatureNoise
 from batchlr.dataclass_files import load_dataclass, save_dataclass
 from batchlr.learning_rates import max_adam_lr, max_sgd_lr, paper_adam_lr, paper_sgd_lr
 from batchlr.lr_bound import LRBound, Rate, Rule
 from batchlr.mean_square import Dynamics
 from batchlr.measured import Measured
-from batchlr.projected_curvature import MAX_GROUPS, ProjectedCurvature, RateEstimate
+from batchlr.measurement.adam_curvature import AdamCurvature
+from batchlr.measurement.projected_curvature import MAX_GROUPS, ProjectedCurvature, RateEstimate
 
 _RULES = ("mean-square", "top-direction", "paper")
 _FORMAT = 5

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from batchlr.inner_products import norm
-from batchlr.krylov_basis import BasisForm, choose_form
-from batchlr.lanczos_process import LanczosProcess, Subspace
+from batchlr.krylov.krylov_basis import BasisForm, choose_form
+from batchlr.krylov.lanczos_process import LanczosProcess, Subspace
+from batchlr.krylov.ritz_bounds import certified_bounds, likely_errors
 from batchlr.operators import LinearOperator
 from batchlr.operators.base import BatchedOperator
-from batchlr.ritz_bounds import certified_bounds, likely_errors
 
 Which = Literal["largest", "smallest", "both"]
 Criterion = Literal["bound", "residual", "error"]

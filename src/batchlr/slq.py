@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from batchlr.krylov_basis import BasisForm
+from batchlr.krylov.krylov_basis import BasisForm
 from batchlr.lanczos import Tridiagonal, default_generator, gaussian, lanczos
 from batchlr.measured import Measured
 from batchlr.operators import LinearOperator

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from batchlr.curvature_noise import DirectionalNoise, directional_noise, noise_of_products
-from batchlr.gradient_noise import mean_gradient
-from batchlr.krylov_basis import KrylovBasis
+from batchlr.gradients.gradient_noise import mean_gradient
+from batchlr.krylov.krylov_basis import KrylovBasis
+from batchlr.krylov.lanczos_process import Subspace
+from batchlr.krylov.rayleigh_ritz import RitzSpace
 from batchlr.lanczos import default_generator, gaussian
-from batchlr.lanczos_process import Subspace
 from batchlr.measured import Measured
 from batchlr.operators import LinearOperator
 from batchlr.operators.base import BatchedOperator
 from batchlr.operators.curvature_matrix import CurvatureMatrix
-from batchlr.rayleigh_ritz import RitzSpace
 
 Ends = Literal["largest", "both"]
 

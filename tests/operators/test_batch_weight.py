@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from batchlr import GGNOperator, HessianOperator, supervised, top_eigenpairs
 from batchlr.curvature_noise import directional_noise
-from batchlr.gradient_noise import gradient_moments
+from batchlr.gradients.gradient_noise import gradient_moments
 from batchlr.operators.batch_weight import batch_weight, criterion_weight
 from cases import seeded
 

@@ -23,9 +23,9 @@ from typer.testing import CliRunner
 
 from batchlr import CurvatureReport
 from batchlr.cli import app
-from batchlr.peak_bounds import PeakBounds
+from batchlr.on_the_fly.peak_bounds import PeakBounds
+from batchlr.on_the_fly.rate_filter import RateFilter
 from batchlr.policies import POLICIES
-from batchlr.rate_filter import RateFilter
 from batchlr.training import loop
 from batchlr.training.checkpoint import load_checkpoint
 from batchlr.training.config import load_config
@@ -590,7 +590,7 @@ def test_without_checkpoints_none_is_named(tmp_path):
 
 
 def test_a_measurement_that_fails_later_keeps_the_rate_and_says_so(tmp_path, monkeypatch, capsys):
-    from batchlr import stability_limit
+    from batchlr.on_the_fly import stability_limit
 
     measure, calls = stability_limit.track_curvature, []
 

@@ -4,8 +4,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from batchlr.on_the_fly.safeguard import EVENTS
 from batchlr.report.record import RunRecord
-from batchlr.safeguard import EVENTS
 
 _LISTED = 8  # assumed: more steps are counted only
 

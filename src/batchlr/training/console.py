@@ -13,7 +13,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from batchlr.curvature_update import CurvatureUpdate
+from batchlr.on_the_fly.curvature_update import CurvatureUpdate
 from batchlr.training.evaluation import TestResult
 
 

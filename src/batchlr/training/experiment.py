@@ -10,9 +10,9 @@ from torch import nn
 
 from batchlr.batch_size import AdaptiveBatchSize
 from batchlr.controller import CurvatureController
+from batchlr.gradients.sample_gradients import coupling_layers
 from batchlr.operators.supervised import SupervisedLoss, supervised
 from batchlr.policies import POLICIES
-from batchlr.sample_gradients import coupling_layers
 from batchlr.schedulers import BatchAwareLR
 from batchlr.sharded_tensors import gathered_state, sharded_like
 from batchlr.training.config import TrainConfig

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from batchlr.batch_size import BatchSizeTest
-from batchlr.collapse import Same
-from batchlr.curvature_update import CurvatureUpdate
-from batchlr.group_gradients import GroupGradients
-from batchlr.optimizer_state import get_momentum
-from batchlr.safeguard import EVENTS, Event
+from batchlr.gradients.group_gradients import GroupGradients
+from batchlr.measurement.optimizer_state import get_momentum
+from batchlr.on_the_fly.collapse import Same
+from batchlr.on_the_fly.curvature_update import CurvatureUpdate
+from batchlr.on_the_fly.safeguard import EVENTS, Event
 from batchlr.training.checkpoint import latest_checkpoint, save_checkpoint
 from batchlr.training.config import TrainConfig
 from batchlr.training.console import RunConsole

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from batchlr.policy_choice import LIMIT_POLICIES, Policy, sets_momentum
+from batchlr.on_the_fly.policy_choice import LIMIT_POLICIES, Policy, sets_momentum
 from batchlr.training.config.fields import (
     AboveOne,
     AboveOneOrNull,

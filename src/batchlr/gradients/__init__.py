@@ -1,0 +1,1 @@
+"""How gradients differ from sample to sample and from batch to batch."""

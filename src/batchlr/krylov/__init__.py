@@ -1,0 +1,1 @@
+"""Krylov spaces: orthonormal bases, the recurrence that makes them, bounds on Ritz values."""

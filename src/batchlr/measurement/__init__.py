@@ -1,0 +1,1 @@
+"""The parts of one measurement of curvature, which ``batchlr.curvature`` puts together."""

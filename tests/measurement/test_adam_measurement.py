@@ -1,0 +1,51 @@
+"""Where the search under Adam's preconditioner starts, against the dense matrix."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from batchlr.measurement.adam_measurement import AdamMeasurement
+from batchlr.measurement.curvature_point import CurvaturePoint
+from batchlr.measurement.spectral_edges import EdgeSearch
+from batchlr.operators.supervised import supervised
+
+
+def point_and_edges(loss_fn, **options):
+    """A point in 18 dimensions, and its whole spectrum."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2, bias=False)).double()
+    x = torch.randn(40, 3, dtype=torch.float64)
+    batches = [(part, part[:, 0].gt(0).long()) for part in x.split(10)]
+    point = CurvaturePoint.at(model, loss_fn, batches, **options)
+    size = point.matrix.shape[0]
+    search = EdgeSearch(size // 2, 1e-12, size, torch.Generator().manual_seed(0))
+    return point, search.run(point.matrix, 0.0, gradients=None, largest_only=False)
+
+
+def test_the_start_is_the_sum_of_the_leading_eigenvectors():
+    point, edges = point_and_edges(supervised(nn.CrossEntropyLoss()))
+    measured = AdamMeasurement(point)
+    values, vectors = np.linalg.eigh((point.matrix @ torch.eye(18).double()).numpy())
+    upwards = (vectors * values.clip(0)) @ vectors.T
+    scale = measured.matrix.scale.numpy()
+    _, expected = np.linalg.eigh(scale[:, None] * upwards * scale)
+    start = measured.start(edges).numpy()
+    assert np.abs(expected[:, -3:].T @ start) == pytest.approx(1.0, abs=1e-6)
+    assert np.linalg.norm(start) == pytest.approx(3**0.5, abs=1e-6)
+
+
+def test_where_nothing_curves_upwards_there_is_no_start():
+    point, edges = point_and_edges(lambda model, batch: -(model[2].weight ** 2).sum())
+    assert edges.largest < 1e-9
+    assert AdamMeasurement(point).start(edges) is None
+
+
+def test_a_single_direction_that_curves_upwards_is_the_start():
+    def loss_fn(model, batch):
+        return model[2].weight[0, 0] ** 2 * batch[0].square().mean() - model[0].bias.square().sum()
+
+    point, edges = point_and_edges(loss_fn)
+    start = AdamMeasurement(point).start(edges)
+    assert start.norm() == pytest.approx(1.0)
+    assert start[-6].abs() == pytest.approx(1.0, abs=1e-6)
