@@ -180,6 +180,15 @@ def test_the_older_package_takes_the_callback_too():
     assert trainer.optimizers[0].param_groups[0]["lr"] == callback.steering.scheduler.peak != 1.0
 
 
+def test_curvature_is_measured_in_full_precision():
+    found = []
+    for precision in ("32-true", "bf16-mixed"):
+        callback = CurvatureCallback()
+        fit(Net(), [callback], max_steps=1, precision=precision)
+        found.append(callback.steering.controller.limit.last.largest.value)
+    assert found[0] == found[1]
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(digits())

@@ -11,10 +11,9 @@ import torch
 from torch.utils.data import IterableDataset
 
 from batchlr.operators.isolation import forked_random_state
+from batchlr.sampling import disjoint_sizes, samples_while_training
 
 MOST_SAMPLES = 256  # assumed: of one measurement, as the trainer's curvature.samples
-_FEWEST = 64  # assumed: where half a batch has fewer
-_MIN_BATCHES = 4  # disjoint batches, for the noise
 
 
 @final
@@ -35,9 +34,9 @@ class TrainingSamples:
     def __call__(self, generator: torch.Generator) -> list[Any]:
         """The batches of one measurement."""
         rows = torch.randperm(len(self.dataset), generator=generator)
-        samples = min(self.most, max(self.batch_size // 2, _FEWEST), len(rows))
-        size = max(1, min(self.pass_size, samples // _MIN_BATCHES))
-        parts = rows[: samples // size * size].view(-1, size)
+        samples = min(samples_while_training(self.most, self.batch_size), len(rows))
+        size, count = disjoint_sizes(samples, self.pass_size)
+        parts = rows[: count * size].view(count, size)
         return [self.collate([self.dataset[row] for row in part]) for part in parts.tolist()]
 
 
