@@ -48,7 +48,8 @@ def tiny_bert() -> BertForSequenceClassification:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"intermediate_size": 32, "max_position_embeddings": 16, "vocab_size": 30}
-    return BertForSequenceClassification(BertConfig(num_labels=2, **sizes))
+    # In eval mode, as from_pretrained returns models.
+    return BertForSequenceClassification(BertConfig(num_labels=2, **sizes)).eval()
 
 
 @cache

@@ -125,9 +125,9 @@ def test_a_run_of_a_transformer_goes_on_from_a_checkpoint_bit_identically(tmp_pa
     for name in ("whole", "resumed"):
         model = tiny_bert()
         trainer = make(
-            model, sentences(), tmp_path / name, save_strategy="steps", save_steps=7, **BERT
+            model, sentences(), tmp_path / name, save_strategy="steps", save_steps=8, **BERT
         )
-        checkpoint = None if name == "whole" else tmp_path / "whole" / "checkpoint-7"
+        checkpoint = None if name == "whole" else tmp_path / "whole" / "checkpoint-8"
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         runs.append((rates(trainer), weights(model)))
     (whole, weights_of_whole), (resumed, weights_of_resumed) = runs
@@ -138,6 +138,7 @@ def test_a_run_of_a_transformer_goes_on_from_a_checkpoint_bit_identically(tmp_pa
     assert list(limits)[:5] == [0, 1, 2, 4, 8]
     assert all(entry["max_lr_low"] < entry["max_lr"] for entry in limits.values())
     assert rates(trainer)[8] == limits[8]["learning_rate"]
+    assert trainer.lr_scheduler.controller.limit.clip_norm == 1.0  # max_grad_norm
 
 
 def test_measuring_alone_changes_nothing(tmp_path):
@@ -183,6 +184,15 @@ def test_the_loss_is_the_trainers(tmp_path):
         trainer.train()
         found.append(measured(trainer)[0]["largest_eigenvalue"])
     assert found[1] == pytest.approx(2 * found[0], rel=1e-4)
+
+
+def test_a_batch_weighs_what_the_trainer_divides_by(tmp_path):
+    labels = torch.tensor([[1, -100, 2], [-100, -100, 3]])
+    for model, weight in ((tiny_bert(), 3.0), (Net(), 2.0)):  # labels that count; samples
+        trainer = make(model, samples(64), tmp_path)
+        trainer.create_optimizer_and_scheduler(1)
+        loss_fn = trainer.lr_scheduler.controller.loss_fn
+        assert loss_fn.batch_weight({"labels": labels}) == weight
 
 
 class Stream(IterableDataset):

@@ -74,6 +74,41 @@ def test_accumulated_batches_are_one_batch():
     assert again == pytest.approx(rates, rel=1e-3)
 
 
+class Observed(L.Callback):
+    """The losses that the controller is shown."""
+
+    def __init__(self, callback):
+        self.callback, self.losses = callback, []
+
+    def on_train_start(self, trainer, pl_module):
+        show = self.callback.steering.observe
+        self.callback.steering.observe = lambda loss: self.losses.append(loss) or show(loss)
+
+
+def test_the_controller_sees_the_mean_of_a_step_however_many_batches_it_has():
+    class Remembered(Net):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.losses.append(loss.detach())
+            return loss
+
+    module, callback = Remembered(), CurvatureCallback()
+    module.losses = []
+    observed = Observed(callback)
+    data = loader(Subset(digits(), range(96)), 32)
+    fit(module, [callback, observed], data, accumulate_grad_batches=2, max_epochs=1)
+    first, second, third = module.losses
+    assert observed.losses == [(first + second) / 2, third]
+
+
+@pytest.mark.parametrize(("algorithm", "norm"), [(None, 0.5), ("norm", 0.5), ("value", None)])
+def test_clipping_of_norms_is_known(algorithm, norm):
+    callback = CurvatureCallback()
+    options = {"gradient_clip_val": 0.5, "gradient_clip_algorithm": algorithm}
+    fit(Net(), [callback], max_steps=1, **options)
+    assert callback.steering.controller.limit.clip_norm == norm
+
+
 def test_a_run_goes_on_from_a_checkpoint_bit_identically(tmp_path):
     def callbacks():
         checkpoints = L.callbacks.ModelCheckpoint(tmp_path, save_top_k=-1)
@@ -185,7 +220,7 @@ def test_curvature_is_measured_in_full_precision():
     for precision in ("32-true", "bf16-mixed"):
         callback = CurvatureCallback()
         fit(Net(), [callback], max_steps=1, precision=precision)
-        found.append(callback.steering.controller.limit.last.largest.value)
+        found.append(callback.steering.controller.limit.last.largest)
     assert found[0] == found[1]
 
 
