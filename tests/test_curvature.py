@@ -1267,9 +1267,7 @@ def test_an_unknown_optimizer_is_refused_before_anything_is_measured():
         raise AssertionError
 
     model, batches = network(), [first_digits(40)]
-    with pytest.raises(
-        ValueError, match="'rmsprop' or a torch optimizer, got 'lion'"
-    ):
+    with pytest.raises(ValueError, match="'rmsprop' or a torch optimizer, got 'lion'"):
         measure_curvature(model, untouched, batches, optimizer="lion")
     optimizer = torch.optim.Adagrad(model.parameters())
     with pytest.raises(ValueError, match="for SGD, Adam, AdamW and RMSprop, got Adagrad; pass opt"):
