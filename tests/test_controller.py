@@ -1188,13 +1188,13 @@ def test_the_generator_is_part_of_the_state():
     model, controller = build()
     state = controller.state_dict()
     controller.maybe_update(model, batches)
-    _, resumed = build()
+    twin, resumed = build()
     resumed.load_state_dict(state)
-    resumed.maybe_update(model, batches)
+    resumed.maybe_update(twin, batches)
     assert torch.equal(vector_of(resumed), vector_of(controller))
-    _, other = build()
+    triplet, other = build()
     other.load_state_dict(state | {"generator": torch.Generator().manual_seed(9).get_state()})
-    other.maybe_update(model, batches)
+    other.maybe_update(triplet, batches)
     assert not torch.equal(vector_of(other), vector_of(controller))
 
 
