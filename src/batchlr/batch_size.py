@@ -16,7 +16,7 @@ Test = Literal["norm", "inner_product", "augmented"]
 @final
 @dataclass(frozen=True)
 class BatchSizeTest:
-    """What a test found, and what follows."""
+    """What a test of the batch size found, and the size that follows."""
 
     batch_size: int  # tested
     next_batch_size: int  # to go on with; never less

@@ -260,9 +260,10 @@ class CurvatureController:
             TypeError: ``loss`` is no tensor.
 
         Returns:
-            ``"slowed"``: the loss jumped, the rate is halved. ``"undone"``: the network was lost
-            and is what it was some steps ago, to go on at a lower rate. ``"recovered"``: it has
-            left the plateau on which it was lost before, the rate is measured anew. Mostly None.
+            None, mostly; ``"slowed"`` where the loss jumped and the rate is halved; ``"undone"``
+            where the network was lost and is what it was some steps ago, to go on at a lower rate;
+            ``"recovered"`` where it has left the plateau on which it was lost before, and the rate
+            is measured anew.
         """
         return self._heed(lambda: self._guard.observe(loss, same))
 

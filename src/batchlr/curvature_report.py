@@ -167,7 +167,7 @@ class CurvatureReport:
 
     @property
     def critical_batch_size(self) -> float:
-        """``B*`` where ``kappa/b = lambda_1``: below it noise sets the edge, above it curvature.
+        """``B*`` where ``kappa/b = lambda_1``; below it noise sets the edge, above it curvature.
 
         NaN if ``lambda_1`` is not positive; at most the size of the data set.
         """

@@ -33,7 +33,7 @@ _A_BLOCK_S_VECTORS = 12
 
 @dataclass(frozen=True)
 class Tridiagonal:
-    """``A Q' = Q' T`` up to the last column, with ``T`` tridiagonal and the rows of ``Q`` basis.
+    """The ``T`` of ``A Q' = Q' T``, which holds up to the last column; ``Q`` has the basis in rows.
 
     After a breakdown (the start vector lies in an invariant subspace) ``m`` is the dimension of
     that subspace, smaller than asked for, and the relation is exact.

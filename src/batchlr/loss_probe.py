@@ -44,7 +44,7 @@ class LossParabola:
 
 @dataclass(frozen=True)
 class ProbedLosses:
-    """Both batches along one step.
+    """Losses of the trained and of a held-out batch along one step.
 
     The vertex of ``own`` is ``g'g / (lr g'Hg)`` for SGD on a quadratic and says nothing of a useful
     rate: do not feed it to an optimizer. The mean vertex of ``held_out`` over many steps

@@ -15,12 +15,12 @@ ShapeFactory = Callable[[Optimizer], LRScheduler]
 
 
 class BatchAwareLR(LRScheduler):
-    """Sets ``lr_g = peak * ratio_g * shape_g(t)`` in every parameter group ``g``.
+    """A torch scheduler whose peak can move: ``lr_g = peak * ratio_g * shape_g(t)``.
 
-    The shape is any torch scheduler, run on a private optimizer whose rates are 1, so that a new
-    peak takes effect exactly, whatever the shape; patching a torch scheduler's rates from outside
-    is undone or distorted by half of them. ``ratio_g`` is the group's rate over the largest one,
-    as the optimizer was configured.
+    ``g`` is a parameter group. The shape is any torch scheduler, run on a private optimizer whose
+    rates are 1, so that a new peak takes effect exactly, whatever the shape; patching a torch
+    scheduler's rates from outside is undone or distorted by half of them. ``ratio_g`` is the
+    group's rate over the largest one, as the optimizer was configured.
 
     Args:
         optimizer: its groups' rates give the ratios; they are then set to ``peak``'s.

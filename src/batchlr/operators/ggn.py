@@ -27,7 +27,7 @@ _Push = Callable[[Sequence[Tensor], Sequence[int]], Tensor | None]
 
 @final
 class GGNOperator(CurvatureMatrix):
-    """``G = J' S J``: ``J`` of the network's outputs, ``S`` the loss's Hessian in the outputs.
+    """Gauss-Newton matrix ``J' S J``: ``J`` of the outputs, ``S`` the loss's Hessian in them.
 
     Positive semi-definite for convex losses (Schraudolph 2002). Arguments and guarantees are those
     of `CurvatureMatrix`; ``loss_fn`` must be split into outputs and loss, as `supervised` does. If
