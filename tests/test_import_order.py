@@ -27,7 +27,7 @@ LEVELS = [
     {"on_the_fly", "adascale"},
     {"controller"},
     {"__init__"},  # the public names: `import batchlr` as a user writes it
-    {"plotting"},
+    {"plotting", "integrations"},
     {"training"},
     {"report"},
     {"cli"},
@@ -37,6 +37,7 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 THEORY = ["random_matrix", "learning_rates", "scaling_rules", "policies", "averaging", "escape"]
 THEORY += ["surge", "on_the_fly.usable_curvature"]
 HEAVY = ["torchvision", "matplotlib", "typer", "yaml", "pydantic", "sklearn", "batchlr.training"]
+HEAVY += ["lightning", "transformers", "accelerate", "batchlr.integrations"]
 HEAVY += ["jinja2", "filelock", "torch.distributed.fsdp", "torch.distributed.tensor"]
 
 

@@ -24,7 +24,7 @@ from batchlr.on_the_fly.safeguard import EVENTS, Event, Safeguard
 from batchlr.on_the_fly.stability_limit import StabilityLimit, relative_error
 from batchlr.operators.batches import count_samples
 from batchlr.operators.curvature_matrix import NormMode
-from batchlr.operators.supervised import LossFunction
+from batchlr.operators.supervised import LossFunction, check_loss_function
 from batchlr.schedulers import BatchAwareLR
 
 logger = logging.getLogger("batchlr")
@@ -87,6 +87,8 @@ class CurvatureController:
         generator: for start vectors; without one the seed is 0.
 
     Raises:
+        TypeError: ``scheduler`` is no `BatchAwareLR`, or ``loss_fn`` no function of model and
+            batch.
         ValueError: an argument is illegal, or does not go with the policy.
     """
 
@@ -115,6 +117,8 @@ class CurvatureController:
         rollback: bool = True,
         generator: torch.Generator | None = None,
     ) -> None:
+        _check_scheduler(scheduler)
+        check_loss_function(loss_fn)
         self.bounds = PeakBounds(safety, start, growth, drop)
         check_policy(policy, scheduler.optimizer, safety=safety, adjust_momentum=adjust_momentum)
         if not 0 <= max_overhead < math.inf:
@@ -251,6 +255,9 @@ class CurvatureController:
         Args:
             loss: of the step, in several processes that of all.
             same: of `agree`, where there are several.
+
+        Raises:
+            TypeError: ``loss`` is no tensor.
 
         Returns:
             None, mostly; ``"slowed"`` where the loss jumped and the rate is halved; ``"undone"``
@@ -436,6 +443,15 @@ class CurvatureController:
         self._asked = state_dict["asked"]
         self.seconds = state_dict["seconds"]
         self._generator.set_state(state_dict["generator"].cpu())
+
+
+def _check_scheduler(scheduler: object) -> None:
+    if not isinstance(scheduler, BatchAwareLR):
+        msg = (
+            f"scheduler must be a BatchAwareLR, got {type(scheduler).__name__}; make one: "
+            "BatchAwareLR(optimizer, peak=1.0, shape=lambda o: CosineAnnealingLR(o, steps))"
+        )
+        raise TypeError(msg)
 
 
 def _check_total_steps(total_steps: int | None) -> None:

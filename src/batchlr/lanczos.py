@@ -1,6 +1,6 @@
 """Lanczos: an operator and a start vector become a small tridiagonal matrix."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -36,7 +36,8 @@ class Tridiagonal:
 
     diagonal: Tensor  # (m,) float64, on the operator's device
     off_diagonal: Tensor  # (m - 1,) float64, positive
-    basis: Tensor  # (m, P) orthonormal rows, the first the normalised start; (0, P) if not kept
+    # (m, P) orthonormal rows, the first the normalised start; (0, P) if not kept
+    basis: Tensor = field(repr=False)
     residual: Tensor  # () float64, the off-diagonal entry that would follow; 0 after a breakdown
 
     def eigh(self) -> tuple[Tensor, Tensor]:
@@ -52,13 +53,22 @@ class Eigenpairs:
     """Approximate eigenpairs at the ends of a spectrum, in descending order."""
 
     values: Tensor  # (k,) float64; (2k,) for which="both"
-    vectors: Tensor  # (P, k) orthonormal columns; (P, 0) if not asked for
+    vectors: Tensor = field(repr=False)  # (P, k) orthonormal columns; (P, 0) if not asked for
     residuals: Tensor  # (k,) norm of A v - value v
     bounds: Tensor  # (k,) certified: an eigenvalue lies within it; at most the residual
     errors: Tensor  # (k,) residual^2 / gap, at most the bound: an estimate
     num_products: int
     converged: bool
-    subspace: Subspace | None = None  # the whole Krylov space, if asked for
+    subspace: Subspace | None = field(default=None, repr=False)  # the whole Krylov space, if asked
+
+    def __str__(self) -> str:
+        end = "converged" if self.converged else "not converged"
+        lines = [
+            f"{value:>11.4g}  within {bound:.2g}, error about {error:.2g}"
+            for value, bound, error in zip(self.values, self.bounds, self.errors, strict=True)
+        ]
+        words = f"{len(lines)} eigenvalues of {len(self.vectors)}, {self.num_products} products"
+        return "\n".join([f"{words}, {end}", *lines])
 
 
 def lanczos(

@@ -31,6 +31,7 @@ class BatchAwareLR(LRScheduler):
         batch_size: of the optimizer's steps, needed by `set_batch_size` only.
 
     Raises:
+        TypeError: ``shape`` is no function.
         ValueError: ``peak`` is not positive, or all of the optimizer's rates are zero.
 
     >>> weight = torch.nn.Parameter(torch.zeros(1))
@@ -60,6 +61,12 @@ class BatchAwareLR(LRScheduler):
                 "to any positive number, its value does not matter"
             )
             raise ValueError(msg)
+        if shape is not None and not callable(shape):
+            msg = (
+                f"shape must be a function that makes the scheduler, got a {type(shape).__name__}: "
+                "pass lambda o: CosineAnnealingLR(o, steps), say"
+            )
+            raise TypeError(msg)
         self._ratios = [rate / max(rates) for rate in rates]
         self._peak = _positive("peak", peak)
         self._batch_size = batch_size

@@ -1,7 +1,7 @@
 """Following the edges of the spectrum along training, at one to three products an update."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
 import torch
@@ -33,7 +33,8 @@ class TrackedCurvature:
     num_products: int
     converged: bool  # every tracked end's error is within the tolerance
     fell_back: bool  # it took more products than a warm update may, as the first always does
-    subspace: Subspace | None = None  # with noise: each batch's own matrix on the space searched
+    # with noise: each batch's own matrix on the space searched
+    subspace: Subspace | None = field(default=None, repr=False)
     noise: DirectionalNoise | None = None  # with noise: along the top vector
 
 

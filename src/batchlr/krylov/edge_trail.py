@@ -1,7 +1,7 @@
 """One end of a spectrum, remembered from one matrix to the next."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
 import torch
@@ -30,7 +30,8 @@ class TrackedEdge:
     value: float  # Rayleigh quotient of `vector`: never beyond the true edge
     residual: float  # |A v - value v|: certified, some eigenvalue lies within it of the value
     error: float  # an estimate of the order of residual^2 / gap, at most the residual
-    vector: Tensor  # (P,) of unit norm; the tracker's own until its next update: do not change it
+    # (P,) of unit norm; the tracker's own until its next update: do not change it
+    vector: Tensor = field(repr=False)
 
     @property
     def measured(self) -> Measured:

@@ -39,7 +39,10 @@ def count_samples(batch: Any) -> int:
         msg = f"cannot count the samples of a batch of type {type(batch).__name__}: no tensor in it"
         raise TypeError(msg)
     if tensor.ndim == 0 or tensor.shape[0] == 0:
-        msg = f"a batch needs at least one sample along dimension 0, got {tuple(tensor.shape)}"
+        msg = (
+            "a batch needs at least one sample along dimension 0, got a tensor of shape "
+            f"{tuple(tensor.shape)}"
+        )
         raise ValueError(msg)
     return tensor.shape[0]
 
@@ -104,7 +107,10 @@ def recut(batches: Sequence[Any], batch_size: int) -> list[Any]:
     whole = join(batches)
     total = count_samples(whole)
     if not 1 <= batch_size <= total:
-        msg = f"batch_size must lie in [1, {total}], the number of samples given, got {batch_size}"
+        msg = (
+            f"batch_size must lie in [1, {total}], the number of samples given, got {batch_size}; "
+            "pass more batches"
+        )
         raise ValueError(msg)
     starts = [k * batch_size for k in range(total // batch_size)]
     ends = [*starts[1:], total]

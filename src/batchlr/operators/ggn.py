@@ -14,6 +14,7 @@ from batchlr.operators.graphs import Recording
 from batchlr.operators.hessian import check_scalar
 from batchlr.operators.isolation import forked_random_state, swapped_parameters
 from batchlr.operators.linear_pass import linear_pass
+from batchlr.operators.parameters import check_module
 from batchlr.operators.second_order import torchs_own_layers
 from batchlr.operators.supervised import SupervisedLoss
 
@@ -47,6 +48,7 @@ class GGNOperator(CurvatureMatrix):
         batches: Sequence[Any],
         **options: Unpack[CurvatureOptions],
     ) -> None:
+        check_module(model)
         if not (hasattr(loss_fn, "outputs") and hasattr(loss_fn, "loss")):
             msg = (
                 "the Gauss-Newton matrix needs the loss in two halves, outputs(model, batch) and "

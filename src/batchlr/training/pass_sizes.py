@@ -1,12 +1,10 @@
 """How many samples go through the network at a time: in training, and to measure curvature."""
 
 from batchlr.policies import POLICIES
+from batchlr.sampling import disjoint_sizes, samples_while_training
 from batchlr.training.config import TrainConfig
 from batchlr.training.data import ImageData
 from batchlr.training.distributed import Processes
-
-_MIN_BATCHES = 4  # disjoint batches a measurement of curvature noise should have
-_FEWEST = 64  # assumed: samples of a measurement while training, where half a batch has fewer
 
 
 def micro_size(config: TrainConfig, world_size: int = 1, batch_size: int | None = None) -> int:
@@ -34,13 +32,13 @@ def tracking_sizes(
 ) -> tuple[int, int]:
     """As `measurement_sizes`, while training: no more samples than half a batch, or 64, has.
 
-    Half as many cost half as much and train as well (measured: docs/log.md). The batch is that of
-    ``batch_size``, by default the configured one.
+    The batch is that of ``batch_size``, by default the configured one.
     """
     if config.curvature.policy in POLICIES:
         return measurement_sizes(config, data, world_size)
-    most = max((batch_size or config.batch.global_size) // 2, _FEWEST)
-    return _sizes(config, data, world_size, min(config.curvature.samples, most), batch_size)
+    batch = batch_size or config.batch.global_size
+    samples = samples_while_training(config.curvature.samples, batch)
+    return _sizes(config, data, world_size, samples, batch_size)
 
 
 def check_sharing(config: TrainConfig, data: ImageData, processes: Processes) -> None:
@@ -79,5 +77,4 @@ def _sizes(
     samples = min(samples, len(data.train))
     if config.curvature.policy in POLICIES:
         return samples, 1
-    size = max(1, min(micro_size(config, world_size, batch_size), samples // _MIN_BATCHES))
-    return size, max(1, min(samples // size, len(data.train) // size))
+    return disjoint_sizes(samples, micro_size(config, world_size, batch_size))
