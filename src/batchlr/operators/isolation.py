@@ -52,7 +52,7 @@ class Isolation:
             stack.enter_context(_no_fast_path())
             stack.enter_context(_copied_buffers(self._modules))
             stack.enter_context(self._norm_modes())
-            stack.enter_context(CheapSecondDerivatives())
+            stack.enter_context(CheapSecondDerivatives(self._device.type))
             if "torch._dynamo" in sys.modules:  # nor has anything under torch.compile
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
