@@ -25,6 +25,7 @@ from batchlr.on_the_fly.stability_limit import StabilityLimit, relative_error
 from batchlr.on_the_fly.update_curvature import CdatEdge, update_curvature
 from batchlr.operators.batches import count_samples
 from batchlr.operators.curvature_matrix import NormMode
+from batchlr.operators.isolation import in_full_precision
 from batchlr.operators.supervised import LossFunction
 from batchlr.policies import POLICIES, PolicyName
 from batchlr.schedulers import BatchAwareLR
@@ -189,6 +190,7 @@ class CurvatureController:
         """Cost of the measurements over that of the steps so far, both in gradients."""
         return self.cadence.spent / max(1, self._step)
 
+    @in_full_precision
     def maybe_update(
         self,
         model: nn.Module,

@@ -4,6 +4,7 @@ from typing import Literal, get_args
 
 import torch
 
+from batchlr.measurement.optimizer_state import optimizer_kind
 from batchlr.policies import POLICIES, PolicyName
 
 LimitPolicy = Literal["mean_square", "edge", "heavy_ball"]
@@ -29,6 +30,8 @@ def check_policy(
     if policy not in get_args(Policy):
         msg = f"policy must be one of {', '.join(get_args(Policy))}, got {policy!r}"
         raise ValueError(msg)
+    if policy in LIMIT_POLICIES:
+        optimizer_kind(optimizer)
     if sets_momentum(policy) and not isinstance(optimizer, torch.optim.SGD):
         msg = (
             f"policy {policy} gives a rate and a momentum for SGD, got "

@@ -13,7 +13,13 @@ from batchlr.operators.base import BatchedOperator
 from batchlr.operators.batch_weight import batch_weight
 from batchlr.operators.batches import check_batches, count_samples, cut
 from batchlr.operators.graphs import GraphStore, KeepGraph, Recording, offloaded, survey
-from batchlr.operators.isolation import NORM_LAYERS, Isolation, check_norm_mode, unwrapped
+from batchlr.operators.isolation import (
+    NORM_LAYERS,
+    Isolation,
+    check_norm_mode,
+    is_frozen,
+    unwrapped,
+)
 from batchlr.operators.isolation import NormMode as NormMode
 from batchlr.operators.parameters import Adder, common_dtype, named_trainable_parameters, split_like
 from batchlr.operators.repetition import RepetitionCheck
@@ -69,7 +75,8 @@ class CurvatureMatrix(BatchedOperator):
         loss_fn: ``loss_fn(model, batch)``, the scalar mean loss.
         batches: kept, not copied.
         norm_mode: ``"train"`` normalises by each batch's own statistics, as a training step does;
-            ``"eval"`` by the running statistics, which makes the loss a sum over samples. Required
+            norms in eval mode in a model in train mode are frozen and stay so. ``"eval"`` normalises
+            by the running statistics, which makes the loss a sum over samples. Required
             if the model has batch or instance norms, for the two differ about tenfold.
         generator: seeds the dropout masks; without one they are the same for every operator.
         keep_graph: keep graphs between products (2-3 times the memory of a backward pass for each
@@ -365,7 +372,9 @@ def check_micro_batch(model: nn.Module, norm_mode: NormMode | None, micro_batch:
 
 def normalises_over_batches(model: nn.Module) -> bool:
     """Whether some layer's output depends on the rest of the batch in train mode."""
-    return any(isinstance(m, NORM_LAYERS) for m in model.modules())
+    return any(
+        isinstance(m, NORM_LAYERS) and not is_frozen(m, model) for m in unwrapped(model).modules()
+    )
 
 
 def _cut(batches: Sequence[Any], size: int | None, loss_fn: LossFunction) -> list[_Part]:

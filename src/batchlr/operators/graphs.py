@@ -174,24 +174,43 @@ class Graph:
 def survey(roots: Sequence[Tensor], owned: Iterable[Tensor] = ()) -> Graph:
     """The graph behind ``roots``; storages of ``owned`` are there anyway and do not count."""
     sizes = {t.untyped_storage().data_ptr(): 0 for t in owned}
-    queue = [t.grad_fn for t in roots if t.grad_fn is not None]
-    seen = set(queue)
     hooked = False
     for tensor in roots:
         _count(tensor, sizes)
-    while queue:
-        node = queue.pop()
+    for node in _nodes(roots):
         for saved in _saved(node):
             hook = getattr(saved, "unpack_hook", _UNKNOWN)
             if hook is not None:
                 hooked = hooked or getattr(hook, "__module__", None) != __name__
             elif saved.data is not None:
                 _count(saved.data, sizes)
+    return Graph(sum(sizes.values()), hooked)
+
+
+def check_differentiable(roots: Sequence[Tensor]) -> None:
+    """Raise ValueError if the graph behind ``roots`` ends in a function that has no derivative.
+
+    `torch.autograd.grad` goes past such functions silently where no input asked for lies behind.
+    """
+    if any(node.name().endswith("Error") for node in _nodes(roots)):
+        msg = (
+            "a layer can be differentiated only once (an autograd.Function marked with "
+            "@once_differentiable), so that the loss has no Hessian: write its backward in "
+            "operations that autograd knows, or take matrix='ggn'"
+        )
+        raise ValueError(msg)
+
+
+def _nodes(roots: Sequence[Tensor]) -> Iterator[Any]:
+    queue: list[Any] = [t.grad_fn for t in roots if t.grad_fn is not None]
+    seen = set(queue)
+    while queue:
+        node = queue.pop()
+        yield node
         for parent, _ in node.next_functions:
             if parent is not None and parent not in seen:
                 seen.add(parent)
                 queue.append(parent)
-    return Graph(sum(sizes.values()), hooked)
 
 
 def _count(tensor: Tensor, sizes: dict[int, int]) -> None:
