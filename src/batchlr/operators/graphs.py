@@ -11,6 +11,7 @@ from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 logger = logging.getLogger("batchlr")
 
@@ -160,6 +161,7 @@ def _free_main_memory() -> int:
     return max(0, min(limits))
 
 
+_ONCE = once_differentiable(lambda *_: None).__code__  # of any function so wrapped
 _UNKNOWN = object()  # torch before 2.7 does not tell hooks: anything may be one, and sizes are 0
 
 
@@ -188,11 +190,12 @@ def survey(roots: Sequence[Tensor], owned: Iterable[Tensor] = ()) -> Graph:
 
 
 def check_differentiable(roots: Sequence[Tensor]) -> None:
-    """Raise ValueError if the graph behind ``roots`` ends in a function that has no derivative.
+    """Raise ValueError if a backward pass through the graph behind ``roots`` has no derivative.
 
-    `torch.autograd.grad` goes past such functions silently where no input asked for lies behind.
+    Torch itself says so only to who differentiates by the cotangent, or calls ``backward``.
     """
-    if any(node.name().endswith("Error") for node in _nodes(roots)):
+    functions = (getattr(node, "_forward_cls", None) for node in _nodes(roots))
+    if any(getattr(f.backward, "__code__", None) is _ONCE for f in functions if f is not None):
         msg = (
             "a layer can be differentiated only once (an autograd.Function marked with "
             "@once_differentiable), so that the loss has no Hessian: write its backward in "

@@ -18,15 +18,15 @@ class HessianOperator(CurvatureMatrix):
     the same batches once their graphs are kept, about one more where they are not.
     """
 
-    _checked = False  # that the gradients have derivatives
+    _checked = False  # that all layers can be differentiated twice
 
     def _differentiate(self, batch: Any, uses: int, seed: int) -> Recording:
         loss = check_scalar(self._evaluate(self._loss_fn, batch))
+        if not self._checked:
+            check_differentiable([loss])
+            self._checked = True
         parameters = self._parameters
         gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
-        if not self._checked:
-            check_differentiable(gradients)
-            self._checked = True
 
         def product(tangents: Sequence[Tensor], chosen: Sequence[int]) -> Sequence[Tensor | None]:
             # A gradient that does not depend on the weights (a loss linear in them) has no graph.

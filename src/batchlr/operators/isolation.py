@@ -30,7 +30,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def is_frozen(norm: nn.Module, model: nn.Module) -> bool:
-    """Whether ``norm`` is in eval mode though ``model`` is not: so it is on purpose, in training."""
+    """Whether ``norm`` is in eval mode though ``model`` is not, and so trains in eval mode."""
     return model.training and not norm.training
 
 
@@ -40,8 +40,8 @@ class Isolation:
 
     Inside, gradients are on, autocast, compilation and fused attention off, norms in ``norm_mode``,
     buffers copies, also those of other modules that the loss runs (a GAN's other network), and
-    random numbers, torch's, Python's and numpy's, those of a seed. Backward passes belong inside as well:
-    checkpointed layers run forward once more there.
+    random numbers, torch's, Python's and numpy's, those of a seed. Backward passes belong inside
+    as well: checkpointed layers run forward once more there.
     """
 
     def __init__(self, model: nn.Module, norm_mode: NormMode | None) -> None:

@@ -6,7 +6,6 @@ from typing import Any, final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from batchlr.operators.batch_norm import batch_norm, instance_norm
@@ -17,7 +16,7 @@ from batchlr.operators.weight_norm import weight_norm
 
 _suspended = [False]
 
-_OWN: dict[Callable[..., Any], Callable[..., Tensor]] = {
+_OWN: dict[Callable[..., Any], Callable[..., Any]] = {
     F.batch_norm: batch_norm,
     F.instance_norm: instance_norm,
     F.layer_norm: layer_norm,
@@ -60,7 +59,8 @@ class CheapSecondDerivatives(TorchFunctionMode):
 def _call(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     if is_convolution(func):
         return convolve(func, *args, **kwargs)
-    return _OWN.get(func, func)(*args, **kwargs)
+    own: Callable[..., Any] = _OWN[func] if func in _OWN else func
+    return own(*args, **kwargs)
 
 
 @contextmanager

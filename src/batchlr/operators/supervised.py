@@ -147,8 +147,10 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor]:
         raise TypeError(msg)
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return batch[0], batch[1]
+    hint = " (one batch [x, y] as the list of batches? pass [(x, y)])"
     msg = (
-        f"expected a batch (x, y) or a dict, got {type(batch).__name__} (is a batch [x, y] passed as "
-        "the list of batches? pass [(x, y)]); otherwise write your own loss_fn(model, batch)"
+        f"expected a batch (x, y) or a dict, got {type(batch).__name__}"
+        f"{hint if isinstance(batch, Tensor) else ''}; "
+        "otherwise write your own loss_fn(model, batch)"
     )
     raise TypeError(msg)
