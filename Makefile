@@ -16,7 +16,7 @@ BENCH_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench bench-law slow
+.PHONY: help demo test check docs bench bench-law slow
 .NOTPARALLEL:  # two installations must not meet in one .venv
 .DELETE_ON_ERROR:
 
@@ -33,6 +33,10 @@ check: $(VENV)/.installed-dev  ## lint, formatting and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+docs: $(VENV)/.installed-docs  ## build the documentation in docs/_build/html; a warning is an error
+	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet docs docs/_build/html
+	@echo docs/_build/html/index.html
 
 bench: $(VENV)/.installed-bench  ## curvature beside other libraries; one part: make bench PARTS=product_cost
 	@set -e; for part in $(PARTS); do echo "== $$part"; \
@@ -58,6 +62,10 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/.created
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.created
 	$(BIN)/python -m pip install -e '.[dev]'
+	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-docs: pyproject.toml | $(VENV)/.created
+	$(BIN)/python -m pip install -e '.[docs]'
 	@touch $(VENV)/.installed $@
 
 $(VENV)/.installed-bench: pyproject.toml | $(VENV)/.created

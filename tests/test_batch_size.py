@@ -339,3 +339,18 @@ def test_inner_product_tests_refuse_norms_alone():
     adaptive = AdaptiveBatchSize(8, max_batch_size=100, test="inner_product", debias=False)
     with pytest.raises(ValueError, match="inner_product test needs the gradients themselves"):
         adaptive.observe(stationary(8))
+
+
+def test_it_shows_its_settings():
+    adaptive = AdaptiveBatchSize(64, max_batch_size=300, dataset_size=500, multiple_of=8)
+    assert repr(adaptive) == (
+        "AdaptiveBatchSize(batch_size=64, max_batch_size=296, dataset_size=500, test='norm', "
+        "tolerance=1.0, interval=50, multiple_of=8)"
+    )
+
+
+def test_the_data_set_bounds_the_batch_where_the_device_does_not():
+    adaptive = AdaptiveBatchSize(64, max_batch_size=10**6, dataset_size=500, multiple_of=8)
+    assert adaptive.max_batch_size == 496
+    whole = AdaptiveBatchSize(496, max_batch_size=10**6, dataset_size=500, multiple_of=8)
+    assert not whole.may_grow

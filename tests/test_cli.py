@@ -4,6 +4,7 @@ import json
 import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -91,11 +92,12 @@ def test_lr_and_spectrum_hand_on_their_files(run, calls):
     assert run("lr", "run.yaml", "seed=2", "--json", "rates.json", *options).exit_code == 0
     assert run("spectrum", "run.yaml", "seed=3", *options).exit_code == 0
     assert run("lr", "run.yaml").exit_code == 0
-    common = {"out": Path("o"), "checkpoint": Path("c.pt")}
+    common = {"out": Path("o"), "checkpoint": Path("c.pt"), "notes": ()}
+    default = {"out": Path("runs/run"), "checkpoint": None, "notes": ()}
     assert [(name, args[0].seed, kwargs) for name, args, kwargs in calls] == [
         ("measure_rates", 2, common | {"json_file": Path("rates.json")}),
         ("measure_spectrum", 3, common),
-        ("measure_rates", 0, {"out": Path("runs/run"), "checkpoint": None, "json_file": None}),
+        ("measure_rates", 0, default | {"json_file": None}),
     ]
 
 
@@ -108,9 +110,9 @@ def test_a_grid_of_spectra_takes_many_checkpoints(run, calls):
         (
             "measure_spectra",
             (4, 8),
-            {"out": Path("o"), "checkpoints": [Path("a.pt"), Path("folder")]},
+            {"out": Path("o"), "checkpoints": [Path("a.pt"), Path("folder")], "notes": ()},
         ),
-        ("measure_spectra", (4, 8), {"out": Path("runs/run"), "checkpoints": []}),
+        ("measure_spectra", (4, 8), {"out": Path("runs/run"), "checkpoints": [], "notes": ()}),
     ]
     result = run("spectrum", "run.yaml", *two)
     assert result.exit_code == 2
@@ -121,10 +123,13 @@ def test_a_grid_of_spectra_takes_many_checkpoints(run, calls):
 def test_sweep_hands_on_sizes_optimizers_and_steps(run, calls):
     options = ("--batch-sizes", "8, 32", "--optimizers", "adam", "--steps", "50")
     files = ("--checkpoint", "c.pt", "--out", "o")
-    assert run("sweep", "run.yaml", "seed=2", *options, *files).exit_code == 0
+    adam = ("seed=2", "optim.name=adam")
+    assert run("sweep", "run.yaml", *adam, *options, *files).exit_code == 0
     assert run("sweep", "run.yaml").exit_code == 0
-    common = {"batch_sizes": [8, 32], "optimizers": ["adam"], "steps": 50}
+    notes = ("optim.momentum does not apply to adam: left out",)
+    common = {"batch_sizes": [8, 32], "optimizers": ["adam"], "steps": 50, "notes": notes}
     default = {"batch_sizes": [4, 16, 64, 256], "optimizers": ["sgd", "adam"], "steps": 200}
+    default["notes"] = ()
     assert [(name, args[0].seed, kwargs) for name, args, kwargs in calls] == [
         ("sweep", 2, common | {"out": Path("o"), "checkpoint": Path("c.pt")}),
         ("sweep", 0, default | {"out": Path("runs/run"), "checkpoint": None}),
@@ -302,6 +307,12 @@ def test_env_is_json(run):
     environment = json.loads(run("env").stdout)
     assert environment["packages"].keys() >= {"batchlr", "torch"}
     assert environment["packages"]["torch"].startswith("2.")
+
+
+def test_the_version_is_that_of_the_package(run):
+    result = run("--version")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (result.exit_code, result.output) == (0, f"batchlr {project['version']}\n")
 
 
 def test_no_command_shows_the_commands(run):

@@ -1188,13 +1188,13 @@ def test_the_generator_is_part_of_the_state():
     model, controller = build()
     state = controller.state_dict()
     controller.maybe_update(model, batches)
-    _, resumed = build()
+    twin, resumed = build()
     resumed.load_state_dict(state)
-    resumed.maybe_update(model, batches)
+    resumed.maybe_update(twin, batches)
     assert torch.equal(vector_of(resumed), vector_of(controller))
-    _, other = build()
+    triplet, other = build()
     other.load_state_dict(state | {"generator": torch.Generator().manual_seed(9).get_state()})
-    other.maybe_update(model, batches)
+    other.maybe_update(triplet, batches)
     assert not torch.equal(vector_of(other), vector_of(controller))
 
 
@@ -1261,6 +1261,43 @@ def test_growth_is_above_one(growth):
 def test_total_steps_are_positive(total_steps):
     with pytest.raises(ValueError, match=f"positive, or None, got {total_steps}"):
         controller_of(linear_problem()[2], MSE, total_steps=total_steps)
+
+
+@pytest.mark.parametrize("batch_size", [0, 129])
+def test_the_batch_is_of_the_data_set(batch_size):
+    with pytest.raises(ValueError, match=rf"batch_size must lie in \[1, 128\], got {batch_size}"):
+        controller_of(linear_problem()[2], MSE, batch_size=batch_size, dataset_size=128)
+
+
+def test_a_criterion_in_place_of_a_loss_is_refused_at_once():
+    with pytest.raises(TypeError, match=r"got the criterion MSELoss, .*batchlr\.supervised"):
+        controller_of(linear_problem()[2], nn.MSELoss())
+
+
+def test_only_a_scheduler_with_a_peak_can_be_steered():
+    optimizer = linear_problem()[1]
+    for other in (optimizer, CosineAnnealingLR(optimizer, 10)):
+        words = f"scheduler must be a BatchAwareLR, got {type(other).__name__}; make one: "
+        with pytest.raises(TypeError, match=words):
+            controller_of(other, MSE)
+
+
+def test_a_loss_without_its_tensor_is_refused():
+    model, _, scheduler, batches = linear_problem()
+    controller = controller_of(scheduler, MSE, dataset_size=128)
+    controller.maybe_update(model, batches)
+    with pytest.raises(TypeError, match=r"must be a tensor \(\), got float: pass it without item"):
+        controller.observe(0.5)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_an_optimizer_of_another_model_is_refused(kind):
+    scheduler = linear_problem(kind)[2]
+    model, _, _, batches = linear_problem()
+    with pytest.raises(
+        ValueError, match=r"none of the model's 2 trainable .* model\.parameters\(\)"
+    ):
+        controller_of(scheduler, MSE, dataset_size=128).maybe_update(model, batches)
 
 
 @pytest.mark.parametrize("max_overhead", [-0.1, math.nan, math.inf])

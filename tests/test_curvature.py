@@ -1238,13 +1238,19 @@ def test_a_data_set_smaller_than_its_samples_is_refused():
         measure(network(), first_digits(40), batch_size=10, dataset_size=39)
 
 
-@pytest.mark.parametrize("where", ["weights", "data"])
-def test_a_loss_that_is_not_finite_is_an_arithmetic_error(where):
+@pytest.mark.parametrize(
+    ("where", "way_out"),
+    [
+        ("weights", "some weights are not finite, either: go back"),
+        ("data", "the weights are finite: look at inputs and targets"),
+    ],
+)
+def test_a_loss_that_is_not_finite_is_an_arithmetic_error(where, way_out):
     model, (x, y) = network(), first_digits(40)
     x = x.clone()
     target = model[0].weight.data if where == "weights" else x
     target[0, 0] = math.nan
-    with pytest.raises(ArithmeticError, match="the loss is nan on the batches given"):
+    with pytest.raises(ArithmeticError, match=f"the loss is nan on the batches given.*{way_out}"):
         measure(model, (x, y), batch_size=10)
 
 
@@ -1262,9 +1268,7 @@ def test_an_unknown_optimizer_is_refused_before_anything_is_measured():
         raise AssertionError
 
     model, batches = network(), [first_digits(40)]
-    with pytest.raises(
-        ValueError, match="must be 'sgd', 'adam', 'rmsprop' or a torch optimizer, got"
-    ):
+    with pytest.raises(ValueError, match="'rmsprop' or a torch optimizer, got 'lion'"):
         measure_curvature(model, untouched, batches, optimizer="lion")
     optimizer = torch.optim.Adagrad(model.parameters())
     with pytest.raises(ValueError, match="for SGD, Adam, AdamW and RMSprop, got Adagrad; pass opt"):

@@ -1114,3 +1114,52 @@ def test_training_contracts_below_the_rate_and_diverges_above(momentum, batch_si
         1.5 * limit, momentum, batch_size, replicas=replicas, steps=steps
     )
     assert end > 3 * start  # in expectation 35 times at batch size 4, but rare runs carry it
+
+
+# In print --------------------------------------------------------------------------------------
+
+
+def test_a_report_prints_extremes_with_errors_and_a_table_of_rates():
+    report = make_report(dataset_size=1000, adam=ADAM)
+    top, ends, critical, _, heads, *rows = str(report).splitlines()
+    assert f"{report.num_params} parameters, {report.num_samples} of 1000 samples" in top
+    assert ends == (
+        "largest eigenvalue 2 +- 0.1, smallest -0.5 +- 0.02, "
+        "largest with adam's preconditioner 50 +- 1.5"
+    )
+    assert critical == f"critical batch size {report.critical_batch_size:.3g}"
+    for optimizer in ("sgd, momentum", "adam, beta1"):
+        assert optimizer in heads
+    for size, row in zip((4, 16, 64, 256), rows, strict=False):
+        words = row.replace(" * ", " ").split()
+        sgd, adam = report.max_lr(size), report.max_lr(size, optimizer="adam")
+        assert words[:2] == [str(size), f"{sgd.value:.3g}"]
+        assert words[2:6] == [f"{sgd.low:.2g}", "to", f"{sgd.high:.2g}", f"{adam.value:.3g}"]
+
+
+def test_what_was_not_measured_is_not_printed():
+    followed = make_report(smallest=Measured(math.nan), adam=ADAM)
+    assert "sgd" not in str(followed)
+    assert "smallest" not in str(followed)
+    assert "adam, beta1 0.8" in str(followed)
+    plain = make_report(smallest=Measured(math.nan), adam=None)
+    assert "sgd, momentum" in str(plain)
+    assert "adam" not in str(plain)
+
+
+def test_a_report_of_few_samples_prints_one_row():
+    rows = str(make_report(dataset_size=3)).splitlines()[5:]
+    assert [row.split()[0] for row in rows if not row.startswith("*")] == ["3"]
+
+
+@pytest.mark.parametrize("largest", [0.0, -1.0, math.nan])
+def test_without_curvature_a_report_prints_no_rates(largest):
+    text = str(make_report(largest=Measured(largest), adam=None))
+    assert text.endswith("\n\nno curvature limits the rate")
+    assert "critical batch size" not in text
+
+
+def test_no_array_is_shown():
+    """What a console echoes stays on a screen, whatever the number of batches and axes."""
+    assert len(repr(make_report(adam=replace(ADAM, batch_sizes=(), optimism=())))) < 1500
+    assert "matrices" not in repr(PROJECTED)

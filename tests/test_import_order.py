@@ -14,19 +14,20 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src"
 LEVELS = [
     {"sharded_tensors", "inner_products", "measured", "lr_bound"},
-    {"random_matrix", "learning_rates", "scaling_rules", "mean_square", "averaging", "escape"},
+    {"random_matrix", "learning_rates", "scaling_rules", "mean_square", "surge"}
+    | {"averaging", "escape"},
     {"operators", "policies"},
     {"krylov", "gradients"},
-    {"lanczos", "dataclass_files", "batch_size", "adagrad_norm", "stationarity"},
+    {"lanczos", "dataclass_files", "batch_size", "optim", "stationarity"},
     {"slq", "trace", "sampling", "curvature_noise", "probes", "loss_probe"},
     {"tracker", "layer_spectra"},
     {"measurement"},
     {"curvature_report"},
     {"curvature", "edge_laws", "schedulers", "batch_size_change"},
-    {"on_the_fly"},
+    {"on_the_fly", "adascale"},
     {"controller"},
     {"__init__"},  # the public names: `import batchlr` as a user writes it
-    {"plotting"},
+    {"plotting", "integrations"},
     {"training"},
     {"report"},
     {"cli"},
@@ -34,8 +35,9 @@ LEVELS = [
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 THEORY = ["random_matrix", "learning_rates", "scaling_rules", "policies", "averaging", "escape"]
-THEORY += ["on_the_fly.usable_curvature"]
+THEORY += ["surge", "on_the_fly.usable_curvature"]
 HEAVY = ["torchvision", "matplotlib", "typer", "yaml", "pydantic", "sklearn", "batchlr.training"]
+HEAVY += ["lightning", "transformers", "accelerate", "batchlr.integrations"]
 HEAVY += ["jinja2", "filelock", "torch.distributed.fsdp", "torch.distributed.tensor"]
 
 

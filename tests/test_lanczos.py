@@ -805,3 +805,19 @@ def test_a_product_that_is_the_vector_itself_leaves_the_basis_alone():
     t = lanczos(operator, 1, start=start)
     torch.testing.assert_close(t.basis[0], start / math.sqrt(size))
     assert float(t.diagonal[0]) == pytest.approx(1.0, rel=1e-5)  # equal numbers, summed in float32
+
+
+# In print --------------------------------------------------------------------------------------
+
+
+def test_eigenpairs_are_printed_with_their_errors_and_without_their_vectors():
+    operator = DenseOperator(torch.diag(torch.arange(1000.0, dtype=torch.float64)))
+    pairs = top_eigenpairs(operator, 2, max_steps=30)
+    head, *lines = str(pairs).splitlines()
+    assert head == "2 eigenvalues of 1000, 30 products, not converged"
+    for line, value, bound, error in zip(
+        lines, pairs.values, pairs.bounds, pairs.errors, strict=True
+    ):
+        assert line.split() == f"{value:.4g} within {bound:.2g}, error about {error:.2g}".split()
+    assert len(repr(pairs)) < 500
+    assert len(repr(lanczos(operator, 5))) < 500

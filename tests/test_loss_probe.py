@@ -309,6 +309,11 @@ def test_a_parabola_needs_four_multiples():
             LossProbe(run, multiples=multiples)
 
 
+def test_a_criterion_in_place_of_a_loss_is_refused():
+    with pytest.raises(TypeError, match=r"CrossEntropyLoss, .* batchlr\.supervised\(criterion\)"):
+        LossProbe(nn.CrossEntropyLoss())
+
+
 def test_the_weights_must_have_been_taken():
     model, probe = small_net(), LossProbe(CROSS_ENTROPY)
     with pytest.raises(ValueError, match=r"not those taken: call take\(model\) before the step"):

@@ -1,11 +1,12 @@
 """A rate becomes a bound: Student's interval in the logarithm, wider where it is biased."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from scipy.stats import t as student
 
-from batchlr.lr_bound import LRBound, Rate
+from batchlr.lr_bound import LRBound, Rate, tabulated
 
 
 def bound(rate, freedom=7, reasons=()):
@@ -54,3 +55,33 @@ def test_an_overwhelming_error_leaves_numbers():
     found = bound(Rate(1.0, 1e9, 0.0, 0.0))
     assert 0 < found.low < 1e-15
     assert 1e15 < found.high < math.inf
+
+
+# In print --------------------------------------------------------------------------------------
+
+
+def test_a_bound_is_printed_in_a_line():
+    found = replace(bound(Rate(2.0, 0.0, 0.5, 0.9)), low=1.0, high=3.0)
+    assert str(found) == "2 (1 to 3) for sgd, momentum 0.9 at batch 64, limited by noise"
+    adam = replace(found, optimizer="adam", regime="transition", reliable=False, reasons=("a", "b"))
+    assert str(adam) == (
+        "2 (1 to 3) for adam, beta1 0.9 at batch 64, limited by noise and curvature; "
+        "not reliable: a; b"
+    )
+
+
+def test_a_table_has_a_row_for_each_batch_size_and_marks_what_is_doubtful():
+    good = replace(bound(Rate(2.0, 0.0, 0.5, 0.9)), low=1.0, high=3.0)
+    other = replace(good, optimizer="rmsprop", value=1.25e-4, low=1e-4, high=0.1)
+    poor = replace(other, batch_size=1024, reliable=False, reasons=("few batches",))
+    rows = [[good, other], [replace(good, batch_size=1024), poor]]
+    assert tabulated(rows).splitlines() == [
+        " batch  sgd, momentum 0.9  90 % interval  rmsprop, momentum 0.9  90 % interval",
+        "  64                    2         1 to 3               0.000125  0.0001 to 0.1",
+        "1024 *                  2         1 to 3               0.000125  0.0001 to 0.1",
+        "* few batches",
+    ]
+    assert tabulated([[good]]).splitlines() == [
+        "batch  sgd, momentum 0.9  90 % interval",
+        "   64                  2         1 to 3",
+    ]

@@ -70,6 +70,13 @@ def test_every_file_in_configs_is_yaml_or_explains_the_others():
         assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict), path
 
 
+def test_every_group_of_public_names_has_its_page():
+    front_door = (ROOT / "src/batchlr/__init__.py").read_text(encoding="utf-8")
+    pages = [path.read_text(encoding="utf-8") for path in (ROOT / "docs/api").glob("*.md")]
+    shown = re.findall(r"^```{public-names} (.*)$", "\n".join(pages), re.MULTILINE)
+    assert sorted(shown) == sorted(re.findall(r"^# ([A-Z].*)", front_door, re.MULTILINE))
+
+
 def test_files_named_in_the_makefile_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for name in re.findall(r"configs/[\w/.-]+\.yaml", makefile):

@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchlr.learning_rates import max_sgd_lr
-from batchlr.scaling_rules import AdamSettings, rescale_adam, rescale_lr
+from batchlr.scaling_rules import (
+    AdamSettings,
+    BatchStage,
+    batch_growth_for_decay,
+    rescale_adam,
+    rescale_lr,
+)
 
 sizes = st.floats(1.0, 1e6)
 decay_rates = st.floats(0.1, 0.999)
@@ -184,3 +190,50 @@ def test_adam_decay_rates_must_be_fractions(betas):
 def test_adam_eps_must_be_finite_and_not_negative(eps):
     with pytest.raises(ValueError, match=f"eps must be finite and at least 0, got {eps}"):
         rescale_adam(1e-3, 8, 16, eps=eps)
+
+
+# --- a larger batch in place of a lower rate ----------------------------------------------------
+
+
+@given(
+    st.lists(st.floats(1e-4, 1.0), min_size=1, max_size=8), st.integers(1, 32), st.integers(1, 64)
+)
+def test_growth_keeps_the_ratio_of_rate_to_batch_size(factors, units, growth):
+    size = 4 * units
+    most = size * growth
+    stages = batch_growth_for_decay(factors, size, max_batch_size=most, multiple_of=4)
+    for factor, stage in zip(factors, stages, strict=True):
+        assert stage.lr_factor / stage.batch_size == pytest.approx(factor / size)
+        assert size <= stage.batch_size <= most
+        assert stage.batch_size % 4 == 0
+        if stage.batch_size <= most - 4:  # the rate falls by what rounding leaves, and no more
+            assert stage.lr_factor * (stage.batch_size + 4) > stage.batch_size * (1 - 1e-6)
+
+
+def test_growth_has_the_paper_s_noise_scale():
+    first, *rest = batch_growth_for_decay([1.0, 0.2, 0.04, 0.008], 128, max_batch_size=5120)
+    assert (first.batch_size, first.lr_factor) == (128, 1.0)
+    assert [(stage.batch_size, stage.lr_factor) for stage in rest] == [
+        (640, 1.0),
+        (3200, 1.0),
+        (5120, pytest.approx(0.32)),
+    ]
+
+
+def test_a_warm_up_leaves_the_batch_as_it_is():
+    assert batch_growth_for_decay([2.0], 128, max_batch_size=512) == [BatchStage(128, 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (([0.0], 64, 128, 1), "lr_factor must be positive and finite, got 0"),
+        (([1.0], 64, 32, 1), "not above max_batch_size 32"),
+        (([1.0], 60, 128, 8), "batch_size 60 must be a multiple of 8"),
+        (([1.0], 64, 128, 0), "multiple_of must be positive and finite, got 0"),
+    ],
+)
+def test_growth_that_does_not_fit_is_refused(arguments, words):
+    factors, size, most, unit = arguments
+    with pytest.raises(ValueError, match=words):
+        batch_growth_for_decay(factors, size, max_batch_size=most, multiple_of=unit)

@@ -404,3 +404,12 @@ def test_a_state_with_a_shape_needs_a_scheduler_with_one():
     with pytest.raises(ValueError, match="only this scheduler has a shape"):
         shaped.load_state_dict(bare.state_dict())
     assert (bare.peak, shaped.peak) == (0.1, 0.2)
+
+
+def test_a_scheduler_in_place_of_its_maker_is_refused():
+    optimizer = make_optimizer()
+    shape = CosineAnnealingLR(make_optimizer(), STEPS)
+    words = r"a function that makes the scheduler, got a CosineAnnealingLR: pass lambda o: Cosine"
+    with pytest.raises(TypeError, match=words):
+        BatchAwareLR(optimizer, 1.0, shape)
+    assert optimizer.param_groups[0]["lr"] == 0.2

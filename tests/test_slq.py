@@ -466,3 +466,22 @@ class TestRefuses:
         matrix[0, 0] = math.nan
         with pytest.raises(ArithmeticError, match="products are not finite"):
             stochastic_lanczos_quadrature(DenseOperator(matrix), num_steps=3, num_probes=1)
+
+
+# In print --------------------------------------------------------------------------------------
+
+
+def test_a_measure_is_printed_by_its_ends_and_moments():
+    measure = SpectralMeasure(
+        nodes=torch.tensor([-1.0, 3.0, -1.0, 3.0], dtype=torch.float64),
+        weights=torch.full((4,), 0.25, dtype=torch.float64),
+        probes=torch.tensor([0, 0, 1, 1]),
+        num_products=4,
+        size=7,
+    )
+    assert str(measure) == (
+        "spectrum of 7 eigenvalues: from -1 to 3, mean 1 +- 0, mean square 5 +- 0; "
+        "4 nodes of 2 probes, 4 products"
+    )
+    assert str(dataclasses.replace(measure, size=None)).startswith("spectrum: from -1 to 3")
+    assert "tensor" not in repr(measure)

@@ -6,7 +6,10 @@
 from batchlr.batch_size_change import SettingChange as SettingChange
 from batchlr.batch_size_change import batch_size_change as batch_size_change
 from batchlr.batch_size_change import scaling_reach as scaling_reach
+from batchlr.scaling_rules import batch_growth_for_decay as batch_growth_for_decay
 from batchlr.scaling_rules import rescale_lr as rescale_lr
+from batchlr.surge import SurgeLaw as SurgeLaw
+from batchlr.surge import fit_surge_law as fit_surge_law
 from batchlr.lr_bound import LRBound as LRBound
 
 # What curvature says about any batch size
@@ -21,8 +24,10 @@ from batchlr.schedulers import BatchAwareLR as BatchAwareLR
 from batchlr.controller import CurvatureController as CurvatureController
 from batchlr.on_the_fly.curvature_update import CurvatureUpdate as CurvatureUpdate
 
-# Batch sizes from the gradient's noise, and the optimizer published with them
-from batchlr.adagrad_norm import AdaGradNorm as AdaGradNorm
+# Batch sizes from the gradient's noise, and optimizers that mind the batch
+from batchlr.adascale import AdaScale as AdaScale
+from batchlr.optim.adagrad_norm import AdaGradNorm as AdaGradNorm
+from batchlr.optim.batch_invariant_adam import BatchInvariantAdam as BatchInvariantAdam
 from batchlr.batch_size import AdaptiveBatchSize as AdaptiveBatchSize
 from batchlr.batch_size import BatchSizeTest as BatchSizeTest
 from batchlr.gradients.gradient_scatter import GradientScatter as GradientScatter

@@ -16,7 +16,7 @@ Test = Literal["norm", "inner_product", "augmented"]
 @final
 @dataclass(frozen=True)
 class BatchSizeTest:
-    """What a test found, and what follows."""
+    """What a test of the batch size found, and the size that follows."""
 
     batch_size: int  # tested
     next_batch_size: int  # to go on with; never less
@@ -54,7 +54,8 @@ class AdaptiveBatchSize:
 
     Args:
         batch_size: to begin with.
-        max_batch_size: never exceeded.
+        max_batch_size: never exceeded, what fits the device, say. It may lie above the other bound,
+            ``dataset_size``; `max_batch_size` is the lesser of the two, in whole ``multiple_of``.
         dataset_size: ``N``, what batches are drawn from without replacement; None is unbounded.
         test: the table's. The inner-product tests need figures from gradients
             (`scatter_of_gradients`), and ``debias=False``: no unbiased form is known.
@@ -147,6 +148,13 @@ class AdaptiveBatchSize:
             max_growth=math.inf,
             interval=1,
             smoothing=0.0,
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(batch_size={self.batch_size}, max_batch_size="
+            f"{self.max_batch_size}, dataset_size={self.dataset_size}, test={self.test_name!r}, "
+            f"tolerance={self.tolerance}, interval={self.interval}, multiple_of={self.multiple_of})"
         )
 
     @property

@@ -16,7 +16,7 @@ _FINEST = 2 ** (1 / 4)  # between the sizes at which a report is asked
 
 @dataclass(frozen=True)
 class SettingChange:
-    """What becomes of one setting."""
+    """What becomes of one setting when the batch size changes."""
 
     setting: str
     factor: float  # on what it was; 1 stays

@@ -50,6 +50,27 @@ Checkpoints = Annotated[
 ]
 
 
+def _print_version(asked: bool) -> None:
+    if not asked:
+        return
+    from batchlr.training.environment import package_version
+
+    typer.echo(f"batchlr {package_version('batchlr') or '(not installed)'}")
+    raise typer.Exit
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Learning rates measured from the batch Hessian."""
+
+
 @app.command("train")
 def train_command(config: ConfigPath, overrides: Overrides = None, out: Out = None) -> None:
     """Train."""
@@ -73,8 +94,13 @@ def lr_command(
         loaded = _load(config, overrides)
         from batchlr.training.analysis import measure_rates
 
-        folder = _folder(out, loaded.config)
-        measure_rates(loaded.config, out=folder, json_file=json_file, checkpoint=checkpoint)
+        measure_rates(
+            loaded.config,
+            out=_folder(out, loaded.config),
+            json_file=json_file,
+            checkpoint=checkpoint,
+            notes=loaded.notes,
+        )
 
 
 @app.command("spectrum")
@@ -91,14 +117,15 @@ def spectrum_command(
         if loaded.config.spectrum.batch_sizes:
             from batchlr.training.spectra import measure_spectra
 
-            measure_spectra(loaded.config, out=folder, checkpoints=where)
+            measure_spectra(loaded.config, out=folder, checkpoints=where, notes=loaded.notes)
             return
         from batchlr.training.analysis import measure_spectrum
 
         if len(where) > 1:
             msg = f"{len(where)} checkpoints are measured on a grid: set spectrum.batch_sizes"
             raise ValueError(msg)
-        measure_spectrum(loaded.config, out=folder, checkpoint=where[0] if where else None)
+        at = where[0] if where else None
+        measure_spectrum(loaded.config, out=folder, checkpoint=at, notes=loaded.notes)
 
 
 @app.command("sweep")
@@ -127,6 +154,7 @@ def sweep_command(
             optimizers=parse_optimizers(optimizers),
             steps=steps,
             checkpoint=checkpoint,
+            notes=loaded.notes,
         )
 
 

@@ -26,7 +26,7 @@ from batchlr.on_the_fly.update_curvature import CdatEdge, update_curvature
 from batchlr.operators.batches import count_samples
 from batchlr.operators.curvature_matrix import NormMode
 from batchlr.operators.isolation import in_full_precision
-from batchlr.operators.supervised import LossFunction
+from batchlr.operators.supervised import LossFunction, check_loss_function
 from batchlr.policies import POLICIES, PolicyName
 from batchlr.schedulers import BatchAwareLR
 
@@ -93,6 +93,8 @@ class CurvatureController:
         generator: for start vectors; without one the seed is 0.
 
     Raises:
+        TypeError: ``scheduler`` is no `BatchAwareLR`, or ``loss_fn`` no function of model and
+            batch.
         ValueError: an argument is illegal, or does not go with the policy.
     """
 
@@ -121,6 +123,8 @@ class CurvatureController:
         rollback: bool = True,
         generator: torch.Generator | None = None,
     ) -> None:
+        _check_scheduler(scheduler)
+        check_loss_function(loss_fn)
         self.bounds = PeakBounds(safety, start, growth, drop)
         check_policy(policy, scheduler.optimizer, safety=safety, adjust_momentum=adjust_momentum)
         if not 0 <= max_overhead < math.inf:
@@ -254,10 +258,14 @@ class CurvatureController:
             loss: of the step, in several processes that of all.
             same: of `agree`, where there are several.
 
+        Raises:
+            TypeError: ``loss`` is no tensor.
+
         Returns:
-            ``"slowed"``: the loss jumped, the rate is halved. ``"undone"``: the network was lost
-            and is what it was some steps ago, to go on at a lower rate. ``"recovered"``: it has
-            left the plateau on which it was lost before, the rate is measured anew. Mostly None.
+            None, mostly; ``"slowed"`` where the loss jumped and the rate is halved; ``"undone"``
+            where the network was lost and is what it was some steps ago, to go on at a lower rate;
+            ``"recovered"`` where it has left the plateau on which it was lost before, and the rate
+            is measured anew.
         """
         return self._heed(lambda: self._guard.observe(loss, same))
 
@@ -465,6 +473,15 @@ class CurvatureController:
         self._asked = state_dict["asked"]
         self.seconds = state_dict["seconds"]
         self._generator.set_state(state_dict["generator"].cpu())
+
+
+def _check_scheduler(scheduler: object) -> None:
+    if not isinstance(scheduler, BatchAwareLR):
+        msg = (
+            f"scheduler must be a BatchAwareLR, got {type(scheduler).__name__}; make one: "
+            "BatchAwareLR(optimizer, peak=1.0, shape=lambda o: CosineAnnealingLR(o, steps))"
+        )
+        raise TypeError(msg)
 
 
 def _check_total_steps(total_steps: int | None) -> None:

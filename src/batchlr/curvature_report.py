@@ -1,21 +1,22 @@
 """What a measurement of curvature says about any batch size."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from batchlr.curvature_noise import CurvatureNoise
 from batchlr.dataclass_files import load_dataclass, save_dataclass
 from batchlr.learning_rates import max_adam_lr, max_sgd_lr, paper_adam_lr, paper_sgd_lr
-from batchlr.lr_bound import LRBound, Rate, Rule
+from batchlr.lr_bound import LRBound, Rate, Rule, tabulated
 from batchlr.mean_square import Dynamics
 from batchlr.measured import Measured
 from batchlr.measurement.adam_curvature import AdamCurvature
+from batchlr.measurement.optimizer_state import Kind
 from batchlr.measurement.projected_curvature import MAX_GROUPS, ProjectedCurvature, RateEstimate
 
 _RULES = ("mean-square", "top-direction", "paper")
 _FORMAT = 5
+_PRINTED = (4, 16, 64, 256, 1024, 4096)  # batch sizes
 _MIN_BATCHES = 4  # assumed: below it the standard error of a variance says little
 
 
@@ -29,6 +30,8 @@ class CurvatureReport:
     Made by `measure_curvature` or `track_curvature`. Curvature has the unit loss / parameter^2,
     that is 1 / (learning rate of SGD); its noise is that of one sample, and a batch of ``B`` out of
     ``N`` has ``1/b = 1/B - 1/N`` of it.
+
+    ``print(report)`` shows the extremes and a table of maximal rates, which takes about a second.
     """
 
     largest: Measured  # lambda_1 of the mean over all dataset_size samples
@@ -36,8 +39,9 @@ class CurvatureReport:
     noise: CurvatureNoise
     kappa: float  # E lambda_1(H_B) = lambda_1 + kappa/b to second order; unit: curvature
     kappa_smallest: float  # the same of lambda_P, not positive
-    ritz_values: tuple[float, ...]  # descending, all of the Krylov space
-    ritz_weights: tuple[float, ...]  # of the spectrum at each; empty if the start was not random
+    ritz_values: tuple[float, ...] = field(repr=False)  # descending, all of the Krylov space
+    ritz_weights: tuple[float, ...] = field(repr=False)  # of the spectrum at each, or empty if the
+    # start was not random
     trace: Measured  # tr H, from random directions; NaN if not measured
     ggn_along_top: Measured  # v1' G v1 of the Gauss-Newton matrix, with residual; NaN likewise
     loss: float
@@ -57,10 +61,41 @@ class CurvatureReport:
     converged: bool
     num_products: int
     seconds: float
-    projected: ProjectedCurvature
+    projected: ProjectedCurvature = field(repr=False)
     gradient_norm: float = math.nan  # |g_B|, mean over the batches; NaN if not measured
     clip_norm: float | None = None  # at which training clips the gradient's norm; None: nowhere
     kinked: str | None = None  # name of the criterion if it is piecewise linear
+
+    def __str__(self) -> str:
+        rows = self._printed_rates()
+        rates = tabulated(rows) if rows[0] else "no curvature limits the rate"
+        return f"{self._extremes()}\n\n{rates}"
+
+    def _extremes(self) -> str:
+        """What was measured, and both ends of the spectrum, in words."""
+        ends = [("largest eigenvalue", self.largest), ("smallest", self.smallest)]
+        if self.adam is not None:
+            ends.append((f"largest with {self.adam.optimizer}'s preconditioner", self.adam.largest))
+        known = [f"{name} {value}" for name, value in ends if math.isfinite(value)]
+        lines = [
+            f"{self.num_params} parameters, {self.num_samples} of {self.dataset_size} samples in "
+            f"{self.num_batches} batches of {self.batch_size}, loss {self.loss:.4g}",
+            ", ".join(known),
+        ]
+        if self.largest > 0:
+            lines.append(f"critical batch size {self.critical_batch_size:.3g}")
+        return "\n".join(lines)
+
+    def _printed_rates(self) -> list[list[LRBound]]:
+        """A row for each batch size, in it the optimizers that were measured for."""
+        kinds: list[Kind] = []
+        followed = self.adam is not None and math.isnan(self.smallest)  # the plain matrix was not
+        if self.largest > 0 and not followed:
+            kinds.append("sgd")
+        if self.adam is not None and self.adam.largest > 0:
+            kinds.append(self.adam.optimizer)
+        sizes = [size for size in _PRINTED if size <= self.dataset_size] or [self.dataset_size]
+        return [[self.max_lr(size, optimizer=kind) for kind in kinds] for size in sizes]
 
     def inverse_effective_batch_size(self, batch_size: float) -> float:
         """``1/b = 1/B - 1/N``: what multiplies a per-sample variance.
@@ -135,7 +170,7 @@ class CurvatureReport:
 
     @property
     def critical_batch_size(self) -> float:
-        """``B*`` where ``kappa/b = lambda_1``: below it noise sets the edge, above it curvature.
+        """``B*`` where ``kappa/b = lambda_1``; below it noise sets the edge, above it curvature.
 
         NaN if ``lambda_1`` is not positive; at most the size of the data set.
         """
@@ -148,7 +183,7 @@ class CurvatureReport:
         self,
         batch_size: int,
         *,
-        optimizer: Literal["sgd", "adam", "rmsprop"] = "sgd",
+        optimizer: Kind = "sgd",
         momentum: float | None = None,
         rule: Rule = "mean-square",
     ) -> LRBound:

@@ -42,12 +42,12 @@ class SgdNoise:
 
     @property
     def ratio(self) -> float:
-        """``lr / ((1 - m) b)``: learning rate to batch size."""
+        """Learning rate to batch size, ``lr / ((1 - m) b)``."""
         return self.time_per_step * (1.0 / self.batch_size - 1.0 / self.dataset_size)
 
     @property
     def smith(self) -> float:
-        """``N`` times the ratio, ``lr (N/B - 1) / (1 - m)`` (Smith et al. 2018, arXiv:1711.00489).
+        """``N`` times the ratio, ``lr (N/B - 1) / (1 - m)`` (Smith et al. 2018, arXiv 1711.00489).
 
         Raises:
             ValueError: the setting does not know the size of the data set.

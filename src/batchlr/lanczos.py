@@ -1,6 +1,6 @@
 """Lanczos: an operator and a start vector become a small tridiagonal matrix."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -33,7 +33,7 @@ _A_BLOCK_S_VECTORS = 12
 
 @dataclass(frozen=True)
 class Tridiagonal:
-    """``A Q' = Q' T`` up to the last column, with ``T`` tridiagonal and the rows of ``Q`` basis.
+    """The ``T`` of ``A Q' = Q' T``, which holds up to the last column; ``Q`` has the basis in rows.
 
     After a breakdown (the start vector lies in an invariant subspace) ``m`` is the dimension of
     that subspace, smaller than asked for, and the relation is exact.
@@ -41,7 +41,8 @@ class Tridiagonal:
 
     diagonal: Tensor  # (m,) float64, on the operator's device
     off_diagonal: Tensor  # (m - 1,) float64, positive
-    basis: Tensor  # (m, P) orthonormal rows, the first the normalised start; (0, P) if not kept
+    # (m, P) orthonormal rows, the first the normalised start; (0, P) if not kept
+    basis: Tensor = field(repr=False)
     residual: Tensor  # () float64, the off-diagonal entry that would follow; 0 after a breakdown
 
     def eigh(self) -> tuple[Tensor, Tensor]:
@@ -57,13 +58,22 @@ class Eigenpairs:
     """Approximate eigenpairs at the ends of a spectrum, in descending order."""
 
     values: Tensor  # (k,) float64; (2k,) for which="both"
-    vectors: Tensor  # (P, k) orthonormal columns; (P, 0) if not asked for
+    vectors: Tensor = field(repr=False)  # (P, k) orthonormal columns; (P, 0) if not asked for
     residuals: Tensor  # (k,) norm of A v - value v
     bounds: Tensor  # (k,) certified: an eigenvalue lies within it; at most the residual
     errors: Tensor  # (k,) residual^2 / gap, at most the bound: an estimate
     num_products: int
     converged: bool
-    subspace: Subspace | None = None  # the whole Krylov space, if asked for
+    subspace: Subspace | None = field(default=None, repr=False)  # the whole Krylov space, if asked
+
+    def __str__(self) -> str:
+        end = "converged" if self.converged else "not converged"
+        lines = [
+            f"{value:>11.4g}  within {bound:.2g}, error about {error:.2g}"
+            for value, bound, error in zip(self.values, self.bounds, self.errors, strict=True)
+        ]
+        words = f"{len(lines)} eigenvalues of {len(self.vectors)}, {self.num_products} products"
+        return "\n".join([f"{words}, {end}", *lines])
 
 
 def lanczos(

@@ -18,7 +18,7 @@ from batchlr.operators.isolation import (
     unwrapped,
 )
 from batchlr.operators.parameters import named_trainable_parameters
-from batchlr.operators.supervised import LossFunction
+from batchlr.operators.supervised import LossFunction, check_loss_function
 from batchlr.operators.unsharded import unsharding
 
 _MULTIPLES = (0.0, 0.5, 1.0, 1.5, 2.0)  # assumed: both vertices of interest lie among them
@@ -44,7 +44,7 @@ class LossParabola:
 
 @dataclass(frozen=True)
 class ProbedLosses:
-    """Both batches along one step.
+    """Losses of the trained and of a held-out batch along one step.
 
     The vertex of ``own`` is ``g'g / (lr g'Hg)`` for SGD on a quadratic and says nothing of a useful
     rate: do not feed it to an optimizer. The mean vertex of ``held_out`` over many steps
@@ -75,6 +75,7 @@ class LossProbe:
             seed is 0.
 
     Raises:
+        TypeError: ``loss_fn`` is no function of model and batch.
         ValueError: there are fewer than four different multiples, or one is not finite.
     """
 
@@ -86,6 +87,7 @@ class LossProbe:
         norm_mode: NormMode = "train",
         generator: torch.Generator | None = None,
     ) -> None:
+        check_loss_function(loss_fn)
         if len(set(multiples)) < 4 or not all(map(math.isfinite, multiples)):
             msg = (
                 f"multiples must be at least four different finite numbers, got {list(multiples)}: "

@@ -1,12 +1,20 @@
 """A largest stable rate with its interval."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 Rule = Literal["mean-square", "top-direction", "paper"]
 
 _WIDEST = 50.0  # assumed: half an interval in the logarithm; nothing is known, nothing overflows
+
+
+_LIMITED = {
+    "noise": "limited by noise",
+    "transition": "limited by noise and curvature",
+    "curvature": "limited by curvature",
+}
 
 
 class Rate(NamedTuple):
@@ -23,7 +31,7 @@ class Rate(NamedTuple):
 class LRBound:
     """The largest stable learning rate at one batch size.
 
-    ``float(bound)`` is its value.
+    ``float(bound)`` is its value, ``print(bound)`` says in a line what it is.
     """
 
     value: float
@@ -40,6 +48,24 @@ class LRBound:
 
     def __float__(self) -> float:
         return self.value
+
+    def __str__(self) -> str:
+        doubt = "" if self.reliable else f"; not reliable: {'; '.join(self.reasons)}"
+        return (
+            f"{self.value:.3g} ({self.interval}) for {self.setting} at batch {self.batch_size}, "
+            f"{_LIMITED[self.regime]}{doubt}"
+        )
+
+    @property
+    def interval(self) -> str:
+        """Both ends of the interval, in words."""
+        return f"{self.low:.2g} to {self.high:.2g}"
+
+    @property
+    def setting(self) -> str:
+        """Optimizer and momentum, in words."""
+        name = "beta1" if self.optimizer == "adam" else "momentum"
+        return f"{self.optimizer}, {name} {self.momentum:g}"
 
     @staticmethod
     def of(
@@ -78,6 +104,27 @@ class LRBound:
             momentum=momentum,
             rule=rule,
         )
+
+
+def tabulated(rows: Sequence[Sequence[LRBound]]) -> str:
+    """A table: a row for each batch size, in it a bound for each optimizer; then what is doubtful.
+
+    Args:
+        rows: one or more, the same optimizers in each.
+    """
+    doubtful = any(not bound.reliable for row in rows for bound in row)
+    table = [["batch", *(word for bound in rows[0] for word in (bound.setting, "90 % interval"))]]
+    for row in rows:
+        mark = " *" if not all(bound.reliable for bound in row) else "  " * doubtful
+        rates = (word for bound in row for word in (f"{bound.value:.3g}", bound.interval))
+        table.append([f"{row[0].batch_size}{mark}", *rates])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "  ".join(word.rjust(width) for word, width in zip(words, widths, strict=True))
+        for words in table
+    ]
+    reasons = dict.fromkeys(reason for row in rows for bound in row for reason in bound.reasons)
+    return "\n".join([*lines, *(f"* {reason}" for reason in reasons)])
 
 
 def _regime(noise_share: float) -> Literal["noise", "transition", "curvature"]:

@@ -1,4 +1,4 @@
-"""How many samples a curvature measurement needs: the smallest subsample that is good enough."""
+"""How many samples a curvature measurement needs: a rule, or the smallest that is good enough."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,6 +14,26 @@ from batchlr.operators.base import BatchedOperator
 _FIRST = 4  # assumed: batches below which the scatter between them says nothing
 _SHARE = 0.5  # assumed: of the tolerance, what the eigensolver may use
 _CAUTION = 1.2  # assumed: more samples than the scatter asks for, for it is itself estimated
+_FEWEST = 64  # assumed: samples of a measurement while training, where half a batch has fewer
+_DISJOINT = 4  # batches that a measurement of curvature noise should have
+
+
+def samples_while_training(most: int, batch_size: int) -> int:
+    """No more than half a batch of ``batch_size``, or 64 if that is more; ``most`` at most.
+
+    Half as many cost half as much and train as well (measured: docs/log.md).
+    """
+    return min(most, max(batch_size // 2, _FEWEST))
+
+
+def disjoint_sizes(samples: int, pass_size: int) -> tuple[int, int]:
+    """Size and number of the batches: at least four, of at most ``pass_size``.
+
+    >>> disjoint_sizes(256, 32), disjoint_sizes(256, 128), disjoint_sizes(3, 32)
+    ((32, 8), (64, 4), (1, 3))
+    """
+    size = max(1, min(pass_size, samples // _DISJOINT))
+    return size, max(1, samples // size)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ with it. A batch is what one optimizer update sees, all devices and micro-batche
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -119,6 +120,58 @@ def rescale_adam(
     beta1, beta2 = betas
     root = math.sqrt(ratio)
     return AdamSettings(lr=lr * root, betas=(beta1**ratio, beta2**ratio), eps=eps / root)
+
+
+@dataclass(frozen=True)
+class BatchStage:
+    """A stretch of training at one batch size."""
+
+    batch_size: int
+    lr_factor: float  # of the first rate
+
+
+def batch_growth_for_decay(
+    lr_factors: Sequence[float], batch_size: int, *, max_batch_size: int, multiple_of: int = 1
+) -> list[BatchStage]:
+    """Grow the batch where a schedule would lower the rate (Smith et al. 2018, arXiv 1711.00489).
+
+    The noise of SGD goes as rate over batch size, so halving the one is doubling the other, in half
+    as many steps an epoch. From ``max_batch_size`` on the rate falls as the schedule says; the
+    ratio of rate to batch size is the schedule's throughout, sizes being rounded down and rates
+    made to fit. Factors above 1 (warm-up) leave the batch as it is. Count stages in epochs or
+    samples, for steps change their meaning, and keep batches well below the data (a tenth of them
+    at most, in the paper).
+
+    Args:
+        lr_factors: what the schedule multiplies the first rate by, a stage each (an epoch, say).
+        batch_size: of the schedule.
+        max_batch_size: never exceeded.
+        multiple_of: every batch size is.
+
+    Raises:
+        ValueError: a factor is not positive, or sizes do not fit together.
+
+    >>> for stage in batch_growth_for_decay([1.0, 0.2, 0.04], 128, max_batch_size=1024):
+    ...     print(stage)
+    BatchStage(batch_size=128, lr_factor=1.0)
+    BatchStage(batch_size=640, lr_factor=1.0)
+    BatchStage(batch_size=1024, lr_factor=0.32)
+    """
+    _require_positive(batch_size=batch_size, multiple_of=multiple_of)
+    if batch_size % multiple_of or max_batch_size < batch_size:
+        message = (
+            f"batch_size {batch_size} must be a multiple of {multiple_of} and not above "
+            f"max_batch_size {max_batch_size}"
+        )
+        raise ValueError(message)
+    stages = []
+    for factor in lr_factors:
+        _require_positive(lr_factor=factor)
+        wanted = min(max_batch_size, batch_size / min(factor, 1.0))
+        # A hair's breadth, lest 128 / 0.2 be 639.
+        size = max(batch_size, int(wanted / multiple_of + 1e-9) * multiple_of)
+        stages.append(BatchStage(size, factor * size / batch_size))
+    return stages
 
 
 def _critical(rule: str, critical_batch_size: float | None) -> float:

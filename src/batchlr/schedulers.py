@@ -15,12 +15,12 @@ ShapeFactory = Callable[[Optimizer], LRScheduler]
 
 
 class BatchAwareLR(LRScheduler):
-    """Sets ``lr_g = peak * ratio_g * shape_g(t)`` in every parameter group ``g``.
+    """A torch scheduler whose peak can move: ``lr_g = peak * ratio_g * shape_g(t)``.
 
-    The shape is any torch scheduler, run on a private optimizer whose rates are 1, so that a new
-    peak takes effect exactly, whatever the shape; patching a torch scheduler's rates from outside
-    is undone or distorted by half of them. ``ratio_g`` is the group's rate over the largest one,
-    as the optimizer was configured.
+    ``g`` is a parameter group. The shape is any torch scheduler, run on a private optimizer whose
+    rates are 1, so that a new peak takes effect exactly, whatever the shape; patching a torch
+    scheduler's rates from outside is undone or distorted by half of them. ``ratio_g`` is the
+    group's rate over the largest one, as the optimizer was configured.
 
     Args:
         optimizer: its groups' rates give the ratios; they are then set to ``peak``'s.
@@ -31,6 +31,7 @@ class BatchAwareLR(LRScheduler):
         batch_size: of the optimizer's steps, needed by `set_batch_size` only.
 
     Raises:
+        TypeError: ``shape`` is no function.
         ValueError: ``peak`` is not positive, or all of the optimizer's rates are zero.
 
     >>> weight = torch.nn.Parameter(torch.zeros(1))
@@ -60,6 +61,12 @@ class BatchAwareLR(LRScheduler):
                 "to any positive number, its value does not matter"
             )
             raise ValueError(msg)
+        if shape is not None and not callable(shape):
+            msg = (
+                f"shape must be a function that makes the scheduler, got a {type(shape).__name__}: "
+                "pass lambda o: CosineAnnealingLR(o, steps), say"
+            )
+            raise TypeError(msg)
         self._ratios = [rate / max(rates) for rate in rates]
         self._peak = _positive("peak", peak)
         self._batch_size = batch_size

@@ -1,7 +1,7 @@
 """Stochastic Lanczos quadrature: an operator becomes its spectral measure."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -37,12 +37,22 @@ class SpectralMeasure:
     standard deviation over probes is ``sqrt(2)``), so moments of spiked matrices need several.
     """
 
-    nodes: Tensor  # (n,) float64 Ritz values of all probes
-    weights: Tensor  # (n,) float64 Gauss weights, their sum is 1
-    probes: Tensor  # (n,) int64, the probe each node belongs to
+    nodes: Tensor = field(repr=False)  # (n,) float64 Ritz values of all probes
+    weights: Tensor = field(repr=False)  # (n,) float64 Gauss weights, their sum is 1
+    probes: Tensor = field(repr=False)  # (n,) int64, the probe each node belongs to
     num_products: int
     size: int | None = None  # P
-    residuals: Tensor | None = None  # (n,) norms of A v - node v, v the node's Ritz vector
+    # (n,) norms of A v - node v, v the node's Ritz vector
+    residuals: Tensor | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        size = "" if self.size is None else f" of {self.size} eigenvalues"
+        return (
+            f"spectrum{size}: from {float(self.nodes.min()):.4g} to {float(self.nodes.max()):.4g}, "
+            f"mean {Measured(self.mean, self.mean_stderr)}, mean square "
+            f"{Measured(self.second_moment, self.second_moment_stderr)}; {len(self.nodes)} nodes "
+            f"of {self.num_probes} probes, {self.num_products} products"
+        )
 
     @property
     def num_probes(self) -> int:

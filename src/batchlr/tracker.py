@@ -1,7 +1,7 @@
 """Following the edges of the spectrum along training, at one to three products an update."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
 import torch
@@ -40,7 +40,8 @@ class TrackedEdge:
     value: float  # Rayleigh quotient of `vector`: never beyond the true edge
     residual: float  # |A v - value v|: certified, some eigenvalue lies within it of the value
     error: float  # an estimate of the order of residual^2 / gap, at most the residual
-    vector: Tensor  # (P,) of unit norm; the tracker's own until its next update: do not change it
+    # (P,) of unit norm; the tracker's own until its next update: do not change it
+    vector: Tensor = field(repr=False)
 
     @property
     def measured(self) -> Measured:
@@ -57,7 +58,8 @@ class TrackedCurvature:
     num_products: int
     converged: bool  # every tracked end's error is within the tolerance
     fell_back: bool  # it took more products than a warm update may, as the first always does
-    subspace: Subspace | None = None  # with noise: each batch's own matrix on the space searched
+    # with noise: each batch's own matrix on the space searched
+    subspace: Subspace | None = field(default=None, repr=False)
     noise: DirectionalNoise | None = None  # with noise: along the top vector
 
 

@@ -60,3 +60,9 @@ def test_dropout_draws_anew_for_each_sample():
     x, y = torch.ones(2, 1), torch.zeros(2, dtype=torch.long)
     first, second = sample_gradients(model, LOSS, (x, y))[0]
     assert not torch.equal(first, second)
+
+
+def test_a_criterion_in_place_of_a_loss_is_refused():
+    model, x, y = problem()
+    with pytest.raises(TypeError, match=r"CrossEntropyLoss, .* batchlr\.supervised\(criterion\)"):
+        sample_gradients(model, nn.CrossEntropyLoss(), (x, y))

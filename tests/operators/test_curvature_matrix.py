@@ -678,8 +678,40 @@ class TestRefuses:
     @each_kind
     def test_a_model_without_trainable_parameters(self, kind, model, batches):
         model.requires_grad_(False)
-        with pytest.raises(ValueError, match=r"no trainable parameters \(6 frozen\)"):
+        with pytest.raises(ValueError, match=r"no trainable parameters \(6 frozen\); set requires"):
             KINDS[kind](model, CROSS_ENTROPY, batches)
+        with pytest.raises(ValueError, match=r"parameters \(0 frozen\), nor any other"):
+            KINDS[kind](nn.ReLU(), CROSS_ENTROPY, batches)
+
+    @each_kind
+    def test_arguments_in_another_order(self, kind, model, batches):
+        with pytest.raises(
+            TypeError, match=r"must be a torch\.nn\.Module, got Supervised.*order of"
+        ):
+            KINDS[kind](CROSS_ENTROPY, model, batches)
+
+    @each_kind
+    def test_a_criterion_in_place_of_a_loss(self, kind, model, batches):
+        with pytest.raises(TypeError, match=r"batchlr\.supervised\(criterion\)"):
+            KINDS[kind](model, nn.CrossEntropyLoss(), batches)
+
+    def test_a_loss_of_outputs_and_targets_gets_a_note(self, model, batches):
+        """What kind of function it is, only the call shows."""
+        operator = HessianOperator(model, lambda x, y: F.cross_entropy(model(x), y), batches)
+        with pytest.raises(AttributeError, match="'MLP' object has no attribute") as caught:
+            operator.loss()
+        (note,) = caught.value.__notes__
+        assert note.startswith("the loss was called as loss_fn(model, batch); ")
+
+    def test_a_mistake_inside_the_model_gets_none(self, batches):
+        class Broken(nn.Linear):
+            def forward(self, x):
+                return super().forward(x, 1)
+
+        operator = HessianOperator(Broken(6, 3), CROSS_ENTROPY, batches)
+        with pytest.raises(TypeError, match="forward") as caught:
+            operator.loss()
+        assert not hasattr(caught.value, "__notes__")
 
     @each_kind
     def test_a_frozen_parameter_of_another_dtype_is_no_obstacle(self, kind):

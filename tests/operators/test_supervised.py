@@ -1,4 +1,5 @@
 from collections import UserDict, namedtuple
+from functools import partial
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from batchlr import supervised
-from batchlr.operators.supervised import piecewise_linear, split_batch
+from batchlr.operators.supervised import check_loss_function, piecewise_linear, split_batch
 
 X, Y = torch.arange(6.0).reshape(3, 2), torch.tensor([0, 1, 0])
 
@@ -38,6 +39,41 @@ class TestPiecewiseLinear:
 
     def test_sees_nothing_inside_a_function(self):
         assert piecewise_linear(lambda model, batch: F.l1_loss(model(X), Y)) is None
+
+
+class TestCheckLossFunction:
+    @pytest.mark.parametrize(
+        ("criterion", "name"),
+        [
+            (nn.CrossEntropyLoss(), "CrossEntropyLoss"),
+            (nn.TripletMarginLoss(), "TripletMarginLoss"),
+            (F.cross_entropy, "cross_entropy"),
+            (partial(F.cross_entropy, label_smoothing=0.1), "cross_entropy"),
+            (F.mse_loss, "mse_loss"),
+        ],
+    )
+    def test_names_the_way_from_a_criterion_to_a_loss(self, criterion, name):
+        words = (
+            rf"loss_fn must be a function of \(model, batch\) .* got the criterion {name}, .* "
+            r"pass batchlr\.supervised\(criterion\)"
+        )
+        with pytest.raises(TypeError, match=words):
+            check_loss_function(criterion)
+
+    def test_refuses_what_is_no_function(self):
+        with pytest.raises(TypeError, match="that returns the mean loss, got float"):
+            check_loss_function(0.5)
+
+    @pytest.mark.parametrize(
+        "loss_fn",
+        [
+            supervised(nn.CrossEntropyLoss()),
+            lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
+            nn.Module(),  # with a forward of model and batch, say
+        ],
+    )
+    def test_takes_what_may_be_a_loss(self, loss_fn):
+        check_loss_function(loss_fn)
 
 
 class TestSupervised:
@@ -107,8 +143,8 @@ class TestSplitBatch:
 
     @pytest.mark.parametrize("batch", [X, (X,), (X, Y, Y), "xy", None])
     def test_refuses_anything_else(self, batch):
-        name = type(batch).__name__
-        with pytest.raises(TypeError, match=rf"got {name}( \(one .*\))?; otherwise write"):
+        more = r"( of [13]| \(one batch .*\))?"
+        with pytest.raises(TypeError, match=f"got {type(batch).__name__}{more}; otherwise"):
             split_batch(batch)
 
 

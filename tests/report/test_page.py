@@ -1,5 +1,6 @@
 """The page as a whole: well formed, self-contained, escaped, and true to the folder."""
 
+import json
 import re
 from html import escape
 from html.parser import HTMLParser
@@ -91,12 +92,13 @@ def test_a_real_run_becomes_a_page(trained):
 
 
 def test_a_real_measurement_becomes_a_page(tmp_path):
-    measure_rates(tiny(tmp_path), out=tmp_path / "out")
-    text = checked(write_report(tmp_path / "out", tmp_path / "new" / "page.html"))
+    out = tmp_path / "out"
+    measure_rates(tiny(tmp_path), out=out)
+    text = checked(write_report(out, tmp_path / "new" / "page.html"))
     assert "Measured, not trained." in text
     assert "Rates by batch size" in text
-    assert "batchlr lr CONFIG.yaml --out " in text
-    assert "CONFIG.yaml stands for the configuration that was given" in text
+    assert f"batchlr lr {out / 'config.yaml'} --out {out}-again" in text
+    assert "CONFIG.yaml" not in text
     (tmp_path / "out" / "curvature" / "rates.json").unlink()  # a report saved by hand
     text = checked(write_report(tmp_path / "out"))
     assert "critical batch size" in text
@@ -167,3 +169,20 @@ def test_the_page_goes_into_a_file(tmp_path):
         ValueError, match=r"out must be a file, .* is a folder; give .*report\.html"
     ):
         write_report(folder, tmp_path)
+
+
+def test_a_measurement_at_checkpoints_is_made_again_there(tmp_path):
+    folder = write_measurements(write_run(tmp_path, summary=None, steps=None))
+    environment = {"checkpoints": ["a b.pt", "c.pt"]}
+    (folder / "env.json").write_text(json.dumps(environment))
+    text = checked(write_report(folder))
+    assert (
+        f"batchlr spectrum {folder / 'config.yaml'} --out {folder}-again --checkpoint 'a b.pt' "
+        "--checkpoint c.pt" in text
+    )
+
+
+def test_what_was_measured_in_the_folder_of_a_run_had_settings_of_its_own(tmp_path):
+    text = checked(write_report(write_measurements(write_run(tmp_path))))
+    assert "batchlr lr CONFIG.yaml --out " in text
+    assert "CONFIG.yaml stands for the configuration that was given" in text

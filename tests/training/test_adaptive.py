@@ -338,7 +338,7 @@ def test_a_checkpoint_that_counted_batches_is_read_in_samples():
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ([adaptive(max_size=47)], "max_size must be at least global_size 48"),
+        ([adaptive(max_size=47)], "max_size: must be at least batch.global_size 48, got 47"),
         (["batch.adaptive={tolerance: 1}"], "batch.adaptive.max_size: is required and missing"),
         (["batch.adaptive=true"], "batch.adaptive: must be a mapping of keys, got true"),
         ([adaptive(smothing=0.5)], "smothing: unknown key; did you mean 'smoothing'"),
@@ -346,14 +346,20 @@ def test_a_checkpoint_that_counted_batches_is_read_in_samples():
         ([adaptive(tolerance=0)], "tolerance: must be a number above 0, got 0"),
         ([adaptive(max_growth=1)], "must be a number above 1, or null, got 1"),
         ([adaptive(groups=1)], "groups: must be a whole number of at least 2, got 1"),
-        ([adaptive(rate="linear"), "optim.lr=auto"], "adaptive.rate must be auto when optim.lr is"),
+        (
+            [adaptive(rate="linear"), "optim.lr=auto"],
+            "batch.adaptive.rate: must be auto when optim.lr is auto: the rate keeps to the "
+            "measured limit, got 'linear'",
+        ),
         (
             [adaptive(), "optim.lr=auto", "curvature.policy=cdat"],
-            "policy must be mean_square, edge or heavy_ball with batch.adaptive",
+            "curvature.policy: must be mean_square, edge or heavy_ball with batch.adaptive: no "
+            "other says what a larger batch changes, got 'cdat'",
         ),
         (
             [adaptive(), "curvature={measure: true, every_epochs: 1}"],
-            "every_epochs must be null with batch.adaptive",
+            "curvature.every_epochs: must be null with batch.adaptive, where epochs differ in "
+            "steps, got 1",
         ),
     ],
 )

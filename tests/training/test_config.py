@@ -102,7 +102,10 @@ def test_memory_is_given_in_bytes_or_with_a_unit(write, text, size):
         ("curvature: {safety: 0}", "curvature.safety: must be a number in (0, 1], got 0"),
         ("curvature: {tolerance: 1}", "tolerance: must be a number in (0, 1), got 1"),
         ("curvature: {measure: 2}", "curvature.measure: must be true, false or null, got 2"),
-        ("curvature: {measure: false}", "measure must not be false when optim.lr is auto"),
+        (
+            "curvature: {measure: false}",
+            "1:13: curvature.measure: must not be false when optim.lr is auto, got false",
+        ),
         (
             "curvature: {policy: paper}",
             "curvature.policy: must be mean_square, edge, heavy_ball, cdat, paper_sgd, "
@@ -124,7 +127,8 @@ def test_memory_is_given_in_bytes_or_with_a_unit(write, text, size):
         ("curvature: {fixed_samples: 1}", "fixed_samples: must be true or false, got 1"),
         (
             "{optim: {name: adamw}, curvature: {policy: paper_nesterov}}",
-            "policy must be mean_square, edge or cdat for adamw; paper_nesterov is sgd's",
+            "curvature.policy: must be mean_square, edge or cdat when optim.name is adamw: the "
+            "others set the momentum of sgd, got 'paper_nesterov'",
         ),
         ("spectrum: {matrix: fisher}", "spectrum.matrix: must be hessian, ggn or residual, got"),
         ("spectrum: {steps: 0}", "spectrum.steps: must be a whole number of at least 1, got 0"),

@@ -309,6 +309,18 @@ def test_a_model_that_normalises_over_batches_is_measured_at_each_size(tmp_path,
     assert len(training.measured) == 1
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_the_table_says_what_a_limit_means_with_batch_norm(tmp_path, training, capsys, mode):
+    """Training runs in train mode whatever the measurement does."""
+    note = "train-mode batch norm: the weights' scale drops out of the function"
+    config = tiny(tmp_path, *NETWORKS["batch norm"], f"curvature.norm_mode={mode}")
+    sweep(config, out=tmp_path / "a", **FEW | {"batch_sizes": (8,)})
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if note in line]
+    assert line.endswith("(1.5 to 95 times it on PreResNet-8: docs/learning_rate_law.md)")
+    sweep(tiny(tmp_path), out=tmp_path / "b", **FEW | {"batch_sizes": (8,)})
+    assert note not in capsys.readouterr().out
+
+
 def test_finished_cells_are_kept(tmp_path, training, monkeypatch):
     config, out = tiny(tmp_path), tmp_path / "out"
     first = sweep(config, out=out, **FEW)
@@ -402,7 +414,8 @@ def test_a_checkpoint_is_where_it_starts(tmp_path, training, monkeypatch):
 def test_the_table_marks_what_is_not_reliable_and_what_did_not_diverge(capsys, tmp_path):
     cell = SweepCell("sgd", 8, 0.9, 0.2, 0.1, 0.4, "noise", True, (), 0.05, 0.3, 0.35, 200)
     doubtful = replace(cell, batch_size=16, reliable=False, reasons=("because",), diverged=math.inf)
-    module._print(module.Console(width=40), [cell, doubtful, doubtful], tmp_path)
+    cells = [cell, doubtful, doubtful]
+    module._print(module.Console(width=40), cells, tmp_path, normalised=False)
     text = capsys.readouterr().out
     rows = [line.split() for line in text.splitlines() if line.strip().startswith("sgd")]
     assert rows[0] == ["sgd", "8", "0.2", "0.1", "..", "0.4", "0.3", "1.50", "0.05"]

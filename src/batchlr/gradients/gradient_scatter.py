@@ -40,13 +40,13 @@ class GradientScatter:
 
     @property
     def inverse_size(self) -> float:
-        """``1/b = 1/B - 1/N``: the variance of ``g`` is ``trace / b``, none at ``B = N``."""
+        """``1/b = 1/B - 1/N``; the variance of ``g`` is ``trace / b``, none at ``B = N``."""
         unseen = 0.0 if self.dataset_size is None else 1 / self.dataset_size
         return max(0.0, 1 / self.batch_size - unseen)
 
     @property
     def mean_square(self) -> float:
-        """``|G|^2``, unbiased: ``|g|^2 - trace / b``; zero or negative where noise dominates."""
+        """``|G|^2 = |g|^2 - trace / b``, unbiased; zero or negative where noise dominates."""
         return self.square_norm - self.trace * self.inverse_size
 
     @property
@@ -72,7 +72,7 @@ class GradientScatter:
 def scatter_of_gradients(
     gradients: Sequence[Tensor], *, group_size: int = 1, dataset_size: int | None = None
 ) -> GradientScatter:
-    """All of them, from the gradients themselves through their Gram matrix ``(J, J)``.
+    """Norm and noise of a batch's gradient, from gradients of its parts: their Gram matrix.
 
     Args:
         gradients: one tensor ``(J, ...)`` a parameter, as of `sample_gradients`.

@@ -7,7 +7,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_map
 
 from batchlr.operators.parameters import named_trainable_parameters
-from batchlr.operators.supervised import LossFunction
+from batchlr.operators.supervised import LossFunction, check_loss_function
 
 
 def sample_gradients(
@@ -26,8 +26,10 @@ def sample_gradients(
         chunk_size: samples differentiated at a time; None is all.
 
     Raises:
+        TypeError: ``loss_fn`` is no function of model and batch.
         ValueError: batch statistics make the samples' gradients undefined.
     """
+    check_loss_function(loss_fn)
     _check_norms(model)
     named = named_trainable_parameters(model)
     loss = _Loss(model, loss_fn)

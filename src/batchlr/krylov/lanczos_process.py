@@ -1,7 +1,7 @@
 """The Lanczos recurrence, one product a step, with thick restarts."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, final
 
 import torch
@@ -31,8 +31,8 @@ class Subspace:
 
     values: Tensor  # (m,) float64, descending Ritz values
     weights: Tensor  # (m,) float64, squared overlaps of the Ritz vectors with the start; sum to 1
-    matrices: Tensor  # (K, m, m) float64, one a batch
-    basis: KrylovBasis  # of the Ritz vectors
+    matrices: Tensor = field(repr=False)  # (K, m, m) float64, one a batch
+    basis: KrylovBasis = field(repr=False)  # of the Ritz vectors
 
     @property
     def axes(self) -> Tensor:

@@ -32,12 +32,12 @@ class AdamCurvature:
     converged: bool
     source: Literal["state", "gradients"]  # of v: the optimizer's state, or batch gradients
     batch_sizes: tuple[float, ...]  # (G,) ascending, the last that of the data set, N
-    projected: ProjectedCurvature
-    metrics: npt.NDArray[np.float64] = field(compare=False)  # (G, m, m)
+    projected: ProjectedCurvature = field(repr=False)
+    metrics: npt.NDArray[np.float64] = field(compare=False, repr=False)  # (G, m, m)
     optimism: tuple[float, ...]  # (G,) the factor of `selection_bias` that ``metrics`` hold
     optimizer: Literal["adam", "rmsprop"] = "adam"  # whose v it is
     # (G, groups, m, m), the same without each group of batches in turn; None if not measured
-    metrics_without: npt.NDArray[np.float64] | None = field(default=None, compare=False)
+    metrics_without: npt.NDArray[np.float64] | None = field(default=None, compare=False, repr=False)
 
     @property
     def total(self) -> float:

@@ -83,7 +83,13 @@ class CurvaturePoint:
             raise ValueError(msg)
         loss = float(operator.loss())
         if not math.isfinite(loss):
-            msg = f"the loss is {loss} on the batches given; curvature has no meaning there"
+            whole = all(bool(p.isfinite().all()) for p in operator.parameters)
+            way_out = (
+                "the weights are finite: look at inputs and targets"
+                if whole
+                else "some weights are not finite, either: go back to earlier ones"
+            )
+            msg = f"the loss is {loss} on the batches given: curvature has no meaning; {way_out}"
             raise ArithmeticError(msg)
         ratios = rate_ratios(model, optimizer)
         seen: BatchedOperator = operator

@@ -26,7 +26,10 @@ def optimizer_kind(optimizer: Optimizer) -> Kind | None:
         ValueError: no learning rate is known for the optimizer, or not for these options of it.
     """
     if isinstance(optimizer, str) and optimizer not in ("sgd", "adam", "rmsprop"):
-        msg = f"optimizer must be 'sgd', 'adam', 'rmsprop' or a torch optimizer, got {optimizer!r}"
+        msg = (
+            "optimizer must be 'sgd', 'adam' (for AdamW, too), 'rmsprop' or a torch optimizer, got "
+            f"{optimizer!r}"
+        )
         raise ValueError(msg)
     if optimizer is None or isinstance(optimizer, str):
         return optimizer
@@ -37,9 +40,14 @@ def optimizer_kind(optimizer: Optimizer) -> Kind | None:
         return "rmsprop"
     if isinstance(optimizer, torch.optim.SGD):
         return "sgd"
+    name = (
+        f"the class {optimizer.__name__}"
+        if isinstance(optimizer, type)
+        else type(optimizer).__name__
+    )
     msg = (
         f"learning rates are known for SGD, Adam, AdamW and RMSprop, got "
-        f"{type(optimizer).__name__}; pass optimizer='sgd', 'adam' or 'rmsprop' for the nearest one"
+        f"{name}; pass optimizer='sgd', 'adam' or 'rmsprop' for the nearest one"
     )
     raise ValueError(msg)
 
@@ -136,7 +144,11 @@ def second_moments(model: nn.Module, optimizer: Optimizer) -> SecondMoments | No
 
 
 def rate_ratios(model: nn.Module, optimizer: Optimizer) -> Tensor | None:
-    """Each parameter's rate over the largest ``(P,)``; None if all are equal."""
+    """Each parameter's rate over the largest ``(P,)``; None if all are equal.
+
+    Raises:
+        ValueError: the optimizer has none of the parameters.
+    """
     if not isinstance(optimizer, torch.optim.Optimizer):
         return None
     rates = {
@@ -145,6 +157,12 @@ def rate_ratios(model: nn.Module, optimizer: Optimizer) -> Tensor | None:
         for p in group["params"]
     }
     parameters = trainable_parameters(model)
+    if not any(id(original(p)) in rates for p in parameters):
+        msg = (
+            f"the optimizer has none of the model's {len(parameters)} trainable parameters: make "
+            "it of model.parameters(), or measure for optimizer='sgd', 'adam' or 'rmsprop'"
+        )
+        raise ValueError(msg)
     own = [rates.get(id(original(p)), 0.0) for p in parameters]
     largest = max(own, default=0.0)
     if largest <= 0 or all(rate == largest for rate in own):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple, final
 
@@ -64,11 +64,13 @@ class ProjectedCurvature:
     """
 
     values: Array  # (m,) descending Ritz values, diagonal of the mean
-    matrices: Array  # (K, m, m)
-    samples: tuple[float, ...]  # of each batch
+    matrices: Array = field(repr=False)  # (K, m, m)
+    samples: tuple[float, ...] = field(repr=False)  # of each batch
     leak_largest: Measured  # per-sample variance of H_i v_1 outside the axes; unit: curvature^2
     leak_smallest: Measured  # the same of v_m; NaN if not measured
-    leaks: Array | None = None  # (m,) the same of every axis; None: as of v_1, by curvature
+    leaks: Array | None = field(
+        default=None, repr=False
+    )  # (m,) the same of every axis; None: as of v_1, by curvature
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ProjectedCurvature) and (

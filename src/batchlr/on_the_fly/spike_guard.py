@@ -30,7 +30,14 @@ class SpikeGuard:
     pending: list[Tensor] = field(default_factory=list)
 
     def observe(self, loss: Tensor) -> bool:
-        """Take note of a step's loss ``()``; True if it completes a spike."""
+        """Take note of a step's loss ``()``; True if it completes a spike.
+
+        Raises:
+            TypeError: it is no tensor.
+        """
+        if not isinstance(loss, Tensor):
+            msg = f"the loss must be a tensor (), got {type(loss).__name__}: pass it without item()"
+            raise TypeError(msg)
         loss = loss.detach()
         self.pending = [*(other.to(loss.device) for other in self.pending), loss]
         if len(self.pending) < _LOOK_EVERY:

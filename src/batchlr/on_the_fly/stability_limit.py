@@ -51,6 +51,9 @@ class StabilityLimit:
         clip_norm: at which training clips.
         rule: of `CurvatureReport.max_lr`.
         generator: for start vectors.
+
+    Raises:
+        ValueError: ``batch_size`` is not in [1, dataset_size].
     """
 
     def __init__(
@@ -68,6 +71,9 @@ class StabilityLimit:
         rule: Rule,
         generator: torch.Generator,
     ) -> None:
+        if batch_size is not None and not 1 <= batch_size <= dataset_size:
+            msg = f"batch_size must lie in [1, {dataset_size}], got {batch_size}"
+            raise ValueError(msg)
         self.batch_size = batch_size
         self.last: CurvatureReport | None = None
         self.num_products = 0

@@ -62,7 +62,7 @@ def count_samples(batch: Any) -> int:
         )
         raise TypeError(msg)
     if not shape or shape[0] == 0:
-        msg = f"a batch needs at least one sample along dimension 0, got {shape}"
+        msg = f"a batch needs at least one sample along dimension 0, got a tensor of shape {shape}"
         raise ValueError(msg)
     return shape[0]
 
@@ -147,7 +147,10 @@ def recut(batches: Sequence[Any], batch_size: int) -> list[Any]:
     whole = join(batches)
     total = count_samples(whole)
     if not 1 <= batch_size <= total:
-        msg = f"batch_size must lie in [1, {total}], the number of samples given, got {batch_size}"
+        msg = (
+            f"batch_size must lie in [1, {total}], the number of samples given, got {batch_size}; "
+            "pass more batches"
+        )
         raise ValueError(msg)
     starts = [k * batch_size for k in range(total // batch_size)]
     ends = [*starts[1:], total]

@@ -21,10 +21,16 @@ from batchlr.operators.isolation import (
     unwrapped,
 )
 from batchlr.operators.isolation import NormMode as NormMode
-from batchlr.operators.parameters import Adder, common_dtype, named_trainable_parameters, split_like
+from batchlr.operators.parameters import (
+    Adder,
+    check_module,
+    common_dtype,
+    named_trainable_parameters,
+    split_like,
+)
 from batchlr.operators.repetition import RepetitionCheck
 from batchlr.operators.second_order import torchs_own_layers
-from batchlr.operators.supervised import LossFunction
+from batchlr.operators.supervised import LossFunction, SupervisedLoss, check_loss_function
 from batchlr.operators.unsharded import check_whole
 
 
@@ -39,6 +45,12 @@ class CurvatureOptions(TypedDict, total=False):
     micro_batch: int | None
     offload: bool
     self_check: bool
+
+
+_CALLED = (
+    "the loss was called as loss_fn(model, batch); if it is a function of outputs and targets, "
+    "pass batchlr.supervised(criterion)"
+)
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,7 @@ class CurvatureMatrix(BatchedOperator):
             that of the last time it was recorded. It takes no product.
 
     Raises:
+        TypeError: ``model`` is no module, or ``loss_fn`` no function of model and batch.
         ValueError: no batches or all of weight zero, no trainable parameters or sharded ones, a
             loss that is not a scalar, ``norm_mode`` missing, or another option illegal.
         ArithmeticError: in a product, if ``self_check`` finds it inconsistent.
@@ -112,6 +125,8 @@ class CurvatureMatrix(BatchedOperator):
         offload: bool = False,
         self_check: bool = True,
     ) -> None:
+        check_module(model)
+        check_loss_function(loss_fn)
         model = unwrapped(model)
         check_whole(model)
         named = named_trainable_parameters(model)
@@ -257,7 +272,12 @@ class CurvatureMatrix(BatchedOperator):
     @final
     def _evaluate(self, function: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:
         """``function(model, batch)``, checked to be a tensor."""
-        result = function(self._model, batch)
+        try:
+            result = function(self._model, batch)
+        except (TypeError, AttributeError) as error:
+            if not isinstance(self._loss_fn, SupervisedLoss):
+                error.add_note(_CALLED)
+            raise
         if not isinstance(result, Tensor):
             msg = f"the loss function must return a tensor, got {type(result).__name__}"
             raise TypeError(msg)

@@ -15,6 +15,7 @@ from batchlr.operators.graphs import Recording
 from batchlr.operators.hessian import check_scalar
 from batchlr.operators.isolation import forked_random_state, swapped_parameters
 from batchlr.operators.linear_pass import linear_pass
+from batchlr.operators.parameters import check_module
 from batchlr.operators.second_order import torchs_own_layers
 from batchlr.operators.supervised import SupervisedLoss
 
@@ -29,7 +30,7 @@ _Push = Callable[[Sequence[Tensor], Sequence[int]], Tensor | None]
 
 @final
 class GGNOperator(CurvatureMatrix):
-    """``G = J' S J``: ``J`` of the network's outputs, ``S`` the loss's Hessian in the outputs.
+    """Gauss-Newton matrix ``J' S J``: ``J`` of the outputs, ``S`` the loss's Hessian in them.
 
     Positive semi-definite for convex losses (Schraudolph 2002). Arguments and guarantees are those
     of `CurvatureMatrix`; ``loss_fn`` must be split into outputs and loss, as `supervised` does. If
@@ -50,6 +51,7 @@ class GGNOperator(CurvatureMatrix):
         batches: Sequence[Any],
         **options: Unpack[CurvatureOptions],
     ) -> None:
+        check_module(model)
         if not (hasattr(loss_fn, "outputs") and hasattr(loss_fn, "loss")):
             msg = (
                 "the Gauss-Newton matrix needs the loss in two halves, outputs(model, batch) and "

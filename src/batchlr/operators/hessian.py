@@ -12,7 +12,7 @@ from batchlr.operators.graphs import Recording, check_differentiable
 
 @final
 class HessianOperator(CurvatureMatrix):
-    """``H = d^2 L / dw^2`` by reverse over reverse (Pearlmutter 1994).
+    """Hessian ``H = d^2 L / dw^2`` of the mean loss, by reverse over reverse (Pearlmutter 1994).
 
     Arguments and guarantees are those of `CurvatureMatrix`. A product costs 1.3-2.2 gradients of
     the same batches once their graphs are kept, about one more where they are not.

@@ -7,6 +7,16 @@ import torch
 from torch import Tensor, nn
 
 
+def check_module(model: object) -> None:
+    """Raise TypeError unless ``model`` is one."""
+    if not isinstance(model, nn.Module):
+        msg = (
+            f"model must be a torch.nn.Module, got {type(model).__name__}; the order of arguments "
+            "is model, loss_fn, batches"
+        )
+        raise TypeError(msg)
+
+
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters a curvature matrix is about, in its order; shared ones once.
 
@@ -21,10 +31,8 @@ def named_trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         frozen = sum(1 for _ in model.parameters())
-        msg = (
-            f"the model has no trainable parameters ({frozen} frozen); "
-            "set requires_grad=True on the ones to measure"
-        )
+        way_out = "; set requires_grad=True on the ones to measure" if frozen else ", nor any other"
+        msg = f"the model has no trainable parameters ({frozen} frozen){way_out}"
         raise ValueError(msg)
     odd = [name for name, p in parameters.items() if p.is_complex()]
     if odd:

@@ -59,7 +59,7 @@ class CheapSecondDerivatives(TorchFunctionMode):
 def _call(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     if is_convolution(func):
         return convolve(func, *args, **kwargs)
-    own: Callable[..., Any] = _OWN[func] if func in _OWN else func
+    own: Callable[..., Any] = _OWN.get(func, func)
     return own(*args, **kwargs)
 
 

@@ -1,6 +1,7 @@
 """Losses in the form ``loss_fn(model, batch) -> scalar``."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, final
 
 from torch import Tensor, nn
@@ -116,6 +117,27 @@ def supervised(
     return SupervisedLoss(criterion, weight=weight)
 
 
+def check_loss_function(loss_fn: object) -> None:
+    """Refuse what cannot be called as ``loss_fn(model, batch)``, so far as one can tell.
+
+    Raises:
+        TypeError: it is one of torch's criteria, functions of outputs and targets, or no function.
+    """
+    bare = loss_fn.func if isinstance(loss_fn, partial) else loss_fn
+    name = str(getattr(bare, "__name__", type(bare).__name__))
+    expected = "loss_fn must be a function of (model, batch) that returns the mean loss"
+    if not callable(loss_fn):
+        msg = f"{expected}, got {name}"
+        raise TypeError(msg)
+    is_functional = getattr(bare, "__module__", None) == functional.__name__
+    if is_functional or isinstance(bare, nn.modules.loss._Loss):
+        msg = (
+            f"{expected}, got the criterion {name}, a function of outputs and targets: pass "
+            "batchlr.supervised(criterion)"
+        )
+        raise TypeError(msg)
+
+
 def piecewise_linear(loss_fn: LossFunction) -> str | None:
     """Name of the criterion if it is one of torch's piecewise-linear ones, else None.
 
@@ -147,10 +169,11 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor]:
         raise TypeError(msg)
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return batch[0], batch[1]
-    hint = " (one batch [x, y] as the list of batches? pass [(x, y)])"
+    entries = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+    if isinstance(batch, Tensor):
+        entries = " (one batch [x, y] as the list of batches? pass [(x, y)])"
     msg = (
-        f"expected a batch (x, y) or a dict, got {type(batch).__name__}"
-        f"{hint if isinstance(batch, Tensor) else ''}; "
+        f"expected a batch (x, y) or a dict, got {type(batch).__name__}{entries}; "
         "otherwise write your own loss_fn(model, batch)"
     )
     raise TypeError(msg)

@@ -23,7 +23,7 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, a model sharded by `torch.distributed.fsdp.fully_shard` is an ordinary one.
+    """Context in which a model sharded by `torch.distributed.fsdp.fully_shard` is an ordinary one.
 
     FSDP frees weights that a second derivative still needs, so every process gets all of them, in
     the precision the optimizer keeps them in, and FSDP's hooks are taken out: a

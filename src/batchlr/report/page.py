@@ -205,13 +205,17 @@ def _commands(record: RunRecord) -> list[str]:
         several = record.setting("dist.strategy") in ("ddp", "fsdp")
         program = "torchrun --nproc-per-node N -m batchlr" if several else "batchlr"
         commands.append(f"{program} train {kept} --out {again}{fresh}")
+    trained = bool(commands)  # then the settings are those of the training
     measured = {
         "lr": record.rates is not None or record.report is not None,
         "spectrum": record.spectrum is not None or bool(record.grid),
         "sweep": bool(record.sweep),
     }
+    given = "CONFIG.yaml" if trained else kept
+    found = [] if trained else (record.environment or {}).get("checkpoints") or []
+    at = "".join(f" --checkpoint {shlex.quote(str(path))}" for path in found)
     commands += [
-        f"batchlr {name} CONFIG.yaml --out {again}" for name, is_so in measured.items() if is_so
+        f"batchlr {name} {given} --out {again}{at}" for name, is_so in measured.items() if is_so
     ]
     return commands
 

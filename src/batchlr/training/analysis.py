@@ -27,6 +27,7 @@ from batchlr.training.config.variants import SGDOptions
 from batchlr.training.data import Batch
 from batchlr.training.experiment import Experiment, build_experiment, measurement_sizes
 from batchlr.training.metrics import write_json
+from batchlr.training.run_folder import write_measured
 
 _SMALLEST_BATCH = 4
 _END_STEPS = 40  # assumed: isolated ends take 10-30; the edge of a bulk may stay unconverged
@@ -45,11 +46,13 @@ def measure_rates(
     out: Path,
     json_file: Path | None = None,
     checkpoint: Path | None = None,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Maximal SGD and Adam rates over batch sizes, printed, as JSON and as a picture.
 
     Measured at the initial weights or those of ``checkpoint``, on ``curvature.samples`` samples.
-    Writes ``rates.json``, ``rates.png`` and the report below ``out / "curvature"``.
+    Writes ``rates.json``, ``rates.png`` and the report below ``out / "curvature"``, and the
+    settings into ``out`` (`write_measured`, which takes ``notes``).
 
     Returns:
         The content of ``rates.json``.
@@ -58,6 +61,7 @@ def measure_rates(
         ArithmeticError: the loss is not finite, or there is no curvature to limit a rate.
     """
     experiment = build_at(config, checkpoint)
+    write_measured(config, out, notes, at=checkpoint)
     report, gradient_seconds = _measure(experiment)
     if report.largest <= 0:
         msg = f"the largest eigenvalue is {report.largest}: no curvature limits the rate here"
@@ -90,12 +94,17 @@ def measure_rates(
 
 
 def measure_spectrum(
-    config: TrainConfig, *, out: Path, checkpoint: Path | None = None
+    config: TrainConfig,
+    *,
+    out: Path,
+    checkpoint: Path | None = None,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Spectrum of the batch Hessian: JSON, NPZ and a picture below ``out / "curvature"``.
 
     Of ``curvature.samples`` samples; which matrix, and how many products, ``spectrum`` says. The
-    measure has a node at zero, where networks have most of their eigenvalues.
+    measure has a node at zero, where networks have most of their eigenvalues. The settings go into
+    ``out`` (`write_measured`, which takes ``notes``).
 
     Returns:
         The content of ``spectrum.json``.
@@ -104,6 +113,7 @@ def measure_spectrum(
         ArithmeticError: the loss is not finite.
     """
     experiment = build_at(config, checkpoint)
+    write_measured(config, out, notes, at=checkpoint)
     batches = experiment.measurement_batches()
     operator, source = curvature_operator(experiment, batches)
     began = time.perf_counter()

@@ -13,6 +13,7 @@ from batchlr.controller import CurvatureController
 from batchlr.gradients.sample_gradients import coupling_layers
 from batchlr.operators.supervised import SupervisedLoss, supervised
 from batchlr.policies import POLICIES
+from batchlr.sampling import disjoint_sizes, samples_while_training
 from batchlr.schedulers import BatchAwareLR
 from batchlr.sharded_tensors import gathered_state, sharded_like
 from batchlr.training.config import TrainConfig
@@ -27,9 +28,6 @@ from batchlr.training.data import (
 from batchlr.training.distributed import Processes
 from batchlr.training.models import build_model
 from batchlr.training.shapes import shape_factory
-
-_MIN_BATCHES = 4  # disjoint batches a measurement of curvature noise should have
-_FEWEST = 64  # assumed: samples of a measurement while training, where half a batch has fewer
 
 
 @dataclass
@@ -244,13 +242,13 @@ def tracking_sizes(
 ) -> tuple[int, int]:
     """As `measurement_sizes`, while training: no more samples than half a batch, or 64, has.
 
-    Half as many cost half as much and train as well (measured: docs/log.md). The batch is that of
-    ``batch_size``, by default the configured one.
+    The batch is that of ``batch_size``, by default the configured one.
     """
     if config.curvature.policy in POLICIES:
         return measurement_sizes(config, data, world_size)
-    most = max((batch_size or config.batch.global_size) // 2, _FEWEST)
-    return _sizes(config, data, world_size, min(config.curvature.samples, most), batch_size)
+    batch = batch_size or config.batch.global_size
+    samples = samples_while_training(config.curvature.samples, batch)
+    return _sizes(config, data, world_size, samples, batch_size)
 
 
 def _sizes(
@@ -263,8 +261,7 @@ def _sizes(
     samples = min(samples, len(data.train))
     if config.curvature.policy in POLICIES:
         return samples, 1
-    size = max(1, min(micro_size(config, world_size, batch_size), samples // _MIN_BATCHES))
-    return size, max(1, min(samples // size, len(data.train) // size))
+    return disjoint_sizes(samples, micro_size(config, world_size, batch_size))
 
 
 def _sampler(config: TrainConfig) -> torch.Generator:

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from batchlr.training.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
-from batchlr.training.config import TrainConfig, dump_config
+from batchlr.training.config import TrainConfig
 from batchlr.training.config.variants import VARIANTS
-from batchlr.training.environment import describe_environment
 from batchlr.training.experiment import Experiment
-from batchlr.training.metrics import write_json
+from batchlr.training.run_folder import is_taken, write_settings
 
 # What may differ between an interrupted run and its continuation: sections and single keys.
 _FREE_SECTIONS = ("log.", "checkpoint.", "dist.", "spectrum.")
@@ -63,9 +62,7 @@ def start_run(experiment: Experiment, out: Path, notes: Sequence[str]) -> Progre
         return progress
     if source is None or source.resolve().parent != (out / "checkpoints").resolve():
         _move_aside(out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(dump_config(config))
-    write_json(out / "env.json", describe_environment() | {"notes": list(notes)})
+    write_settings(config, out, notes)
     return progress
 
 
@@ -141,8 +138,8 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _move_aside(out: Path) -> None:
-    """Keep an earlier run: ``runs/demo`` becomes ``runs/demo-1``."""
-    if not (out / "config.yaml").exists():
+    """Keep an earlier run: ``runs/demo`` becomes ``runs/demo-1``. Measurements alone stay."""
+    if not is_taken(out):
         return
     if out.resolve() == Path.cwd():
         msg = (

@@ -25,6 +25,7 @@ from batchlr.training.config import TrainConfig
 from batchlr.training.data import batches_per_epoch, measurement_batches
 from batchlr.training.experiment import Experiment, build_experiment
 from batchlr.training.metrics import append_json, read_metrics
+from batchlr.training.run_folder import write_measured
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,11 @@ class _Cell:
 
 
 def measure_spectra(
-    config: TrainConfig, *, out: Path, checkpoints: Sequence[Path] = ()
+    config: TrainConfig,
+    *,
+    out: Path,
+    checkpoints: Sequence[Path] = (),
+    notes: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Spectra of ``spectrum.draws`` random batches of each of ``spectrum.batch_sizes``.
 
@@ -59,6 +64,7 @@ def measure_spectra(
         out: folder of the run.
         checkpoints: where to measure: files, and folders of which all are taken; none stands for
             the initial weights.
+        notes: for the settings, which go into ``out`` (`write_measured`).
 
     Returns:
         The lines of the grid asked for, those of earlier calls included.
@@ -73,6 +79,7 @@ def measure_spectra(
     for size in config.spectrum.batch_sizes:
         batches_per_epoch(experiment.data, batch_size=size)  # refuses one that is too large
     sources = _sources(checkpoints)
+    write_measured(config, out, notes, at=checkpoints)
     record = out / "curvature" / "spectra.jsonl"
     finished = _finished(record)
     lines = []

@@ -29,6 +29,7 @@ from batchlr.training.data import measurement_batches
 from batchlr.training.experiment import Experiment
 from batchlr.training.metrics import write_json
 from batchlr.training.resumption import flat
+from batchlr.training.run_folder import write_measured
 
 Kind = Literal["sgd", "adam"]
 
@@ -37,6 +38,10 @@ _FACTOR = 2.0  # between rates while searching for the limit
 _HALVINGS = 2  # bisections after that, in the logarithm: the limit is good to a factor 2^(1/4)
 _REACH = 12  # factors tried in either direction
 _TABLE_WIDTH = 80
+_NORMALISED = (
+    "train-mode batch norm: the weights' scale drops out of the function, so that training may "
+    "survive far above the limit (1.5 to 95 times it on PreResNet-8: docs/learning_rate_law.md)"
+)
 
 
 class Survival(NamedTuple):
@@ -170,12 +175,13 @@ def sweep(
     optimizers: Sequence[Kind] = ("sgd", "adam"),
     steps: int = 200,
     checkpoint: Path | None = None,
+    notes: Sequence[str] = (),
 ) -> list[SweepCell]:
     """Predicted and survivable rates over batch sizes: table, ``sweep.jsonl`` and a picture.
 
     Measured and trained from the initial weights or those of ``checkpoint``. Finished cells in
     ``out / "curvature" / "sweep.jsonl"`` are kept, so that a sweep may be stopped and started at
-    will.
+    will. The settings go into ``out`` (`write_measured`, which takes ``notes``).
 
     Raises:
         ArithmeticError: there is no curvature to limit a rate, or training diverges at every rate.
@@ -192,6 +198,7 @@ def sweep(
     settings = _settings(config, steps, checkpoint)
     _check_settings(path, folder / "sweep.json", settings)
     write_json(folder / "sweep.json", settings)
+    write_measured(config, out, notes, at=checkpoint)
     done = {(cell.optimizer, cell.batch_size): cell for cell in _read(path)}
     samples = _all_samples(experiment)
     worst = math.log(experiment.data.num_classes)
@@ -238,7 +245,7 @@ def sweep(
         )
     cells = [done[key] for key in itertools.product(optimizers, batch_sizes)]
     save_figure(plot_sweep([asdict(cell) for cell in cells]), folder / "sweep.png")
-    _print(console, cells, folder)
+    _print(console, cells, folder, normalised=normalises_over_batches(experiment.model))
     return cells
 
 
@@ -369,7 +376,7 @@ def _read(path: Path) -> list[SweepCell]:
     return [SweepCell(**row | {"reasons": tuple(row["reasons"])}) for row in rows]
 
 
-def _print(console: Console, cells: Sequence[SweepCell], folder: Path) -> None:
+def _print(console: Console, cells: Sequence[SweepCell], folder: Path, *, normalised: bool) -> None:
     console.width = max(console.width, _TABLE_WIDTH)
     table = Table(box=SIMPLE, pad_edge=False)
     titles = ("optimizer", "batch", "predicted", "90 % interval", "survived", "ratio", "paper")
@@ -388,6 +395,8 @@ def _print(console: Console, cells: Sequence[SweepCell], folder: Path) -> None:
     console.print(table)
     for reason in dict.fromkeys(reason for cell in cells for reason in cell.reasons):
         console.print(f"* {reason}", markup=False)
+    if normalised:
+        console.print(_NORMALISED, markup=False)
     console.print(
         "survived: the largest rate at which training from here does not diverge within "
         f"{cells[0].steps} steps, to a factor 1.2; record in {folder}",

@@ -16,9 +16,14 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 
-def refusal(message: str) -> PydanticCustomError:
-    """An error to raise inside a validator; it reaches the reader word for word."""
-    return PydanticCustomError("illegal", "{message}", {"message": message})
+def refusal(message: str, *, at: tuple[str, ...] = ()) -> PydanticCustomError:
+    """An error to raise inside a validator; it reaches the reader word for word.
+
+    Args:
+        message: what is legal.
+        at: the way from the value validated, a section, to the one that is wrong.
+    """
+    return PydanticCustomError("illegal", "{message}", {"message": message, "at": at})
 
 
 def legal(words: str, *, boolean: bool = False) -> WrapValidator:

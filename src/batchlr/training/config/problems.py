@@ -96,8 +96,11 @@ def problems_in(
     """The schema's refusals of ``values`` in the user's terms."""
     problems = []
     for details in _all_errors(error):
-        keys = _without_tag(details["loc"])
-        message = _message(details, keys, values)
+        keys, given = _without_tag(details["loc"]), details["input"]
+        for key in details.get("ctx", {}).get("at", ()):  # inside a section checked as a whole
+            keys = (*keys, key)
+            given = given.get(key) if isinstance(given, dict) else getattr(given, key)
+        message = _message({**details, "input": given}, keys, values)
         asked_by = (keys[0], "name")  # what makes a missing key required
         at = asked_by if details["type"] == "missing" and asked_by in places else keys
         problems.append(Problem(place_of(at, places, whole), dotted(keys), message))

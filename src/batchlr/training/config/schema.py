@@ -127,8 +127,8 @@ class BatchOptions(Options):
     ) -> AdaptiveOptions | None:
         first = info.data.get("global_size")
         if adaptive is not None and first is not None and adaptive.max_size < first:
-            words = f"max_size must be at least global_size {first}"
-            raise refusal(words)
+            words = f"must be at least batch.global_size {first}"
+            raise refusal(words, at=("max_size",))
         return adaptive
 
 
@@ -345,7 +345,8 @@ class TrainConfig(Options):
         automatic = optim is not None and optim.lr == "auto"
         if automatic and adaptive is not None and adaptive.rate != "auto":
             raise refusal(
-                "adaptive.rate must be auto when optim.lr is: the rate keeps to the measured limit"
+                "must be auto when optim.lr is auto: the rate keeps to the measured limit",
+                at=("adaptive", "rate"),
             )
         return batch
 
@@ -354,24 +355,26 @@ class TrainConfig(Options):
     def _check(cls, curvature: CurvatureOptions, info: ValidationInfo) -> CurvatureOptions:
         optim = info.data.get("optim")
         if curvature.measure is False and optim is not None and optim.lr == "auto":
-            raise refusal("measure must not be false when optim.lr is auto")
+            raise refusal("must not be false when optim.lr is auto", at=("measure",))
         if sets_momentum(curvature.policy) and optim is not None and optim.name != "sgd":
             words = (
-                f"policy must be mean_square, edge or cdat for {optim.name}; "
-                f"{curvature.policy} is sgd's"
+                f"must be mean_square, edge or cdat when optim.name is {optim.name}: the others "
+                "set the momentum of sgd"
             )
-            raise refusal(words)
+            raise refusal(words, at=("policy",))
         batch = info.data.get("batch")
         automatic = optim is not None and optim.lr == "auto"
         if batch is not None and batch.adaptive is not None and (curvature.measure or automatic):
             if curvature.policy not in LIMIT_POLICIES:
                 raise refusal(
-                    "policy must be mean_square, edge or heavy_ball with batch.adaptive: no other "
-                    "says what a larger batch changes"
+                    "must be mean_square, edge or heavy_ball with batch.adaptive: no other says "
+                    "what a larger batch changes",
+                    at=("policy",),
                 )
             if curvature.every_epochs is not None:
                 raise refusal(
-                    "every_epochs must be null with batch.adaptive, where epochs differ in steps"
+                    "must be null with batch.adaptive, where epochs differ in steps",
+                    at=("every_epochs",),
                 )
         return curvature
 

@@ -13,11 +13,11 @@ from batchlr.sharded_tensors import local_part, norms_of_whole
 
 @final
 class AdaGradNorm(torch.optim.Optimizer):
-    """``b^2 <- b^2 + |g|^2``, ``x <- x - lr g / b``, with ``g`` over all parameters of all groups.
+    """SGD over the norm of all gradients so far: ``b^2 <- b^2 + |g|^2``, ``x <- x - lr g / b``.
 
-    Ward, Wu & Bottou 2019 (arXiv 1806.01811). It keeps one number; a group's rate is its own, the
-    accumulator all groups'. `CurvatureController` knows no limit for it and refuses it. For
-    sharded parameters all processes step together.
+    ``g`` is over all parameters of all groups (Ward, Wu & Bottou 2019, arXiv 1806.01811). It keeps
+    one number; a group's rate is its own, the accumulator all groups'. `CurvatureController` knows
+    no limit for it and refuses it. For sharded parameters all processes step together.
 
     A gradient that is not finite stays in the accumulator, and what it makes NaN of the weights is
     lost. `torch.amp.GradScaler` leaves such steps out: unscale, then step through ``scaler.step``,

@@ -1,0 +1,1 @@
+"""Optimizers published with the batch-size methods here, as torch optimizers."""

@@ -1,0 +1,27 @@
+"""docs/integrations.md is true: its code runs and prints what it says."""
+
+import pytest
+from lightning_runs import WARNINGS
+
+from test_readme import ROOT, Reader, find_blocks
+
+BLOCKS = find_blocks((ROOT / "docs" / "integrations.md").read_text(encoding="utf-8"))
+
+pytestmark = [pytest.mark.filterwarnings(warning) for warning in WARNINGS]
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    return Reader(BLOCKS, tmp_path_factory.mktemp("integrations"))
+
+
+@pytest.mark.parametrize("index", range(len(BLOCKS)), ids=map(str, BLOCKS))
+def test_block_is_true(index, reader, monkeypatch):
+    monkeypatch.chdir(reader.folder)
+    reader.reach(index)
+
+
+def test_every_framework_has_an_example():
+    text = "".join(block.text for block in BLOCKS)
+    for name in ("lightning", "huggingface", "accelerate"):
+        assert f"from batchlr.integrations.{name} import" in text
