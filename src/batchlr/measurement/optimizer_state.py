@@ -33,7 +33,8 @@ def optimizer_kind(optimizer: Optimizer) -> Kind | None:
         raise ValueError(msg)
     if optimizer is None or isinstance(optimizer, str):
         return optimizer
-    _check_options(optimizer)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        _check_options(optimizer)
     if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
         return "adam"
     if isinstance(optimizer, torch.optim.RMSprop):
@@ -64,7 +65,7 @@ def _check_options(optimizer: torch.optim.Optimizer) -> None:
     if dampening != 0:
         msg = (
             f"no limit is known with dampening, got {dampening}: dampening=0 at 1 - dampening "
-            "times the rate makes the same steps"
+            "times the rate makes the same steps, but for what remains of the first"
         )
         raise ValueError(msg)
 
