@@ -26,7 +26,7 @@ from batchlr.on_the_fly.update_curvature import CdatEdge, update_curvature
 from batchlr.operators.batches import count_samples
 from batchlr.operators.curvature_matrix import NormMode
 from batchlr.operators.isolation import in_full_precision
-from batchlr.operators.supervised import LossFunction, check_loss_function
+from batchlr.operators.supervised import LossFunction, check_loss_function, piecewise_linear
 from batchlr.policies import POLICIES, PolicyName
 from batchlr.schedulers import BatchAwareLR
 
@@ -125,6 +125,13 @@ class CurvatureController:
     ) -> None:
         _check_scheduler(scheduler)
         check_loss_function(loss_fn)
+        kinked = piecewise_linear(loss_fn)
+        if kinked is not None and apply:
+            logger.warning(
+                "%s is piecewise linear: its kinks have no second derivative, so that the rate set "
+                "is likely too high; train with a smooth relative of it (Huber), or set rates",
+                kinked,
+            )
         self.bounds = PeakBounds(safety, start, growth, drop)
         check_policy(policy, scheduler.optimizer, safety=safety, adjust_momentum=adjust_momentum)
         if not 0 <= max_overhead < math.inf:
