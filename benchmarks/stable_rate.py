@@ -46,7 +46,7 @@ from torch.func import (
 from batchlr import measure_curvature, supervised
 from batchlr.training.data import load_data
 from batchlr.training.models import build_model
-from batchlr.training.sweep import largest_survivable_lr
+from batchlr.training.survival import largest_survivable_lr
 
 RESULTS = Path(__file__).resolve().parent / "results" / "stable_rate.jsonl"
 SAMPLES = 1280  # the data set of every problem; all of them are measured for the prediction

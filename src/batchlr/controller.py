@@ -13,21 +13,19 @@ from torch import Tensor, nn
 from batchlr.lanczos import default_generator
 from batchlr.lr_bound import Rule
 from batchlr.measurement.optimizer_state import get_momentum, set_momentum
-from batchlr.on_the_fly.cadence import Cadence
+from batchlr.on_the_fly.cadence import Cadence, measurement_cost
 from batchlr.on_the_fly.collapse import Same
 from batchlr.on_the_fly.curvature_update import CurvatureUpdate
-from batchlr.on_the_fly.learned_step_size import learn_step_size
 from batchlr.on_the_fly.peak_bounds import PeakBounds
 from batchlr.on_the_fly.policy_choice import LIMIT_POLICIES, Policy, check_policy, sets_momentum
+from batchlr.on_the_fly.published_rate import PublishedRate
 from batchlr.on_the_fly.rate_filter import RateFilter
 from batchlr.on_the_fly.safeguard import EVENTS, Event, Safeguard
 from batchlr.on_the_fly.stability_limit import StabilityLimit, relative_error
-from batchlr.on_the_fly.update_curvature import CdatEdge, update_curvature
 from batchlr.operators.batches import count_samples
 from batchlr.operators.curvature_matrix import NormMode
 from batchlr.operators.isolation import in_full_precision
 from batchlr.operators.supervised import LossFunction, check_loss_function, piecewise_linear
-from batchlr.policies import POLICIES, PolicyName
 from batchlr.schedulers import BatchAwareLR
 
 logger = logging.getLogger("batchlr")
@@ -35,9 +33,6 @@ logger = logging.getLogger("batchlr")
 _UNBOUNDED = 2**31  # stands for a data set of unknown size: without-replacement effects vanish
 _SHOWN = 2  # assumed: steps after which nobody will show the losses who has not yet
 _ANEW = 0.5  # measured (docs/log.md): share of the first limit behind a plateau
-# In gradients of the measured samples: recording their graphs with all around it, a product.
-# Measured (benchmarks/overhead.py): what they count up to is CPU time within a third.
-_RECORDING, _PRODUCT = 4.0, 3.0
 
 
 @final
@@ -150,14 +145,12 @@ class CurvatureController:
         self.every_steps = every_steps
         self.cadence = Cadence(total_steps, max_overhead)
         self.seconds = 0.0
-        self._learner_products = 0  # of policies that follow no limit
         self._generator = default_generator(generator)
         self._filter = RateFilter()
         self._steers = apply and policy in LIMIT_POLICIES
         self._guard = Safeguard(scheduler.optimizer, rollback=rollback and self._steers)
         self._anew = False  # the next limit counts as the first
         self._asked = False  # something happened since the last measurement
-        self._cdat = CdatEdge()
         self._step = 0
         self._has_rate = False
         self.limit = StabilityLimit(
@@ -173,6 +166,13 @@ class CurvatureController:
             rule=rule,
             generator=self._generator,
         )
+        self._published = PublishedRate(
+            scheduler.optimizer,
+            policy=policy,
+            norm_mode=norm_mode,
+            num_steps=max_products,
+            generator=self._generator,
+        )
 
     @property
     def batch_size(self) -> int | None:
@@ -182,7 +182,7 @@ class CurvatureController:
     @property
     def num_products(self) -> int:
         """Matrix-vector products of all measurements."""
-        return self.limit.num_products + self._learner_products
+        return self.limit.num_products + self._published.num_products
 
     @property
     def sets_momentum(self) -> bool:
@@ -316,8 +316,7 @@ class CurvatureController:
         self.scheduler.set_peak(same(self.scheduler.peak))
         if self.sets_momentum:
             set_momentum(self.scheduler.optimizer, same(get_momentum(self.scheduler.optimizer)))
-        for name in ("free", "held", "top", "ceiling", "norm"):
-            setattr(self._guard, name, same(getattr(self._guard, name)))
+        self._guard.agree(same)
         for part in (self.cadence, self._filter):
             part.load_state_dict(
                 {
@@ -366,10 +365,8 @@ class CurvatureController:
         try:
             if self.policy in LIMIT_POLICIES:
                 update = self._stay_stable(model, batches)
-            elif self.policy in POLICIES:
-                update = self._follow_paper(self.policy, model, batches)
             else:
-                update = self._follow_edge(model, batches)
+                update = self._follow(model, batches)
         except (ArithmeticError, ValueError) as error:
             # A rate that is not the controller's own goes on; a mistake is still an error.
             keeps = not self.apply and isinstance(error, ArithmeticError)
@@ -403,43 +400,20 @@ class CurvatureController:
                 set_momentum(optimizer, bound.momentum)
         return replace(self._record(), bound=bound, report=report)
 
-    def _follow_edge(self, model: nn.Module, batches: list[Any]) -> CurvatureUpdate:
-        """CDAT: the rate at which the step about to be made leaves the loss as it is."""
-        along = update_curvature(
-            model, self.loss_fn, batches, self.scheduler.optimizer, norm_mode=self.norm_mode
-        )
-        self._learner_products += along.num_products
-        rate = self._cdat.update(along)
-        self._filter.update(self._step, rate, error=0.0)  # for the cadence only
+    def _follow(self, model: nn.Module, batches: list[Any]) -> CurvatureUpdate:
+        """The rate of a published policy, and its momentum if it has one, as they are."""
+        found = self._published.measure(model, self.loss_fn, batches)
+        self._filter.update(self._step, found.lr, error=0.0)  # for the cadence only
         if self.apply:
-            self.scheduler.set_peak(rate)
-        return replace(self._record(), along=along)
-
-    def _follow_paper(
-        self, policy: PolicyName, model: nn.Module, batches: list[Any]
-    ) -> CurvatureUpdate:
-        """The step size of a published policy."""
-        learned = learn_step_size(
-            model,
-            self.loss_fn,
-            batches,
-            policy=policy,
-            num_steps=self.max_products,
-            norm_mode=self.norm_mode,
-            generator=self._generator,
-        )
-        self._learner_products += learned.num_products
-        self._filter.update(self._step, learned.step_size.lr, error=0.0)  # for the cadence only
-        if self.apply:
-            self.scheduler.set_peak(learned.step_size.lr)
-            set_momentum(self.scheduler.optimizer, learned.step_size.momentum)
-        return replace(self._record(), learned=learned)
+            self.scheduler.set_peak(found.lr)
+            if found.momentum is not None:
+                set_momentum(self.scheduler.optimizer, found.momentum)
+        return replace(self._record(), learned=found.learned, along=found.along)
 
     def _cost(self, update: CurvatureUpdate, batches: list[Any]) -> float:
-        """Of a measurement, in gradients of one training batch."""
+        """Of a measurement, as `Cadence` counts it."""
         samples = sum(count_samples(batch) for batch in batches)
-        gradients = (_RECORDING + _PRODUCT * update.num_products) * samples
-        return gradients / (self.batch_size or samples)
+        return measurement_cost(update.num_products, samples, self.batch_size or samples)
 
     def _record(self) -> CurvatureUpdate:
         optimizer = self.scheduler.optimizer
@@ -456,10 +430,9 @@ class CurvatureController:
             "cadence": self.cadence.state_dict(),
             "filter": self._filter.state_dict(),
             "guard": self._guard.state_dict(),
-            "cdat": self._cdat.state_dict(),
             "limit": self.limit.state_dict(),
+            **self._published.state_dict(),
             "has_rate": self._has_rate,
-            "learner_products": self._learner_products,
             "anew": self._anew,
             "asked": self._asked,
             "seconds": self.seconds,
@@ -472,10 +445,9 @@ class CurvatureController:
         self.cadence.load_state_dict(state_dict["cadence"])
         self._filter.load_state_dict(state_dict["filter"])
         self._guard.load_state_dict(state_dict["guard"])
-        self._cdat.load_state_dict(state_dict["cdat"])
+        self._published.load_state_dict(state_dict)
         self.limit.load_state_dict(state_dict["limit"])
         self._has_rate = state_dict["has_rate"]
-        self._learner_products = state_dict["learner_products"]
         self._anew = state_dict["anew"]
         self._asked = state_dict["asked"]
         self.seconds = state_dict["seconds"]

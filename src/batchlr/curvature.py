@@ -28,9 +28,8 @@ from batchlr.operators.batches import pick
 from batchlr.operators.curvature_matrix import (
     CurvatureOptions,
     NormMode,
-    normalises_over_batches,
 )
-from batchlr.operators.isolation import in_full_precision
+from batchlr.operators.isolation import in_full_precision, normalises_over_batches
 from batchlr.operators.supervised import LossFunction, SupervisedLoss, piecewise_linear
 from batchlr.operators.unsharded import unsharding
 from batchlr.trace import estimate_trace

@@ -1,7 +1,6 @@
 """Lanczos: an operator and a start vector become a small tridiagonal matrix."""
 
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -9,13 +8,10 @@ from torch import Tensor
 from batchlr.inner_products import norm
 from batchlr.krylov.krylov_basis import BasisForm, choose_form
 from batchlr.krylov.lanczos_process import LanczosProcess, Subspace
-from batchlr.krylov.ritz_bounds import certified_bounds, likely_errors
+from batchlr.krylov.wanted_pairs import Criterion, JudgedPairs, WantedPairs, least_basis
+from batchlr.krylov.wanted_pairs import Which as Which
 from batchlr.operators import LinearOperator
 from batchlr.operators.base import BatchedOperator
-
-Which = Literal["largest", "smallest", "both"]
-Criterion = Literal["bound", "residual", "error"]
-_ENDS = ("largest", "smallest")
 
 MAX_STEPS = 200
 """Default limit of `top_eigenpairs` (assumed: the basis then takes 200 P numbers)."""
@@ -23,9 +19,8 @@ MAX_STEPS = 200
 _RESTART_STEPS = 5
 """Steps in a fresh Krylov space before its eigenvalues are believed (assumed)."""
 
-_LEAST_BASIS = 8
-"""Vectors a restarting search needs beside twice the wanted ones (assumed)."""
-
+_LEAST_AGE = 3
+"""Steps in a first Krylov space before an error that rests on a gap is believed (assumed)."""
 
 _A_BLOCK_S_VECTORS = 12
 """Vectors of a basis for each batch's product held beside it (assumed: a tenth of its memory)."""
@@ -192,12 +187,18 @@ def top_eigenpairs(
         ArithmeticError: a product is not finite.
     """
     size = operator.shape[0]
-    wanted = 2 * k if which == "both" else k
+    wanted = WantedPairs(k, which, tol, criterion, settle)
+    wanted.check_size(size)
     steps = min(size, MAX_STEPS if max_steps is None else max_steps)
-    _check(operator, k, which, tol, criterion, settle, max_steps, steps, with_subspace)
-    least = least_basis(wanted, steps)
+    if steps < wanted.count:
+        msg = f"max_steps must be at least the {wanted.count} pairs asked for, got {max_steps}"
+        raise ValueError(msg)
+    if with_subspace and not isinstance(operator, BatchedOperator):
+        msg = f"with_subspace needs an operator of batches, got {type(operator).__name__}"
+        raise TypeError(msg)
+    least = least_basis(wanted.count, steps)
     if max_basis is not None and max_basis < least:
-        msg = f"max_basis must be at least {least} for {wanted} pairs, got {max_basis}"
+        msg = f"max_basis must be at least {least} for {wanted.count} pairs, got {max_basis}"
         raise ValueError(msg)
     form, capacity = choose_form(
         basis,
@@ -217,28 +218,49 @@ def top_eigenpairs(
         by_batch=with_subspace,
         block=max(1, min(8, capacity // _A_BLOCK_S_VECTORS)),
     )
-    ritz = None
-    trusted_from = 3 if criterion == "error" else 0  # the step from which the space is old enough
+    judged = _run(process, wanted, steps, generator)
+    return Eigenpairs(
+        values=judged.values,
+        vectors=process.basis.combine(judged.coefficients[:, : None if with_vectors else 0]),
+        residuals=judged.residuals,
+        bounds=judged.bounds,
+        errors=judged.errors,
+        num_products=process.num_products,
+        converged=judged.converged,
+        subspace=process.subspace() if with_subspace else None,
+    )
+
+
+def _run(
+    process: LanczosProcess, wanted: WantedPairs, steps: int, generator: torch.Generator
+) -> JudgedPairs:
+    """Let ``process`` grow until the pairs are good enough, or ``steps`` products are made.
+
+    A basis that is full restarts from its best vectors. One that has closed upon itself starts
+    again in its complement, with a random vector: there may be further copies of an eigenvalue.
+    """
+    operator, capacity = process.operator, process.capacity
+    judged = None
+    trusted_from = _LEAST_AGE if wanted.criterion == "error" else 0  # products
     while process.num_products < steps:
         if process.count == capacity:
-            process.restart(_kept(capacity, wanted, which))
+            process.restart(wanted.kept(capacity))
         process.advance()
         last = process.num_products == steps
         if not (last or _due(process.num_products, operator.device) or process.count == capacity):
             continue
         broke_down = process.settle()
-        if process.count >= wanted:
-            ritz = _judge(process, k, which, settle, tol, criterion)
-            if ritz.converged and process.num_products >= trusted_from and not broke_down:
+        if process.count >= wanted.count:
+            judged = wanted.judge(process)
+            if judged.converged and process.num_products >= trusted_from and not broke_down:
                 break
-        if broke_down and process.count < size and not last:
+        if broke_down and process.count < process.size and not last:
             if process.count == capacity:
-                process.restart(_kept(capacity, wanted, which))
+                process.restart(wanted.kept(capacity))
             process.start_again(gaussian(operator, generator))
             trusted_from = process.num_products + _RESTART_STEPS
-    assert ritz is not None
-    pairs = ritz.pairs(process, with_vectors=with_vectors)
-    return replace(pairs, subspace=process.subspace()) if with_subspace else pairs
+    assert judged is not None
+    return judged
 
 
 def _due(count: int, device: torch.device) -> bool:
@@ -246,119 +268,6 @@ def _due(count: int, device: torch.device) -> bool:
     if device.type == "cpu":
         return count <= 64 or count % 4 == 0
     return count <= 4 or count % (2 if count <= 32 else 4) == 0
-
-
-def _kept(capacity: int, wanted: int, which: Which) -> dict[str, int]:
-    """Ritz vectors a restart keeps at each end: the wanted ones and some to speed them up."""
-    count = min(capacity - 2, wanted + max(2, (capacity - wanted) // 2))
-    if which == "both":
-        return {"largest": count - count // 2, "smallest": count // 2}
-    return {which: count}
-
-
-@dataclass(frozen=True)
-class _Ritz:
-    """Where the wanted pairs stand, before any vector is made."""
-
-    values: Tensor
-    coefficients: Tensor  # (m, k)
-    residuals: Tensor
-    bounds: Tensor
-    errors: Tensor
-    converged: bool
-
-    def pairs(self, process: LanczosProcess, *, with_vectors: bool) -> Eigenpairs:
-        wanted = self.coefficients if with_vectors else self.coefficients[:, :0]
-        return Eigenpairs(
-            values=self.values,
-            vectors=process.basis.combine(wanted),
-            residuals=self.residuals,
-            bounds=self.bounds,
-            errors=self.errors,
-            num_products=process.num_products,
-            converged=self.converged,
-        )
-
-
-def _judge(
-    process: LanczosProcess,
-    k: int,
-    which: Which,
-    settle: Which | None,
-    tol: float,
-    criterion: Criterion,
-) -> _Ritz:
-    values, vectors = process.eigh()
-    scale = values.abs().max()
-    # Residuals below rounding are rounding: claim no more than the arithmetic can give.
-    rounding = torch.finfo(process.operator.dtype).eps * scale
-    residuals = (process.residual * vectors[-1].abs()).clamp(min=rounding)
-    m = values.numel()
-    top = list(range(m - 1, m - 1 - k, -1))
-    bottom = list(range(k - 1, -1, -1))
-    ends = {"largest": top, "smallest": bottom}
-    if which != "both":
-        ends = {which: ends[which]}
-    chosen = [index for indices in ends.values() for index in indices]
-    bound = torch.cat(
-        [certified_bounds(values, residuals, end=e, rounding=rounding)[i] for e, i in ends.items()]
-    ).clamp(min=rounding)
-    errors = torch.minimum(likely_errors(values, residuals)[chosen], bound)
-    judged = {"bound": bound, "residual": residuals[chosen], "error": errors}[criterion]
-    if which == "both" and settle is not None and settle != "both":
-        judged = judged[:k] if settle == "largest" else judged[k:]
-    if settle == "largest":
-        scale = values[-1].clamp(min=0)
-    exhausted = process.count == process.size
-    return _Ritz(
-        values=values[chosen],
-        coefficients=vectors[:, chosen],
-        residuals=residuals[chosen],
-        bounds=bound,
-        errors=errors,
-        converged=bool((judged <= tol * scale).all()) or exhausted,
-    )
-
-
-def _check(
-    operator: LinearOperator,
-    k: int,
-    which: Which,
-    tol: float,
-    criterion: Criterion,
-    settle: Which | None,
-    max_steps: int | None,
-    steps: int,
-    with_subspace: bool,
-) -> None:
-    size = operator.shape[0]
-    wanted = 2 * k if which == "both" else k
-    if which not in (*_ENDS, "both"):
-        msg = f"which must be 'largest', 'smallest' or 'both', got {which!r}"
-        raise ValueError(msg)
-    if settle is not None and settle != which and (which != "both" or settle not in _ENDS):
-        msg = f"settle must be an end that is wanted ({which}), got {settle!r}"
-        raise ValueError(msg)
-    if criterion not in ("bound", "residual", "error"):
-        msg = f"criterion must be 'bound', 'residual' or 'error', got {criterion!r}"
-        raise ValueError(msg)
-    if k < 1 or wanted > size:
-        msg = f"k = {k} pairs ({which}) are not to be had from a ({size}, {size}) matrix"
-        raise ValueError(msg)
-    if not 0 < tol < 1:
-        msg = f"tol must lie in (0, 1), got {tol}"
-        raise ValueError(msg)
-    if steps < wanted:
-        msg = f"max_steps must be at least the {wanted} pairs asked for, got {max_steps}"
-        raise ValueError(msg)
-    if with_subspace and not isinstance(operator, BatchedOperator):
-        msg = f"with_subspace needs an operator of batches, got {type(operator).__name__}"
-        raise TypeError(msg)
-
-
-def least_basis(wanted: int, steps: int) -> int:
-    """Vectors a search for so many pairs, by so many products at most, cannot do without."""
-    return min(steps, 2 * wanted + _LEAST_BASIS)
 
 
 def default_generator(generator: torch.Generator | None) -> torch.Generator:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from batchlr.curvature_noise import DirectionalNoise, directional_noise, noise_of_products
 from batchlr.gradients.gradient_noise import mean_gradient
-from batchlr.krylov.krylov_basis import KrylovBasis
+from batchlr.krylov.edge_trail import EdgeLook, EdgeTrail, End
+from batchlr.krylov.edge_trail import TrackedEdge as TrackedEdge
 from batchlr.krylov.lanczos_process import Subspace
 from batchlr.krylov.rayleigh_ritz import RitzSpace
 from batchlr.lanczos import default_generator, gaussian
-from batchlr.measured import Measured
 from batchlr.operators import LinearOperator
 from batchlr.operators.base import BatchedOperator
 from batchlr.operators.curvature_matrix import CurvatureMatrix
@@ -21,32 +21,7 @@ from batchlr.operators.curvature_matrix import CurvatureMatrix
 Ends = Literal["largest", "both"]
 
 _CAPACITY = 12  # assumed: vectors of a longer run before it restarts from half of them
-_EXPLORE_NEAR = 2  # assumed: `explore_every` at most, where the second is within `_NEAR`
-_NEAR = 0.75  # assumed
-_GRADIENT_SHARE = 0.2  # assumed: of the gradient's direction in such a look
-_DOUBT = (4.0, 1.4)  # measured (docs/log.md): of a gap remembered, of one seen
-_CLOSED = 1e-5  # assumed: a residual this small beside the spectrum is rounding
 _RESTART_STEPS = 5  # assumed: products from a random vector on before a space is believed again
-_FLUSHED = 1e-30  # assumed: entries of a unit vector that may be zero as well
-_SURE = 1e-3  # assumed: 1 - c^2 of the best estimate of a direction
-_LEAST = 1e-3  # assumed: weight of one that told nothing, lest the other's share be infinite
-_FORGET = 0.97  # measured (docs/log.md): of the second eigenvalue seen, at each update
-
-
-@dataclass(frozen=True)
-class TrackedEdge:
-    """One end of the spectrum at one update."""
-
-    value: float  # Rayleigh quotient of `vector`: never beyond the true edge
-    residual: float  # |A v - value v|: certified, some eigenvalue lies within it of the value
-    error: float  # an estimate of the order of residual^2 / gap, at most the residual
-    # (P,) of unit norm; the tracker's own until its next update: do not change it
-    vector: Tensor = field(repr=False)
-
-    @property
-    def measured(self) -> Measured:
-        """The value with its estimated error."""
-        return Measured(self.value, self.error)
 
 
 @dataclass(frozen=True)
@@ -61,55 +36,6 @@ class TrackedCurvature:
     # with noise: each batch's own matrix on the space searched
     subspace: Subspace | None = field(default=None, repr=False)
     noise: DirectionalNoise | None = None  # with noise: along the top vector
-
-
-@dataclass
-class _Trail:
-    """What is remembered of one end between updates."""
-
-    vector: Tensor | None = None  # (P,) the edge's eigenvector
-    explorer: Tensor | None = None  # (P,) where the next eigenvalue is sought
-    ratio: float | None = None  # of the second value to the edge
-    far: float = 0.0  # the other end of the spectrum, or zero if that is beyond
-    kept: float | None = None  # cosine of the vectors found by two updates in turn
-    lean: float | None = None  # of the gradient and what was found
-
-    @property
-    def gradient_share(self) -> float:
-        """How much of the gradient a start has beside the last vector, both of unit norm.
-
-        Estimates of one direction whose errors are independent go together best with weights
-        ``c / (1 - c^2)``, where ``c`` are their cosines with it. A gradient that told less than the
-        last vector is left out (measured, docs/log.md).
-        """
-        if self.kept is None or self.lean is None or self.lean < self.kept:
-            return 0.0
-        return _weight(self.lean) / max(_weight(self.kept), _LEAST)
-
-    def learn(self, found: Tensor, slope: Tensor | None) -> None:
-        """Take ``found`` as the edge's vector, and note what would have told it beforehand."""
-        if self.vector is not None:
-            self.kept = _averaged(self.kept, _cosine(self.vector, found))
-        if slope is not None:
-            self.lean = _averaged(self.lean, _cosine(slope, found))
-        self.vector = found
-
-    def move(self, device: torch.device, dtype: torch.dtype) -> None:
-        """A trail read from a checkpoint may lie elsewhere than the model."""
-        if self.vector is not None:
-            self.vector = self.vector.to(device, dtype)
-        if self.explorer is not None:
-            self.explorer = self.explorer.to(device, dtype)
-
-
-@dataclass(frozen=True)
-class _Look:
-    """What the space says of one end."""
-
-    value: float
-    residual: float
-    error: float
-    column: Tensor  # (m,) coefficients of its vector
 
 
 @final
@@ -183,9 +109,8 @@ class CurvatureTracker:
         self.num_products = 0
         self.num_updates = 0
         self._generator = default_generator(generator)
-        self._trails = {"largest": _Trail()}
-        if ends == "both":
-            self._trails["smallest"] = _Trail()
+        followed: tuple[End, ...] = ("largest", "smallest") if ends == "both" else ("largest",)
+        self._trails = {end: EdgeTrail(end) for end in followed}
 
     @property
     def vectors(self) -> tuple[Tensor, ...]:
@@ -213,157 +138,103 @@ class CurvatureTracker:
         self._check(operator)
         for trail in self._trails.values():
             trail.move(operator.device, operator.dtype)
-        slope = self._slope(operator, gradient)
+        gradient = self._usable(gradient, operator)
+        warm = self.max_products * len(self._trails)
         space = RitzSpace(
             operator,
             min(_CAPACITY, self.max_run * len(self._trails)),
             by_batch=self.with_noise,
-            keep_products=2 * self.max_products * len(self._trails) if self.with_noise else 0,
+            keep_products=2 * warm if self.with_noise else 0,
         )
         try:
-            edges = self._search(space, operator, slope)
+            looks = self._search(space, gradient)
         except ArithmeticError:
             self.num_products += space.num_products
             raise
-        values, coefficients = space.ritz()
-        warm = self.max_products * len(self._trails)
-        fell_back = space.num_products > warm
-        products = space.num_products
-        subspace = noise = None
+        edges = {end: look.edge(space) for end, look in looks.items()}
+        products, subspace, noise = space.num_products, None, None
         if self.with_noise:
-            subspace = _subspace(space, values, coefficients)
-            noise, spent = _noise(space, operator, subspace)
+            subspace = space.subspace()
+            noise, spent = _noise(space, subspace)
             products += spent
         for end, edge in edges.items():
-            self._trails[end].learn(edge.vector, slope)
-            self._remember(space, end, edge, values, coefficients)
+            self._trails[end].learn(space, edge.vector, gradient)
         self.num_updates += 1
         self.num_products += products
-        errors = [_relative(end, edge, values) for end, edge in edges.items()]
+        worst = max(look.relative for look in looks.values())
         return TrackedCurvature(
             largest=edges["largest"],
             smallest=edges.get("smallest"),
             num_products=products,
-            converged=max(errors) <= self.tol or space.size == operator.shape[0],
-            fell_back=fell_back,
+            converged=worst <= self.tol or space.size == operator.shape[0],
+            fell_back=space.num_products > warm,
             subspace=subspace,
             noise=noise,
         )
 
-    def _search(
-        self, space: RitzSpace, operator: LinearOperator, slope: Tensor | None
-    ) -> dict[str, TrackedEdge]:
-        """Let vectors join the space until the ends are settled."""
-        limit = self.max_run * len(self._trails)
-        for trail in self._trails.values():
-            if trail.vector is not None and space.num_products < limit:
-                space.extend(_start(trail.vector, slope, trail.gradient_share), end=self.ends)
-        if space.size == 0 and (slope is None or not space.extend(slope)):
-            space.extend(gaussian(operator, self._generator))
-        pending = [end for end in self._trails if self._due(end)]
-        unproven = not self.vectors  # a first space that closes says nothing of what lies outside
-        trusted_from = 0
-        room = {end: _new_vector(operator) for end in self._trails}  # residuals, then results
-        while space.num_products < limit and space.size < operator.shape[0]:
-            values, coefficients = space.ritz()
-            if pending:
-                direction = self._exploration(pending.pop(), operator, slope)
+    def _search(self, space: RitzSpace, gradient: Tensor | None) -> dict[End, EdgeLook]:
+        """Let vectors join ``space`` until the error of every end is small, or products run out.
+
+        First those that earlier searches have left: the last eigenvectors, and where an eigenvalue
+        may have overtaken. Then, one by one, the residual of the end whose error is the largest.
+        """
+        self._begin(space, gradient)
+        to_explore = [trail for trail in self._trails.values() if self._explores(trail)]
+        # Without an eigenvector from before a space that is closed says nothing of the rest: then a
+        # random vector joins, once, and what follows from it is waited for.
+        closed_is_suspect, trusted_from = not self.vectors, 0
+        limit, size = self.max_run * len(self._trails), space.operator.shape[0]
+        room = {end: _new_vector(space.operator) for end in self._trails}
+        while space.num_products < limit and space.size < size:
+            if to_explore:
+                direction = to_explore.pop().exploration(gradient)
             else:
-                looks = self._looks(space, values, coefficients, room)
-                errors = {end: _relative(end, look, values) for end, look in looks.items()}
-                worst = max(errors, key=lambda end: errors[end])
-                direction = room[worst]
-                if errors[worst] <= self.tol and space.num_products >= trusted_from:
-                    closed = looks[worst].residual <= _CLOSED * float(values.abs().max())
-                    if not (unproven and closed):
-                        return {end: _edge(space, look, room[end]) for end, look in looks.items()}
-                    unproven, trusted_from = False, space.num_products + _RESTART_STEPS
-                    direction = gaussian(operator, self._generator)
-            joined = space.extend(direction, end=self.ends)
-            if not joined and not space.extend(gaussian(operator, self._generator), end=self.ends):
+                looks = self._look(space, room)
+                worst = max(looks.values(), key=lambda look: look.relative)
+                direction = worst.remainder
+                if worst.relative <= self.tol and space.num_products >= trusted_from:
+                    if not (worst.closed and closed_is_suspect):
+                        return looks
+                    closed_is_suspect, trusted_from = False, space.num_products + _RESTART_STEPS
+                    direction = None
+            if not self._join(space, direction):
                 break
-        looks = self._looks(space, *space.ritz(), room)
-        return {end: _edge(space, look, room[end]) for end, look in looks.items()}
+        return self._look(space, room)
 
-    def _due(self, end: str) -> bool:
-        """Whether this update looks for an overtaking eigenvalue."""
-        trail = self._trails[end]
-        if trail.vector is None:
-            return False
-        near = trail.ratio is not None and trail.ratio > _NEAR
-        every = min(self.explore_every, _EXPLORE_NEAR) if near else self.explore_every
-        return self.num_updates % every == 0
+    def _begin(self, space: RitzSpace, gradient: Tensor | None) -> None:
+        """The first vectors: the last eigenvectors, else the gradient, else a random one."""
+        for trail in self._trails.values():
+            start = trail.start(gradient)
+            if start is not None:
+                space.extend(start, end=self.ends)
+        if space.size == 0 and (gradient is None or not space.extend(gradient)):
+            space.extend(gaussian(space.operator, self._generator))
 
-    def _asks(self, end: str) -> bool:
-        """Whether this update has a use for the gradient."""
-        return self._due(end) or self._trails[end].gradient_share > 0
+    def _join(self, space: RitzSpace, direction: Tensor | None) -> bool:
+        """Let ``direction`` join, or a random vector where there is none or nothing new in it."""
+        if direction is None:
+            direction = gaussian(space.operator, self._generator)
+        if space.extend(direction, end=self.ends):
+            return True
+        return space.extend(gaussian(space.operator, self._generator), end=self.ends)
 
-    def _exploration(self, end: str, operator: LinearOperator, slope: Tensor | None) -> Tensor:
-        """Where an overtaking eigenvalue is looked for."""
-        explorer = self._trails[end].explorer
-        if slope is None:
-            return gaussian(operator, self._generator) if explorer is None else explorer
-        if explorer is None:
-            return slope
-        return torch.add(explorer, slope, alpha=_GRADIENT_SHARE / float(slope.norm()))
+    def _look(self, space: RitzSpace, room: dict[End, Tensor]) -> dict[End, EdgeLook]:
+        """Every end as ``space`` knows it; ``room`` holds the last look, which is overwritten."""
+        values, coefficients = space.ritz()
+        return {
+            end: trail.look(space, values, coefficients, out=room[end])
+            for end, trail in self._trails.items()
+        }
 
-    def _looks(
-        self, space: RitzSpace, values: Tensor, coefficients: Tensor, room: dict[str, Tensor]
-    ) -> dict[str, _Look]:
-        """Each end as the space knows it; its residual ``(P,)`` is left in ``room``."""
-        floor = torch.finfo(space.operator.dtype).eps * float(values.abs().max())
-        looks = {}
-        for end in self._trails:
-            value, column = float(values[_index(end)]), coefficients[:, _index(end)]
-            remainder = space.residual(value, column, out=room[end])
-            residual = max(float(remainder.norm()), floor)
-            looks[end] = _Look(value, residual, self._error(end, values, residual), column)
-        return looks
+    def _explores(self, trail: EdgeTrail) -> bool:
+        return trail.explores(self.num_updates, every=self.explore_every)
 
-    def _error(self, end: str, values: Tensor, residual: float) -> float:
-        """``residual^2 / gap`` with a doubt of the gap, or the residual."""
-        trail, value = self._trails[end], float(values[_index(end)])
-        if trail.vector is None:  # a gap seen from a random start means nothing
-            return residual
-        # Networks have their bulk at zero, so zero is a neighbour, whatever the space has seen.
-        neighbours = [0.0] if trail.ratio is None else [0.0, trail.ratio * value]
-        if len(values) > 1:
-            neighbours.append(float(values[1 if end == "largest" else -2]))
-        gap = min(abs(value - neighbour) for neighbour in neighbours)
-        doubt = _DOUBT[0] if len(values) == 1 else _DOUBT[1]
-        return residual if gap <= doubt * residual else doubt * residual**2 / gap
-
-    def _remember(
-        self,
-        space: RitzSpace,
-        end: str,
-        edge: TrackedEdge,
-        values: Tensor,
-        coefficients: Tensor,
-    ) -> None:
-        trail = self._trails[end]
-        far = float(values[-1 if end == "largest" else 0])
-        trail.far = (
-            min(far, _FORGET * trail.far) if end == "largest" else max(far, _FORGET * trail.far)
-        )
-        if len(values) < 2:
-            return
-        second = 1 if end == "largest" else -2
-        column = coefficients[:, second]
-        # One step of power iteration, shifted so that the far end of the spectrum dies out.
-        step = space.residual(trail.far, column, out=trail.explorer)
-        norm = float(step.norm())
-        trail.explorer = _flushed(step.div_(norm) if norm > 0 else space.vector(column))
-        if edge.value == 0:
-            return
-        found = float(values[second]) / edge.value
-        trail.ratio = found if trail.ratio is None else max(found, _FORGET * trail.ratio)
-
-    def _slope(self, operator: LinearOperator, gradient: Tensor | None) -> Tensor | None:
-        """The gradient, or None if there is none or it has no direction."""
+    def _usable(self, gradient: Tensor | None, operator: LinearOperator) -> Tensor | None:
+        """The gradient, that of the operator's batches if none is given; None if of no use."""
         if gradient is not None:
             operator.check(gradient)
-        if self.vectors and not any(self._asks(end) for end in self._trails):
+        trails = self._trails.values()
+        if self.vectors and not any(self._explores(t) or t.gradient_share > 0 for t in trails):
             return None
         if gradient is None and isinstance(operator, CurvatureMatrix):
             gradient = mean_gradient(operator)
@@ -394,17 +265,7 @@ class CurvatureTracker:
         return {
             "num_products": self.num_products,
             "num_updates": self.num_updates,
-            "trails": {
-                end: {
-                    "vector": None if trail.vector is None else trail.vector.clone(),
-                    "explorer": None if trail.explorer is None else trail.explorer.clone(),
-                    "ratio": trail.ratio,
-                    "far": trail.far,
-                    "kept": trail.kept,
-                    "lean": trail.lean,
-                }
-                for end, trail in self._trails.items()
-            },
+            "trails": {end: trail.state_dict() for end, trail in self._trails.items()},
             "generator": self._generator.get_state(),
         }
 
@@ -420,46 +281,8 @@ class CurvatureTracker:
             raise ValueError(msg)
         self.num_products = state_dict["num_products"]
         self.num_updates = state_dict["num_updates"]
-        self._trails = {end: _Trail(**trails[end]) for end in self._trails}
-        for trail in self._trails.values():
-            if trail.explorer is not None:
-                trail.explorer = trail.explorer.clone()  # which the next update overwrites
+        self._trails = {end: EdgeTrail.of_state(end, trails[end]) for end in self._trails}
         self._generator.set_state(state_dict["generator"].cpu())
-
-
-def _relative(end: str, edge: _Look | TrackedEdge, values: Tensor) -> float:
-    """Error of an edge, relative to what the search is for.
-
-    That of the largest is relative to itself, for negative curvature may be many times stronger. A
-    largest that is negative is not believed: networks have their bulk at zero.
-    """
-    scale = max(edge.value, 0.0) if end == "largest" else float(values.abs().max())
-    if scale == 0:
-        return math.inf if edge.error > 0 else 0.0
-    return edge.error / scale
-
-
-def _start(vector: Tensor, slope: Tensor | None, share: float) -> Tensor:
-    """Where a search begins: ``vector`` and ``share`` of the gradient's direction."""
-    if slope is None or share == 0:
-        return vector
-    share = math.copysign(share, float(torch.dot(vector, slope)))
-    return torch.add(vector, slope, alpha=share / float(slope.norm()))
-
-
-def _cosine(left: Tensor, unit: Tensor) -> float:
-    """Magnitude of the cosine between a vector and one of unit norm."""
-    return min(1.0, abs(float(torch.dot(left, unit) / left.norm())))
-
-
-def _averaged(before: float | None, new: float) -> float:
-    """Half of what was, half of what is (assumed)."""
-    return new if before is None else (before + new) / 2
-
-
-def _weight(cosine: float) -> float:
-    """Of an estimate of a direction; see `_Trail.gradient_share`."""
-    return cosine / max(1 - cosine**2, _SURE)
 
 
 def _new_vector(operator: LinearOperator) -> Tensor:
@@ -467,40 +290,9 @@ def _new_vector(operator: LinearOperator) -> Tensor:
     return torch.empty(operator.shape[0], dtype=operator.dtype, device=operator.device)
 
 
-def _edge(space: RitzSpace, look: _Look, out: Tensor) -> TrackedEdge:
-    """The end that was looked at, its vector in ``out``."""
-    vector = space.vector(look.column, out=out)
-    vector = _flushed(vector.div_(vector.norm()))
-    return TrackedEdge(look.value, look.residual, look.error, vector)
-
-
-def _flushed(vector: Tensor) -> Tensor:
-    """The vector less its tiniest entries, in place.
-
-    What a matrix maps to zero, such as the weights of dead units, shrinks by a factor at each
-    update. Some hundred updates later it consists of subnormal numbers, with which a CPU multiplies
-    four times as slowly (measured, docs/log.md).
-    """
-    return torch.hardshrink(vector, _FLUSHED, out=vector)
-
-
-def _index(end: str) -> int:
-    return 0 if end == "largest" else -1
-
-
-def _subspace(space: RitzSpace, values: Tensor, coefficients: Tensor) -> Subspace:
-    return Subspace(
-        values=values,
-        weights=space.overlaps(coefficients),
-        matrices=space.matrices(coefficients),
-        basis=KrylovBasis.of(space.rows(coefficients)),
-    )
-
-
-def _noise(
-    space: RitzSpace, operator: LinearOperator, subspace: Subspace
-) -> tuple[DirectionalNoise, int]:
+def _noise(space: RitzSpace, subspace: Subspace) -> tuple[DirectionalNoise, int]:
     """Noise along the top vector and the products it took: none, or one after a longer run."""
+    operator = space.operator
     assert isinstance(operator, BatchedOperator)
     vector, others = subspace.basis.vector(0), subspace.axes[:, 1:]
     vector = vector / vector.norm()

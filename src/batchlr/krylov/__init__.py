@@ -1,1 +1,1 @@
-"""Krylov spaces: orthonormal bases, the recurrence that makes them, bounds on Ritz values."""
+"""Krylov spaces: bases, the recurrence that makes them, what to find there and how well."""

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from batchlr.inner_products import norm
+from batchlr.krylov.krylov_basis import KrylovBasis
+from batchlr.krylov.lanczos_process import Subspace
 from batchlr.operators import LinearOperator
 from batchlr.operators.base import BatchedOperator
 
@@ -132,6 +134,16 @@ class RitzSpace:
         """Each batch's matrix ``(K, k, k)`` on the vectors with coefficients ``(m, k)``."""
         m = self.size
         return coefficients.T @ self._projections[:, :m, :m] @ coefficients
+
+    def subspace(self) -> Subspace:
+        """Each batch's own matrix on the Ritz vectors, and these; needs ``by_batch``."""
+        values, coefficients = self.ritz()
+        return Subspace(
+            values=values,
+            weights=self.overlaps(coefficients),
+            matrices=self.matrices(coefficients),
+            basis=KrylovBasis.of(self.rows(coefficients)),
+        )
 
     def batch_products(self, coefficients: Tensor) -> Tensor | None:
         """Each batch's product ``(K, P)`` with `vector`, if all the batches' products are held."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NamedTuple, final
+from typing import NamedTuple, final
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +18,9 @@ from batchlr.mean_square import (
 )
 from batchlr.measured import Measured
 from batchlr.measurement.metric import diagonalise
+from batchlr.measurement.resampled_edges import End, ResampledEdges
 
 Array = npt.NDArray[np.float64]
-End = Literal["largest", "smallest"]
-
 MAX_GROUPS = 8
 """Groups of batches left out in turn for a rate's error (assumed)."""
 
@@ -29,12 +28,10 @@ MIN_GROUPS = 4
 """Batches from which on the jackknife is used (assumed: with fewer it says too little)."""
 
 _FLOOR = 0.005  # assumed, relative to the top; those below moved limits by some 3 %
-_LEAST = 1e-10  # assumed: 1/b of the largest data set; an edge next to zero asks for less
 _MIN_CORRECTED = 16  # measured (docs/log.md): with 8 batches the correction overshoots
 _LEAST_TOP = 0.25  # assumed: share of the top eigenvalue left without any group
 _MOST_BIAS = 0.5  # assumed: a larger one, in the logarithm, is not to be believed
 _MOST_OWED = 0.5  # assumed: share of an eigenvalue owed to the sample; beyond, nothing is known
-_DRAWS = 400  # assumed: resampled batches; their mean is then good to a twentieth of their spread
 
 
 def jackknife_groups(count: int) -> list[npt.NDArray[np.int_]]:
@@ -149,11 +146,9 @@ class ProjectedCurvature:
         if inverse <= 0 or edge == 0:
             return Measured(0.0, 0.0)
         if quantile is None:
-            shift, error = self._mean_shift(inverse, end)
+            shift, error = self._edges.mean_shift(inverse, end)
         else:
-            moved, _ = self._moved(inverse, end)
-            shift = float(np.quantile(moved, quantile))
-            error = float(moved.std()) / math.sqrt(min(len(moved), len(self.samples)))
+            shift, error = self._edges.shift_quantile(inverse, end, quantile)
         leak = self.leak_largest if end == "largest" else self.leak_smallest
         if math.isfinite(leak):
             shift += leak * inverse / edge
@@ -161,51 +156,9 @@ class ProjectedCurvature:
             error = math.hypot(error, leak.stderr * inverse / edge)
         return Measured(shift, error)
 
-    def _mean_shift(self, inverse: float, end: End) -> tuple[float, float]:
-        """Mean distance within the axes and its error, from a table: smooth and monotone."""
-        noise, shifts, errors = self._table(end)
-        if inverse <= noise[0]:  # where the second order is exact
-            return float(shifts[0] * inverse / noise[0]), float(errors[0] * inverse / noise[0])
-        at = math.log(inverse)
-        shift = np.exp(np.interp(at, np.log(noise), np.log(np.maximum(shifts, 1e-300))))
-        return float(shift), float(np.interp(at, np.log(noise), errors))
-
     @cached_property
-    def _tables(self) -> dict[str, tuple[Array, Array, Array]]:
-        return {}
-
-    def _table(self, end: End) -> tuple[Array, Array, Array]:
-        """``1/b`` ascending to 1, mean distances there, and their errors."""
-        if end not in self._tables:
-            index = 0 if end == "largest" else -1
-            edge = abs(float(self.values[index]))
-            reach = float((self.deviations[:, index] ** 2).sum())
-            small = min(1.0, max(1e-4 * edge**2 / reach, _LEAST)) if reach > 0 else 1.0
-            noise = np.exp(np.linspace(math.log(small), 0.0, 2 + int(-math.log2(small))))
-            rows = [self._moved(inverse, end) for inverse in noise]
-            means = np.array([float((moved - first).mean()) for moved, first in rows])
-            errors = [float((moved - first).std()) / math.sqrt(_DRAWS) for moved, first in rows]
-            shifts = np.maximum.accumulate(np.maximum(means, 0.0))
-            self._tables[end] = (noise, shifts, np.array(errors))
-        return self._tables[end]
-
-    def _moved(self, inverse: float, end: End) -> tuple[Array, Array]:
-        """Distances ``(draws,)`` of resampled edges, and their first order, whose mean is 0."""
-        index, sign = (0, 1.0) if end == "largest" else (-1, -1.0)
-        drawn = self._resample(inverse)
-        edges = np.linalg.eigvalsh(np.diag(self.values) + drawn)[:, -1 if index == 0 else 0]
-        return sign * (edges - self.values[index]), sign * drawn[:, index, index]
-
-    def _resample(self, inverse: float) -> Array:
-        """Fluctuations ``(draws, m, m)`` of batches with ``b = 1 / inverse`` samples."""
-        count = len(self.samples)
-        terms = max(1, round(1 / (inverse * np.mean(self.samples))))
-        generator = np.random.default_rng(0)
-        weights = generator.multinomial(terms, np.full(count, 1 / count), size=_DRAWS)
-        scale = math.sqrt(inverse * count / terms)  # a draw's terms have their sum's covariance
-        drawn = np.tensordot(weights.astype(np.float64), self.deviations, (1, 0))
-        result: Array = scale * (drawn - drawn.mean(0))
-        return result
+    def _edges(self) -> ResampledEdges:
+        return ResampledEdges(self.values, self.deviations, float(np.mean(self.samples)))
 
     def mean_square(
         self,

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from batchlr.lanczos import least_basis
+from batchlr.krylov.wanted_pairs import least_basis
 from batchlr.measurement.curvature_point import make_operator
 from batchlr.measurement.memory_plan import MemoryBudgetError, MemoryShare, divide
 from batchlr.measurement.outlying_directions import COUNT
@@ -15,8 +15,8 @@ from batchlr.operators.batches import count_samples, take
 from batchlr.operators.curvature_matrix import (
     CurvatureMatrix,
     NormMode,
-    normalises_over_batches,
 )
+from batchlr.operators.isolation import normalises_over_batches
 from batchlr.operators.supervised import LossFunction
 
 _FEWEST = 8  # assumed: samples run together, below which a product takes much longer

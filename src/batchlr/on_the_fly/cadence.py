@@ -4,6 +4,10 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, final
 
+# In gradients of the measured samples: recording their graphs with all around it, a product.
+# Measured (benchmarks/overhead.py): what they count up to is CPU time within a third.
+_RECORDING, _PRODUCT = 4.0, 3.0
+
 _DENSE = 8  # assumed: up to this step milestones lie a factor 2 apart (4 is worse, docs/log.md)
 _FEWEST = (
     4  # measured (docs/log.md): milestones after it, if as many fit between the factors 2 and 4
@@ -101,3 +105,8 @@ class Cadence:
         if earned + milestones * cost / self.max_overhead > self.total_steps:
             return math.inf
         return math.ceil(earned - _ADVANCE * self.total_steps)
+
+
+def measurement_cost(num_products: int, samples: int, batch_size: int) -> float:
+    """Of a measurement of ``num_products`` on ``samples``, in gradients of one training batch."""
+    return (_RECORDING + _PRODUCT * num_products) * samples / batch_size

@@ -149,6 +149,11 @@ class Safeguard:
         self.top *= factor
         self.ceiling *= factor
 
+    def agree(self, same: Same) -> None:
+        """Take over the rates of the first of several processes, and the gradient they are for."""
+        for name in ("free", "held", "top", "ceiling", "norm"):
+            setattr(self, name, same(getattr(self, name)))
+
     def observe(self, loss: Tensor, same: Same | None = None) -> Event | None:
         """Take note of a step just made; what was done about it, or about one shortly before.
 

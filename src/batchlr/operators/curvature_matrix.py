@@ -3,21 +3,19 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
 from typing import Any, TypedDict, final
 
 import torch
 from torch import Tensor, nn
 
 from batchlr.operators.base import BatchedOperator
-from batchlr.operators.batch_weight import batch_weight
-from batchlr.operators.batches import check_batches, count_samples, cut
+from batchlr.operators.batch_parts import BatchParts
+from batchlr.operators.batches import check_batches
 from batchlr.operators.graphs import GraphStore, KeepGraph, Recording, offloaded, survey
 from batchlr.operators.isolation import (
-    NORM_LAYERS,
     Isolation,
     check_norm_mode,
-    is_frozen,
+    normalises_over_batches,
     unwrapped,
 )
 from batchlr.operators.isolation import NormMode as NormMode
@@ -51,15 +49,6 @@ _CALLED = (
     "the loss was called as loss_fn(model, batch); if it is a function of outputs and targets, "
     "pass batchlr.supervised(criterion)"
 )
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Samples that are run together."""
-
-    batch: Any
-    owner: int  # number of the batch it is cut from
-    weight: float
 
 
 class CurvatureMatrix(BatchedOperator):
@@ -136,11 +125,9 @@ class CurvatureMatrix(BatchedOperator):
         self.norm_mode = check_norm_mode(model, norm_mode)
         self._model = model
         self._loss_fn = loss_fn
-        self._samples = tuple(count_samples(batch) for batch in listed)
         if micro_batch is not None:
             check_micro_batch(model, norm_mode, micro_batch)
-        self._parts = _cut(listed, micro_batch, loss_fn)
-        self._weights = _in_samples(self._parts, self._samples)
+        self._parts = BatchParts(listed, loss_fn, most=micro_batch)
         self._seed = _draw_seed(generator)
         self._isolation = Isolation(model, norm_mode)
         self._modules = list(model.modules())
@@ -162,21 +149,21 @@ class CurvatureMatrix(BatchedOperator):
     @final
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}(P={self.shape[0]}, batches={len(self._samples)}, "
-            f"samples={sum(self._samples)}, norm_mode={self.norm_mode!r})"
+            f"{type(self).__name__}(P={self.shape[0]}, batches={len(self.samples)}, "
+            f"samples={sum(self.samples)}, norm_mode={self.norm_mode!r})"
         )
 
     @property
     @final
     def samples(self) -> tuple[int, ...]:
         """Number of samples of each batch."""
-        return self._samples
+        return self._parts.samples
 
     @property
     @final
     def weights(self) -> tuple[float, ...]:
         """See `BatchedOperator.weights`."""
-        return self._weights
+        return self._parts.weights
 
     @property
     @final
@@ -187,7 +174,7 @@ class CurvatureMatrix(BatchedOperator):
     @final
     def batch_products(self, vectors: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
         """See `BatchedOperator.batch_products`."""
-        for owner, vector in zip(range(len(self._samples)), self._each(vectors), strict=True):
+        for owner, vector in zip(range(len(self.samples)), self._each(vectors), strict=True):
             product = self.chosen_batch_product(owner, vector, self._everything)
             if owner == 0 and self._check is not None:
                 self._check.see("first batch", vector, product)
@@ -206,12 +193,12 @@ class CurvatureMatrix(BatchedOperator):
     @final
     def batch_gradients(self) -> Iterator[Tensor]:
         """Gradient ``(P,)`` of each batch's mean loss in turn; zero for one of weight zero."""
-        for owner in range(len(self._samples)):
+        for owner in range(len(self.samples)):
             self._refresh()
             with torch.inference_mode(False):
                 total = torch.empty(self.shape[0], dtype=self.dtype, device=self.device)
                 adder = Adder(total, self._parameters)
-                for number, share in self._shares(owner):
+                for number, share in self._parts.shares(owner):
                     with self._surroundings(number):
                         adder.add(self._record(number, 1).gradient(), share)
                 adder.finish()
@@ -222,7 +209,7 @@ class CurvatureMatrix(BatchedOperator):
         """Weighted mean loss over the batches, a scalar."""
         self._refresh()
         terms = []
-        for number, share in self._shares(None):
+        for number, share in self._parts.shares():
             with self._surroundings(number):
                 terms.append(share * self._record(number, 1).loss)
         return torch.stack(terms).sum()
@@ -231,14 +218,13 @@ class CurvatureMatrix(BatchedOperator):
     @final
     def num_graphs(self) -> int:
         """How many graphs are kept where all are: one for samples that are run together."""
-        return len(self._shares(None))
+        return len(self._parts.shares())
 
     @final
     def largest_graph(self) -> int:
         """Bytes of the graph that the most samples run together leave, which it records."""
         self._refresh()
-        parts = [number for number, part in enumerate(self._parts) if part.weight > 0]
-        number = max(parts, key=lambda j: count_samples(self._parts[j].batch))
+        number = self._parts.largest()
         with torch.inference_mode(False), self._surroundings(number):
             return survey(self._record(number, 1).roots, self._state).num_bytes
 
@@ -267,7 +253,7 @@ class CurvatureMatrix(BatchedOperator):
             if self._checkpoints:  # autograd computes them anew outside of any function mode
                 stack.enter_context(torchs_own_layers())
             uses = self._graphs.uses(columns)
-            return self._differentiate(self._parts[number].batch, uses, self._seed + number)
+            return self._differentiate(self._parts.batch(number), uses, self._seed + number)
 
     @final
     def _evaluate(self, function: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:
@@ -314,7 +300,7 @@ class CurvatureMatrix(BatchedOperator):
             ]
             totals = torch.empty(rows.shape, dtype=self.dtype, device=self.device)
             adders = [Adder(total, tensors) for total in totals]
-            for number, share in self._shares(owner):
+            for number, share in self._parts.shares(owner):
                 with self._surroundings(number):
                     recording = self._record(number, len(rows))  # one serves all columns
                     for adder, tangent in zip(adders, tangents, strict=True):
@@ -322,12 +308,6 @@ class CurvatureMatrix(BatchedOperator):
             for adder in adders:
                 adder.finish()
         return totals
-
-    def _shares(self, owner: int | None) -> list[tuple[int, float]]:
-        """Number and share of each part in the mean over batch ``owner``, or over all."""
-        parts = [(j, p.weight) for j, p in enumerate(self._parts) if owner in (None, p.owner)]
-        total = sum(weight for _, weight in parts)
-        return [(number, weight / total) for number, weight in parts if weight > 0]
 
     def _surroundings(self, number: int) -> AbstractContextManager[object]:
         """Where to differentiate a part: isolated, unless the model is not going to be run."""
@@ -388,34 +368,6 @@ def check_micro_batch(model: nn.Module, norm_mode: NormMode | None, micro_batch:
             "depend on one another; use norm_mode='eval', or smaller batches as what is measured"
         )
         raise ValueError(msg)
-
-
-def normalises_over_batches(model: nn.Module) -> bool:
-    """Whether some layer's output depends on the rest of the batch in train mode."""
-    return any(
-        isinstance(m, NORM_LAYERS) and not is_frozen(m, model) for m in unwrapped(model).modules()
-    )
-
-
-def _cut(batches: Sequence[Any], size: int | None, loss_fn: LossFunction) -> list[_Part]:
-    parts = []
-    for owner, batch in enumerate(batches):
-        pieces = [batch] if size is None else cut(batch, size)
-        parts += [_Part(piece, owner, batch_weight(loss_fn, piece)) for piece in pieces]
-    if not any(part.weight > 0 for part in parts):
-        msg = "all batches have weight zero: are all their targets ignored?"
-        raise ValueError(msg)
-    return parts
-
-
-def _in_samples(parts: Sequence[_Part], samples: Sequence[int]) -> tuple[float, ...]:
-    """Weights of the batches, scaled so that their sum is the number of samples."""
-    weights = [0.0] * len(samples)
-    for part in parts:
-        weights[part.owner] += part.weight
-    if weights == list(samples):  # without rounding
-        return tuple(weights)
-    return tuple(weight * sum(samples) / sum(weights) for weight in weights)
 
 
 def _version(tensor: Tensor) -> tuple[int, int]:

@@ -34,6 +34,13 @@ def is_frozen(norm: nn.Module, model: nn.Module) -> bool:
     return model.training and not norm.training
 
 
+def normalises_over_batches(model: nn.Module) -> bool:
+    """Whether some layer's output depends on the rest of the batch in train mode."""
+    return any(
+        isinstance(m, NORM_LAYERS) and not is_frozen(m, model) for m in unwrapped(model).modules()
+    )
+
+
 @final
 class Isolation:
     """Contexts in which a model is run and differentiated; it must not be run elsewhere meanwhile.

@@ -18,15 +18,17 @@ from batchlr.curvature_report import CurvatureReport
 from batchlr.lanczos import top_eigenpairs
 from batchlr.lr_bound import LRBound
 from batchlr.operators import DifferenceOperator, GGNOperator, HessianOperator, LinearOperator
-from batchlr.operators.curvature_matrix import CurvatureMatrix, normalises_over_batches
+from batchlr.operators.curvature_matrix import CurvatureMatrix
+from batchlr.operators.isolation import normalises_over_batches
 from batchlr.plotting import plot_rates, plot_spectrum, save_figure
 from batchlr.slq import SpectralMeasure, stochastic_lanczos_quadrature
 from batchlr.training.checkpoint import CheckpointError, checkpoint_digest, load_checkpoint
 from batchlr.training.config import TrainConfig
 from batchlr.training.config.variants import SGDOptions
 from batchlr.training.data import Batch
-from batchlr.training.experiment import Experiment, build_experiment, measurement_sizes
+from batchlr.training.experiment import Experiment, build_experiment
 from batchlr.training.metrics import write_json
+from batchlr.training.pass_sizes import measurement_sizes
 from batchlr.training.run_folder import write_measured
 
 _SMALLEST_BATCH = 4

@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Sequence
-from typing import final
+from pathlib import Path
+from typing import Any, final
 
 from rich.console import Console
 from rich.progress import (
@@ -102,3 +103,13 @@ class RunConsole:
             line += f"  limit {bound.value:.3g} [{bound.low:.3g}, {bound.high:.3g}]"
             line += f"  largest eigenvalue {largest:.3g}"
         self.say(line)
+
+    def end(self, summary: dict[str, Any], out: Path) -> None:
+        """A run that went well: its ``summary.json``, in words, and where its record is."""
+        share = summary["curvature_seconds"] / max(summary["wall_seconds"], 1e-9)
+        self.say(
+            f"test accuracy {summary['test_accuracy']:.4f} after {summary['steps']} steps in "
+            f"{summary['wall_seconds']:.1f} s, of which measuring {100 * share:.0f} % "
+            f"({summary['curvature_products']} products)",
+            f"record in {out}: summary.json, metrics.jsonl, run.png",
+        )

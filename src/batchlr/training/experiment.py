@@ -1,8 +1,7 @@
 """What a configuration stands for: data, network, loss, optimizer, scheduler, controller."""
 
-import itertools
-import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +10,11 @@ from torch import nn
 from batchlr.batch_size import AdaptiveBatchSize
 from batchlr.controller import CurvatureController
 from batchlr.gradients.sample_gradients import coupling_layers
+from batchlr.on_the_fly.collapse import Same
 from batchlr.operators.supervised import SupervisedLoss, supervised
-from batchlr.policies import POLICIES
-from batchlr.sampling import disjoint_sizes, samples_while_training
 from batchlr.schedulers import BatchAwareLR
 from batchlr.sharded_tensors import gathered_state, sharded_like
+from batchlr.training.adaptive_batch import adaptive_batch_size, group_size
 from batchlr.training.config import TrainConfig
 from batchlr.training.config.variants import SGDOptions
 from batchlr.training.data import (
@@ -27,6 +26,7 @@ from batchlr.training.data import (
 )
 from batchlr.training.distributed import Processes
 from batchlr.training.models import build_model
+from batchlr.training.pass_sizes import check_sharing, micro_size, tracking_sizes
 from batchlr.training.shapes import shape_factory
 
 
@@ -53,6 +53,13 @@ class Experiment:
         """Samples of one update, over all processes, at present."""
         return self.config.batch.global_size if self.adaptive is None else self.adaptive.batch_size
 
+    @property
+    def same(self) -> Same | None:
+        """Makes a number the first process's in all of them; None if there is only one."""
+        if self.processes.world_size == 1:
+            return None
+        return partial(self.processes.same, device=self.device)
+
     def is_read(self, step: int) -> bool:
         """Whether the gradient's noise is read off update number ``step``."""
         options = self.config.batch.adaptive
@@ -65,12 +72,9 @@ class Experiment:
 
         Groups are micro-batches, or if they are too few equal parts of them.
         """
-        size = micro_size(self.config, self.processes.world_size, self.batch_size)
-        if not read:
-            return size
-        found = _group_size(self.config, self.processes, self.batch_size, size)
-        assert found is not None  # as of the first size, whose multiples all others are
-        return found
+        if read:
+            return group_size(self.config, self.processes, self.batch_size)
+        return micro_size(self.config, self.processes.world_size, self.batch_size)
 
     def distorts(self, step: int) -> bool:
         """Whether the loss of update ``step`` is that of smaller batches' statistics.
@@ -178,7 +182,7 @@ def build_experiment(config: TrainConfig, processes: Processes | None = None) ->
     torch.manual_seed(config.seed)
     data = build_data(config)
     steps_per_epoch = batches_per_epoch(data, batch_size=config.batch.global_size)
-    _check_sharing(config, data, processes)
+    check_sharing(config, data, processes)
     total_steps = steps_per_epoch * config.train.epochs
     options = config.model.model_dump(exclude={"name"})
     model = build_model(
@@ -215,7 +219,7 @@ def build_experiment(config: TrainConfig, processes: Processes | None = None) ->
         controller=_controller(config, data, scheduler, loss_fn, steps_per_epoch)
         if measured
         else None,
-        adaptive=_adaptive(config, data, processes),
+        adaptive=adaptive_batch_size(config, data, processes),
         steps_per_epoch=steps_per_epoch,
         sampler=_sampler(config),
     )
@@ -227,55 +231,8 @@ def build_data(config: TrainConfig) -> ImageData:
     return load_data(config.data.name, seed=config.seed, **options)
 
 
-def measurement_sizes(config: TrainConfig, data: ImageData, world_size: int = 1) -> tuple[int, int]:
-    """Size and number of the batches of one measurement.
-
-    They are as large as one forward pass of training, for the sake of train-mode normalisation,
-    but at least four fit into ``curvature.samples``. The paper's policies, which ask for no noise,
-    take all samples as one batch.
-    """
-    return _sizes(config, data, world_size, config.curvature.samples)
-
-
-def tracking_sizes(
-    config: TrainConfig, data: ImageData, world_size: int = 1, batch_size: int | None = None
-) -> tuple[int, int]:
-    """As `measurement_sizes`, while training: no more samples than half a batch, or 64, has.
-
-    The batch is that of ``batch_size``, by default the configured one.
-    """
-    if config.curvature.policy in POLICIES:
-        return measurement_sizes(config, data, world_size)
-    batch = batch_size or config.batch.global_size
-    samples = samples_while_training(config.curvature.samples, batch)
-    return _sizes(config, data, world_size, samples, batch_size)
-
-
-def _sizes(
-    config: TrainConfig,
-    data: ImageData,
-    world_size: int,
-    samples: int,
-    batch_size: int | None = None,
-) -> tuple[int, int]:
-    samples = min(samples, len(data.train))
-    if config.curvature.policy in POLICIES:
-        return samples, 1
-    return disjoint_sizes(samples, micro_size(config, world_size, batch_size))
-
-
 def _sampler(config: TrainConfig) -> torch.Generator:
     return torch.Generator().manual_seed(config.seed + 1)
-
-
-def micro_size(config: TrainConfig, world_size: int = 1, batch_size: int | None = None) -> int:
-    """Samples in one forward pass of one process; ``batch_size`` is by default the configured.
-
-    A batch that has grown takes no more at a time than the first one, which is known to fit.
-    """
-    first, micro = config.batch.global_size // world_size, config.batch.micro_size
-    share = (batch_size or config.batch.global_size) // world_size
-    return min(first if micro == "auto" else micro, share)
 
 
 def find_device(config: TrainConfig, processes: Processes) -> torch.device:
@@ -296,109 +253,6 @@ def find_device(config: TrainConfig, processes: Processes) -> torch.device:
         msg = f"train.device {name!r} is not available: {str(error).splitlines()[0]}"
         raise ValueError(msg) from None
     return device
-
-
-def _check_sharing(config: TrainConfig, data: ImageData, processes: Processes) -> None:
-    size, world, micro = config.batch.global_size, processes.world_size, config.batch.micro_size
-    if processes.shards and len(data.test) < world:
-        msg = (
-            f"dist.strategy fsdp needs a test image in each of its {world} processes, {data.name} "
-            f"has {len(data.test)}: use ddp, or fewer processes"
-        )
-        raise ValueError(msg)
-    share = max(1, size // world)
-    unit = world if micro == "auto" else world * min(micro, share)
-    if size % unit:
-        parts = "" if micro == "auto" else f" in equal micro-batches of {min(micro, share)}"
-        lower = max(unit, size // unit * unit)
-        msg = (
-            f"batch.global_size {size} cannot be shared by {world} processes{parts}; the nearest "
-            f"shareable sizes are {lower} and {lower + unit}"
-        )
-        raise ValueError(msg)
-
-
-def _group_size(
-    config: TrainConfig, processes: Processes, batch_size: int, micro: int
-) -> int | None:
-    """Samples of a group, where noise is read from passes of at most ``micro``; None if none fits.
-
-    Groups are of equal size, and of at least two samples, for one alone has no batch statistics,
-    unless ``micro`` is 1. There are two or more over all processes, and of such numbers the nearest
-    to ``batch.adaptive.groups``. Of sharded weights nobody has a gradient of its own: every group
-    is of all processes.
-    """
-    options = config.batch.adaptive
-    assert options is not None
-    apart = 1 if processes.shards else processes.world_size
-    share = batch_size // processes.world_size
-    largest = min(micro, share * apart // 2)
-    sizes = [size for size in range(min(2, micro), largest + 1) if share % size == 0]
-    wanted = options.groups / apart
-    return max(sizes, key=lambda size: (-abs(share // size - wanted), size), default=None)
-
-
-def _adaptive(
-    config: TrainConfig, data: ImageData, processes: Processes
-) -> AdaptiveBatchSize | None:
-    """Chooses the batch sizes of the run, if they are not all the same.
-
-    Raises:
-        ValueError: the batch cannot be split into groups, or its bound exceeds the data or leaves
-            no room to grow.
-    """
-    options = config.batch.adaptive
-    if options is None:
-        return None
-    _check_groups(config, processes)
-    if options.max_size > len(data.train):
-        msg = (
-            f"batch.adaptive.max_size {options.max_size} is larger than the {len(data.train)} "
-            f"samples of {data.name}"
-        )
-        raise ValueError(msg)
-    first = config.batch.global_size
-    unit = processes.world_size * micro_size(config, processes.world_size)
-    if first < options.max_size < first + unit:
-        msg = (
-            f"batch.adaptive.max_size {options.max_size} leaves no room to grow: sizes are "
-            f"multiples of {unit}, so the next after {first} is {first + unit}; allow that, or set "
-            "a smaller batch.micro_size"
-        )
-        raise ValueError(msg)
-    return AdaptiveBatchSize(
-        first,
-        max_batch_size=options.max_size,
-        dataset_size=len(data.train),
-        tolerance=options.tolerance,
-        debias=options.debias,
-        max_growth=math.inf if options.max_growth is None else options.max_growth,
-        interval=options.test_every,
-        smoothing=options.smoothing,
-        multiple_of=unit,
-    )
-
-
-def _check_groups(config: TrainConfig, processes: Processes) -> None:
-    """Raise ValueError, naming sizes that can, unless the first batch can be read in groups."""
-    size, world = config.batch.global_size, processes.world_size
-    automatic, micro = config.batch.micro_size == "auto", micro_size(config, world)
-
-    def fits(total: int) -> bool:
-        largest = total // world if automatic else micro
-        return _group_size(config, processes, total, largest) is not None
-
-    if fits(size):
-        return
-    unit = world if automatic else world * micro
-    below = next((total for total in range(size - unit, 0, -unit) if fits(total)), None)
-    above = next(total for total in itertools.count(size + unit, unit) if fits(total))
-    nearest = f"{above}" if below is None else f"{below} and {above}"
-    msg = (
-        f"batch.global_size {size} cannot be split into two or more equal groups of two or more "
-        f"samples, between which batch.adaptive reads the noise; the nearest that can: {nearest}"
-    )
-    raise ValueError(msg)
 
 
 def _sharded_as(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:

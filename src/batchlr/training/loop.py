@@ -4,29 +4,28 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from batchlr.batch_size import BatchSizeTest
-from batchlr.gradients.group_gradients import GroupGradients
 from batchlr.measurement.optimizer_state import get_momentum
-from batchlr.on_the_fly.collapse import Same
 from batchlr.on_the_fly.curvature_update import CurvatureUpdate
 from batchlr.on_the_fly.safeguard import EVENTS, Event
 from batchlr.training.checkpoint import latest_checkpoint, save_checkpoint
 from batchlr.training.config import TrainConfig
 from batchlr.training.console import RunConsole
 from batchlr.training.data import Batch, train_batches
-from batchlr.training.distributed import averaging, processes
+from batchlr.training.distributed import processes
 from batchlr.training.evaluation import TestResult, evaluate
 from batchlr.training.experiment import Experiment, build_experiment
 from batchlr.training.interruption import StopRequest, stop_request
 from batchlr.training.metrics import MetricsLog, read_metrics, write_json
 from batchlr.training.resumption import Progress, start_run
+from batchlr.training.run_length import RunLength
+from batchlr.training.run_record import measured_entry, run_summary, tested_entry
+from batchlr.training.weight_update import update_weights
 
 _FLUSH_EVERY = 20  # steps between two looks at the loss; each one waits for the device
 _DIVERGED = 1e3  # assumed: a loss this many times its first value does not come back
@@ -81,55 +80,19 @@ class _Run:
         self.progress = progress
         self.out = out
         self.request = request
+        self.length = RunLength(experiment, progress)
+        self.same = experiment.same
         self.began = time.perf_counter() - progress.wall_seconds
         self.log = MetricsLog(out / "metrics.jsonl", first_step=progress.step, enabled=first)
         self.console = RunConsole(
-            self.last_step, progress.step, progress=config.log.progress, enabled=first
+            self.length.last_step, progress.step, progress=config.log.progress, enabled=first
         )
         self.updates: list[CurvatureUpdate] = []
         self.unjudged: set[int] = set()  # steps whose losses are of smaller batches' statistics
         if experiment.controller is not None:
             experiment.controller.watch(experiment.model)
         if progress.step:
-            self.console.say(f"resumed after step {progress.step} of {self.last_step}")
-
-    @property
-    def last_step(self) -> int:
-        """The number of steps after which the run ends, if its batches grow no more."""
-        limit = self.experiment.config.train.max_steps
-        total = self.total_steps
-        return total if limit is None else min(total, limit)
-
-    @property
-    def total_steps(self) -> int:
-        """Those made and those that all epochs have left at the present batch size."""
-        experiment, progress = self.experiment, self.progress
-        size, whole = experiment.batch_size, len(experiment.data.train)
-        epochs = experiment.config.train.epochs - progress.epoch
-        if epochs < 1:
-            return progress.step
-        return progress.step + (whole - progress.samples) // size + (epochs - 1) * (whole // size)
-
-    @property
-    def epoch_is_over(self) -> bool:
-        """Whether what is left of the epoch is no whole batch."""
-        experiment = self.experiment
-        return self.progress.samples + experiment.batch_size > len(experiment.data.train)
-
-    @property
-    def is_over(self) -> bool:
-        """Whether all steps are made."""
-        options = self.experiment.config.train
-        limit = math.inf if options.max_steps is None else options.max_steps
-        return self.progress.epoch >= options.epochs or self.progress.step >= limit
-
-    @cached_property
-    def same(self) -> Same | None:
-        """The first process's number in all of them, if there are several."""
-        group = self.experiment.processes
-        if group.world_size == 1:
-            return None
-        return partial(group.same, device=self.experiment.device)
+            self.console.say(f"resumed after step {progress.step} of {self.length.last_step}")
 
     def finish(self) -> dict[str, Any]:
         """Make all the steps that are left; returns the summary."""
@@ -138,7 +101,7 @@ class _Run:
         if progress.step == 0 and config.checkpoint.every_epochs:
             self.save()  # so that a run which diverges at once has a good one
         # A run stopped after the last batch of an epoch has yet to close it.
-        while not self.is_over or self.epoch_is_over:
+        while not self.length.is_over or self.length.epoch_is_over:
             self.make_epoch()
         if progress.samples or not progress.result:
             self.evaluate()
@@ -147,9 +110,9 @@ class _Run:
 
     def make_epoch(self) -> None:
         """The rest of the current epoch."""
-        while not (self.epoch_is_over or self.is_over):
+        while not (self.length.epoch_is_over or self.length.is_over):
             self.make_steps()
-        if self.epoch_is_over:
+        if self.length.epoch_is_over:
             self.close_epoch()
         else:
             self.check_losses()
@@ -167,7 +130,7 @@ class _Run:
                     f"(checkpoint in {self.out / 'checkpoints'})"
                 )
                 raise InterruptedRun(msg)
-            if self.is_over or self.experiment.batch_size != size:
+            if self.length.is_over or self.experiment.batch_size != size:
                 break
 
     def close_epoch(self) -> None:
@@ -177,13 +140,12 @@ class _Run:
         result = self.evaluate()
         train_loss = progress.result["train_loss"]
         peak = self.experiment.scheduler.peak
-        progress.epoch, progress.samples = progress.epoch + 1, 0
-        progress.loss_sum, progress.counted = 0.0, 0
+        progress.close_epoch()
         self.console.epoch(
             progress.epoch, config.train.epochs, train_loss, result, self.updates, peak
         )
         every = config.checkpoint.every_epochs
-        if every and progress.epoch % every == 0 and not self.is_over:
+        if every and progress.epoch % every == 0 and not self.length.is_over:
             self.save()
 
     def batches(self) -> Iterator[Batch]:
@@ -201,38 +163,36 @@ class _Run:
         )
 
     def make_step(self, batch: Batch) -> None:
-        """Measure if due, then one update of the weights."""
+        """Measure if due, then one update of the weights and all that follows from it."""
         experiment, progress = self.experiment, self.progress
-        update, size = self.measure(), experiment.batch_size
+        update = self.measure()
+        step, size = progress.step, experiment.batch_size
         rate = float(experiment.scheduler.get_last_lr()[0])
-        read, distorted = experiment.is_read(progress.step), experiment.distorts(progress.step)
-        loss = self.update_weights(batch)
-        event = None
-        if distorted:
-            self.unjudged.add(progress.step)
-        elif experiment.controller is not None:
-            event = experiment.controller.observe(loss, self.same)
         entry = {
-            "step": progress.step,
+            "step": step,
             "epoch": progress.epoch,
             "lr": rate,
             "momentum": get_momentum(experiment.optimizer),
             "batch_size": size,
         }
-        if read:
+        if experiment.is_read(step):
             entry["read"] = True
-        progress.last_lr = rate
-        progress.step += 1
-        progress.samples += size
-        progress.trained += size
+        distorted = experiment.distorts(step)
+        loss = self.update_weights(batch)
+        event = None
+        if distorted:
+            self.unjudged.add(step)
+        elif experiment.controller is not None:
+            event = experiment.controller.observe(loss, self.same)
+        progress.advance(size, lr=rate)
         self.heed(event)
         test = self.adapt()
         self.follow_schedule()
         # The losses of all steps count for the epoch's mean; not all of them are written.
         self.log.add(
-            entry | _measured(update) | _tested(test),
+            entry | measured_entry(update) | tested_entry(test),
             loss,
-            write=entry["step"] % experiment.config.log.every_steps == 0
+            write=step % experiment.config.log.every_steps == 0
             or update is not None
             or test is not None,
         )
@@ -261,87 +221,40 @@ class _Run:
             self.console.measurement(update)
         if update.failure is not None:
             self.console.say(f"step {update.step}: kept the rate: {update.failure}")
-        record = self.out / "curvature" / f"step-{update.step:08d}.json"
-        if update.report is not None and experiment.processes.is_first:
-            update.report.save(record)
-        if update.learned is not None and experiment.processes.is_first:
-            write_json(record, asdict(update.learned))
+        if experiment.processes.is_first:
+            self.keep(update)
         self.updates.append(update)
         return update
 
-    def update_weights(self, batch: Batch) -> Tensor:
-        """Forward, backward and step; returns the mean loss ``()`` on the device."""
-        experiment, config = self.experiment, self.experiment.config
-        model, optimizer = experiment.parallel, experiment.optimizer
-        images, labels = experiment.arranged(batch[0]), batch[1]
-        read = experiment.is_read(self.progress.step)
-        size = experiment.part_size(read=read)
-        groups = GroupGradients(experiment.model.parameters()) if read else None
-        parts = list(zip(torch.split(images, size), torch.split(labels, size), strict=True))
-        optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=experiment.device)
-        for number, part in enumerate(parts):
-            last = number == len(parts) - 1
-            with averaging(model, now=experiment.processes.shards if read else last):
-                with torch.autocast(
-                    experiment.device.type,
-                    dtype=torch.bfloat16,
-                    enabled=config.train.precision == "bf16",
-                ):
-                    loss = experiment.loss_fn(model, part) / len(parts)
-                loss.backward()  # type: ignore[no-untyped-call]
-            if groups is not None:
-                groups.add()
-            total += loss.detach()
-        if groups is not None:
-            self.read_noise(groups)
-        if config.train.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(experiment.model.parameters(), config.train.clip_norm)
-        optimizer.step()
-        world = experiment.processes.world_size
-        return experiment.processes.sum(total) / world
+    def keep(self, update: CurvatureUpdate) -> None:
+        """Write what was measured in a file of its own."""
+        path = self.out / "curvature" / f"step-{update.step:08d}.json"
+        if update.report is not None:
+            update.report.save(path)
+        if update.learned is not None:
+            write_json(path, asdict(update.learned))
 
-    def read_noise(self, groups: GroupGradients) -> None:
-        """Average the gradients over processes, whose own were compared, and show their noise."""
-        experiment, together = self.experiment, self.experiment.processes
-        assert experiment.adaptive is not None
-        own = together.world_size > 1 and not together.shards
-        if own:
-            gradients = (p.grad for p in experiment.model.parameters())
-            together.average(gradient for gradient in gradients if gradient is not None)
-        scatter = groups.scatter(
-            experiment.batch_size,
-            dataset_size=len(experiment.data.train),
-            total=together.sum if own else None,
-        )
-        if self.same is not None:
-            norm, trace = self.same(scatter.square_norm), self.same(scatter.trace)
-            scatter = replace(scatter, square_norm=norm, trace=trace)
-        experiment.adaptive.observe(scatter)
+    def update_weights(self, batch: Batch) -> Tensor:
+        """One update of the weights; returns the mean loss ``()`` on the device."""
+        read = self.experiment.is_read(self.progress.step)
+        return update_weights(self.experiment, batch, read=read)
 
     def follow_schedule(self) -> None:
-        """Bring the shape of the rate to the samples trained with.
-
-        It goes by steps of the batch size that the run began with, so that it ends with the last
-        epoch whatever became of the batch.
-        """
-        experiment, progress = self.experiment, self.progress
-        steps = progress.samples // experiment.config.batch.global_size
-        whole = experiment.steps_per_epoch
-        position = progress.epoch * whole + (whole if self.epoch_is_over else steps)
-        for _ in range(position - experiment.scheduler.last_epoch):
-            experiment.scheduler.step()
+        """Bring the shape of the rate to the samples trained with."""
+        scheduler = self.experiment.scheduler
+        for _ in range(self.length.schedule_step - scheduler.last_epoch):
+            scheduler.step()
 
     def adapt(self) -> BatchSizeTest | None:
         """After a step: the test of the batch size, if it is its time, and what follows from it."""
         experiment = self.experiment
         test = None if experiment.adaptive is None else experiment.adaptive.step()
         if test is not None and test.next_batch_size != test.batch_size:
-            experiment.resize(test.next_batch_size, total_steps=self.total_steps)
+            experiment.resize(test.next_batch_size, total_steps=self.length.total_steps)
             if self.same is not None and experiment.controller is not None:
                 experiment.controller.agree(self.same)
             self.console.say(f"step {self.progress.step}: batch size {test.next_batch_size}")
-            self.console.expect(self.last_step)
+            self.console.expect(self.length.last_step)
         return test
 
     def heed(self, event: Event | None) -> None:
@@ -369,16 +282,16 @@ class _Run:
             if progress.first_loss is None and math.isfinite(loss):
                 progress.first_loss = loss
             first = 1.0 if progress.first_loss is None else progress.first_loss
-            if not math.isfinite(loss) or loss > _DIVERGED * max(first, 1.0):
-                hidden = step in self.unjudged and step >= progress.undone
-                if hidden and controller is not None:
-                    self.heed(controller.rescue(self.same, lost=True))
-                if step < progress.undone:
-                    continue
+            if math.isfinite(loss) and loss <= _DIVERGED * max(first, 1.0):
+                progress.loss_sum += loss
+                progress.counted += 1
+                continue
+            hidden = step in self.unjudged and step >= progress.undone
+            if hidden and controller is not None:
+                self.heed(controller.rescue(self.same, lost=True))
+            if step >= progress.undone:
                 msg = f"the training loss became {loss:.4g} in step {step} (first loss {first:.4g})"
                 raise DivergedError(msg)
-            progress.loss_sum += loss
-            progress.counted += 1
         self.unjudged.clear()
 
     def asked_to_stop(self) -> bool:
@@ -404,11 +317,10 @@ class _Run:
         if not math.isfinite(result.loss):
             msg = f"the test loss became {result.loss:.4g}"
             raise DivergedError(msg)
-        mean = self.progress.loss_sum / max(1, self.progress.counted)
         self.progress.result = {
             "test_accuracy": result.accuracy,
             "test_loss": result.loss,
-            "train_loss": mean if self.progress.counted else math.nan,
+            "train_loss": self.progress.mean_loss,
         }
         return result
 
@@ -434,27 +346,9 @@ class _Run:
 
     def summarize(self, *, diverged: bool, failure: str | None = None) -> dict[str, Any]:
         """Write ``summary.json`` and the picture of the run; returns the summary."""
-        experiment, progress = self.experiment, self.progress
-        controller = experiment.controller
-        progress.wall_seconds = time.perf_counter() - self.began
-        nothing = {"test_accuracy": math.nan, "test_loss": math.nan, "train_loss": math.nan}
-        summary = {
-            **nothing,
-            **({} if diverged else progress.result),
-            "steps": progress.step,
-            "samples": progress.trained,
-            "batch_size": experiment.batch_size,
-            "epochs": progress.epoch,
-            "wall_seconds": progress.wall_seconds,
-            "curvature_seconds": 0.0 if controller is None else controller.seconds,
-            "curvature_products": 0 if controller is None else controller.num_products,
-            "final_lr": progress.last_lr,
-            "peak_lr": experiment.scheduler.peak,
-            "diverged": diverged,
-            "failure": failure,
-            "events": progress.events,
-        }
-        if experiment.processes.is_first:
+        self.progress.wall_seconds = time.perf_counter() - self.began
+        summary = run_summary(self.experiment, self.progress, diverged=diverged, failure=failure)
+        if self.experiment.processes.is_first:
             write_json(self.out / "summary.json", summary)
             self.draw()
         self.report(summary)
@@ -470,43 +364,5 @@ class _Run:
 
     def report(self, summary: dict[str, Any]) -> None:
         """The last words on the terminal."""
-        share = summary["curvature_seconds"] / max(summary["wall_seconds"], 1e-9)
         if not summary["diverged"]:
-            self.console.say(
-                f"test accuracy {summary['test_accuracy']:.4f} after {summary['steps']} steps in "
-                f"{summary['wall_seconds']:.1f} s, of which measuring {100 * share:.0f} % "
-                f"({summary['curvature_products']} products)",
-                f"record in {self.out}: summary.json, metrics.jsonl, run.png",
-            )
-
-
-def _measured(update: CurvatureUpdate | None) -> dict[str, Any]:
-    """What a measurement adds to its step's line."""
-    if update is None:
-        return {}
-    bound = update.bound
-    return {
-        "largest_eigenvalue": update.largest_eigenvalue,
-        "smallest_eigenvalue": update.smallest_eigenvalue,
-        "max_lr": math.nan if bound is None else bound.value,
-        "max_lr_low": math.nan if bound is None else bound.low,
-        "max_lr_high": math.nan if bound is None else bound.high,
-        "regime": None if bound is None else bound.regime,
-        "optimizer": None if bound is None else bound.optimizer,
-        "peak_lr": update.peak,
-        "products": update.num_products,
-        "measurement_seconds": update.seconds,
-        "overhead": update.overhead,
-        "failure": update.failure,
-    }
-
-
-def _tested(test: BatchSizeTest | None) -> dict[str, Any]:
-    """What a test of the batch size adds to its step's line."""
-    if test is None:
-        return {}
-    return {
-        "norm_test": test.smallest_tolerance,
-        "noise_scale": test.noise_scale,
-        "next_batch_size": test.next_batch_size,
-    }
+            self.console.end(summary, self.out)

@@ -43,6 +43,23 @@ class Progress:
     wall_seconds: float = 0.0
     result: dict[str, float] = field(default_factory=dict)  # of the last evaluation
 
+    @property
+    def mean_loss(self) -> float:
+        """Over the batches of the epoch so far; NaN if there are none."""
+        return self.loss_sum / self.counted if self.counted else math.nan
+
+    def advance(self, samples: int, *, lr: float) -> None:
+        """Count a step made with a batch of ``samples`` at the rate ``lr``."""
+        self.step += 1
+        self.samples += samples
+        self.trained += samples
+        self.last_lr = lr
+
+    def close_epoch(self) -> None:
+        """Begin the next epoch."""
+        self.epoch, self.samples = self.epoch + 1, 0
+        self.loss_sum, self.counted = 0.0, 0
+
 
 def start_run(experiment: Experiment, out: Path, notes: Sequence[str]) -> Progress:
     """Prepare the folder and, if asked, take up the checkpoint; all processes read the same.

@@ -1,25 +1,23 @@
 """The largest rate that training survives, swept, beside the one that curvature predicts."""
 
-import copy
 import itertools
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from batchlr.curvature import measure_curvature
 from batchlr.curvature_report import CurvatureReport
 from batchlr.lr_bound import LRBound
-from batchlr.operators.curvature_matrix import normalises_over_batches
-from batchlr.operators.supervised import LossFunction
+from batchlr.operators.isolation import normalises_over_batches
 from batchlr.plotting import plot_sweep, save_figure
 from batchlr.training.analysis import build_at, common_settings
 from batchlr.training.checkpoint import latest_checkpoint
@@ -30,26 +28,15 @@ from batchlr.training.experiment import Experiment
 from batchlr.training.metrics import write_json
 from batchlr.training.resumption import flat
 from batchlr.training.run_folder import write_measured
-
-Kind = Literal["sgd", "adam"]
+from batchlr.training.survival import Kind, Survival, largest_survivable_lr
 
 _UNCOUPLED_BATCH = 8  # assumed: small batches show the noise best where samples do not interact
-_FACTOR = 2.0  # between rates while searching for the limit
-_HALVINGS = 2  # bisections after that, in the logarithm: the limit is good to a factor 2^(1/4)
-_REACH = 12  # factors tried in either direction
+_OTHERS_MOMENTUM = 0.9  # assumed: or beta1, of the optimizer that is not configured
 _TABLE_WIDTH = 80
 _NORMALISED = (
     "train-mode batch norm: the weights' scale drops out of the function, so that training may "
     "survive far above the limit (1.5 to 95 times it on PreResNet-8: docs/learning_rate_law.md)"
 )
-
-
-class Survival(NamedTuple):
-    """What a sweep of rates found."""
-
-    lr: float  # the largest rate survived
-    diverged: float  # the smallest found to diverge; infinite if none did
-    runs: int
 
 
 @dataclass(frozen=True)
@@ -69,75 +56,6 @@ class SweepCell:
     survived: float
     diverged: float
     steps: int
-
-
-def largest_survivable_lr(
-    model: nn.Module,
-    loss_fn: LossFunction,
-    samples: tuple[Tensor, Tensor],
-    *,
-    optimizer: Kind,
-    momentum: float,
-    batch_size: int,
-    start: float,
-    steps: int = 200,
-    worst_loss: float = 0.0,
-    seed: int = 0,
-) -> Survival:
-    """The largest constant rate at which training from these weights does not diverge.
-
-    A run diverges when its loss is not finite, or its mean over the last fifth of the steps exceeds
-    both the first loss and ``worst_loss``. Rates go up or down from ``start`` by factors of two
-    until the answer changes, then the gap is halved twice in the logarithm. Every run sees the
-    same batches.
-
-    Args:
-        model: in the mode to train in; it is left as it was.
-        loss_fn: ``loss_fn(model, batch)``, the scalar mean loss.
-        samples: inputs and targets to draw batches from, without replacement within an epoch.
-        optimizer: ``"sgd"`` or ``"adam"``.
-        momentum: SGD's, or Adam's ``beta1``.
-        batch_size: of one step.
-        start: where to begin, for example the predicted limit.
-        steps: of one run.
-        worst_loss: a loss that is no sign of divergence yet, such as that of a uniform guess.
-        seed: of the batches and of dropout; the global random state is left as it was.
-
-    Raises:
-        ArithmeticError: training diverges at every rate tried.
-        ValueError: ``batch_size`` is not in [1, number of samples].
-    """
-    total = len(samples[0])
-    if not 1 <= batch_size <= total:
-        msg = f"batch_size must lie in [1, {total}], the number of samples, got {batch_size}"
-        raise ValueError(msg)
-    runs = 0
-
-    def survives(lr: float) -> bool:
-        nonlocal runs
-        runs += 1
-        twin = copy.deepcopy(model)
-        stepper = _optimizer(optimizer, twin, lr, momentum)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)  # of dropout: every run sees the same masks
-            losses = _losses(twin, loss_fn, samples, stepper, batch_size, steps, seed)
-        tail = losses[-max(1, steps // 5) :]
-        finite = len(losses) == steps and all(map(math.isfinite, losses))
-        return finite and sum(tail) / len(tail) <= max(losses[0], worst_loss)
-
-    good, bad = (start, math.inf) if survives(start) else (0.0, start)
-    for _ in range(_REACH):
-        if good > 0 and math.isfinite(bad):
-            break
-        guess = good * _FACTOR if math.isinf(bad) else bad / _FACTOR
-        good, bad = (guess, bad) if survives(guess) else (good, guess)
-    if good == 0:
-        msg = f"training diverges at every rate from {start:.3g} down to {bad:.3g}"
-        raise ArithmeticError(msg)
-    for _ in range(_HALVINGS if math.isfinite(bad) else 0):
-        guess = math.sqrt(good * bad)
-        good, bad = (guess, bad) if survives(guess) else (good, guess)
-    return Survival(good, bad, runs)
 
 
 def parse_batch_sizes(text: str) -> list[int]:
@@ -220,24 +138,9 @@ def sweep(
             worst_loss=worst,
             seed=config.seed,
         )
-        cell = SweepCell(
-            kind,
-            size,
-            bound.momentum,
-            bound.value,
-            bound.low,
-            bound.high,
-            bound.regime,
-            bound.reliable,
-            bound.reasons,
-            paper,
-            found.lr,
-            found.diverged,
-            steps,
-        )
-        done[kind, size] = cell
+        done[kind, size] = _cell(kind, bound, paper, found, steps)
         with path.open("a") as file:
-            file.write(json.dumps(asdict(cell)) + "\n")
+            file.write(json.dumps(asdict(done[kind, size])) + "\n")
         console.print(
             f"{kind} at batch {size}: predicted {bound.value:.3g}, survived {found.lr:.3g} "
             f"({found.runs} runs)",
@@ -249,85 +152,82 @@ def sweep(
     return cells
 
 
+def _cell(kind: Kind, bound: LRBound, paper: float, found: Survival, steps: int) -> SweepCell:
+    return SweepCell(
+        optimizer=kind,
+        batch_size=bound.batch_size,
+        momentum=bound.momentum,
+        predicted=bound.value,
+        low=bound.low,
+        high=bound.high,
+        regime=bound.regime,
+        reliable=bound.reliable,
+        reasons=bound.reasons,
+        paper=paper,
+        survived=found.lr,
+        diverged=found.diverged,
+        steps=steps,
+    )
+
+
 def _predict(
     experiment: Experiment, kind: Kind, size: int, measured: dict[int, CurvatureReport]
 ) -> tuple[LRBound, float]:
     """The limit at one batch size, and the paper's rule.
 
     One measurement serves all sizes, unless samples interact through batch normalisation: then each
-    size is measured with batches of its own.
+    size is measured with batches of its own. ``measured`` has those made, by size.
     """
-    config = experiment.config
-    total = len(experiment.data.train)
-    samples = min(config.curvature.samples, total)
-    coupled = config.curvature.norm_mode == "train" and normalises_over_batches(experiment.model)
-    cut = min(size, total // 4) if coupled else min(_UNCOUPLED_BATCH, samples // 4)
+    cut = _measured_size(experiment, size)
     if cut not in measured:
-        batches = measurement_batches(
-            experiment.data,
-            batch_size=cut,
-            num_batches=min(max(samples // cut, 4), total // cut),
-            generator=experiment.sampler,
-            device=experiment.device,
-        )
-        measured[cut] = measure_curvature(
-            experiment.model,
-            experiment.loss_fn,
-            [(experiment.arranged(x), y) for x, y in batches],
-            dataset_size=total,
-            norm_mode=config.curvature.norm_mode,
-            tol=min(config.curvature.tolerance, 1e-2),
-            num_small_batches=0,
-            memory_budget=config.curvature.memory_budget,
-            generator=torch.Generator().manual_seed(config.seed),
-        )
-    options = config.optim
-    own = kind == ("sgd" if isinstance(options, SGDOptions) else "adam")
-    momentum = 0.9
-    if own:
-        momentum = options.momentum if isinstance(options, SGDOptions) else options.betas[0]
+        measured[cut] = _measure(experiment, cut)
     report = measured[cut]
     if report.largest <= 0:
         msg = f"the largest eigenvalue is {report.largest}: no curvature limits the rate here"
         raise ArithmeticError(msg)
+    momentum = _momentum(experiment.config, kind)
     bound = report.max_lr(size, optimizer=kind, momentum=momentum)
     return bound, report.max_lr(size, optimizer=kind, rule="paper").value
 
 
-def _losses(
-    model: nn.Module,
-    loss_fn: LossFunction,
-    samples: tuple[Tensor, Tensor],
-    optimizer: torch.optim.Optimizer,
-    batch_size: int,
-    steps: int,
-    seed: int,
-) -> list[float]:
-    """Loss before each step; it ends with the first that is not finite."""
-    x, y = samples
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(x), generator=generator)
-    first = 0
-    losses: list[float] = []
-    for _ in range(steps):
-        if first + batch_size > len(x):
-            order, first = torch.randperm(len(x), generator=generator), 0
-        rows = order[first : first + batch_size].to(x.device)
-        first += batch_size
-        optimizer.zero_grad()
-        loss = loss_fn(model, (x[rows], y[rows]))
-        losses.append(float(loss.detach()))
-        if not math.isfinite(losses[-1]):
-            break
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    return losses
+def _measured_size(experiment: Experiment, size: int) -> int:
+    """Samples of the batches on which the limit of batches of ``size`` is measured."""
+    options, total = experiment.config.curvature, len(experiment.data.train)
+    if options.norm_mode == "train" and normalises_over_batches(experiment.model):
+        return min(size, total // 4)
+    return min(_UNCOUPLED_BATCH, min(options.samples, total) // 4)
 
 
-def _optimizer(kind: Kind, model: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:
-    if kind == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
-    return torch.optim.Adam(model.parameters(), lr=lr, betas=(momentum, 0.999))
+def _measure(experiment: Experiment, size: int) -> CurvatureReport:
+    """The curvature of four or more batches of ``size``."""
+    config, total = experiment.config, len(experiment.data.train)
+    samples = min(config.curvature.samples, total)
+    batches = measurement_batches(
+        experiment.data,
+        batch_size=size,
+        num_batches=min(max(samples // size, 4), total // size),
+        generator=experiment.sampler,
+        device=experiment.device,
+    )
+    return measure_curvature(
+        experiment.model,
+        experiment.loss_fn,
+        [(experiment.arranged(x), y) for x, y in batches],
+        dataset_size=total,
+        norm_mode=config.curvature.norm_mode,
+        tol=min(config.curvature.tolerance, 1e-2),
+        num_small_batches=0,
+        memory_budget=config.curvature.memory_budget,
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+
+
+def _momentum(config: TrainConfig, kind: Kind) -> float:
+    """The configured optimizer's own, or 0.9 for the other."""
+    options = config.optim
+    if isinstance(options, SGDOptions):
+        return options.momentum if kind == "sgd" else _OTHERS_MOMENTUM
+    return options.betas[0] if kind == "adam" else _OTHERS_MOMENTUM
 
 
 def _all_samples(experiment: Experiment) -> tuple[Tensor, Tensor]:
