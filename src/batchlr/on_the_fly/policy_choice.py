@@ -30,15 +30,15 @@ def check_policy(
     if policy not in get_args(Policy):
         msg = f"policy must be one of {', '.join(get_args(Policy))}, got {policy!r}"
         raise ValueError(msg)
-    if policy in LIMIT_POLICIES:
-        optimizer_kind(optimizer)
     if sets_momentum(policy) and not isinstance(optimizer, torch.optim.SGD):
         msg = (
             f"policy {policy} gives a rate and a momentum for SGD, got "
             f"{type(optimizer).__name__}: use SGD, or policy='edge'"
         )
         raise ValueError(msg)
-    if policy not in LIMIT_POLICIES and safety != 1.0:
+    if policy in LIMIT_POLICIES:
+        optimizer_kind(optimizer)
+    elif safety != 1.0:
         msg = f"policy {policy} is applied as published: safety must be 1, got {safety}"
         raise ValueError(msg)
     if adjust_momentum and policy not in ("mean_square", "edge"):
