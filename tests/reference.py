@@ -47,6 +47,19 @@ def dense_ggn(problem: Problem) -> Tensor:
     return _mean_over_samples(problem, of_batch)
 
 
+def hessian_of(model: nn.Module, loss_fn: Callable[..., Tensor], batch: object) -> Tensor:
+    """``(P, P)`` of ``loss_fn(model, batch)``, by plain autograd on the model as it is."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    with sdpa_kernel(SDPBackend.MATH):
+        slope = torch.autograd.grad(loss_fn(model, batch), weights, create_graph=True)
+        entries = torch.cat([g.reshape(-1) for g in slope])
+        rows = [
+            torch.autograd.grad(e, weights, retain_graph=True, materialize_grads=True)
+            for e in entries
+        ]
+    return torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+
+
 def gradients(problem: Problem) -> list[Tensor]:
     """Gradient ``(P,)`` of each batch's mean loss."""
     weights, outputs = _as_function(problem)

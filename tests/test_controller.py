@@ -431,6 +431,16 @@ def test_a_warm_start_saves_products():
 # --- failures ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("apply", "count"), [(True, 1), (False, 0)])
+def test_a_loss_with_kinks_is_pointed_out_to_who_is_steered_by_it(caplog, apply, count):
+    *_, scheduler, _ = linear_problem()
+    with caplog.at_level(logging.WARNING, logger="batchlr"):
+        CurvatureController(scheduler, supervised(nn.L1Loss()), apply=apply)
+        CurvatureController(scheduler, supervised(nn.HuberLoss()), apply=apply)
+    assert len(caplog.records) == count
+    assert all("L1Loss is piecewise linear" in r.getMessage() for r in caplog.records)
+
+
 def test_a_failed_measurement_keeps_the_last_good_rate_and_says_so(caplog):
     model, optimizer, scheduler, batches = linear_problem(momentum=0.5)
     controller = controller_of(scheduler, MSE, every_steps=1, rollback=False)

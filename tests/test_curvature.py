@@ -19,6 +19,7 @@ from batchlr.measurement.memory_plan import MemoryBudgetError
 from batchlr.operators import supervised
 from batchlr.schedulers import BatchAwareLR
 from batchlr.tracker import CurvatureTracker
+from cases import seeded
 
 CROSS_ENTROPY = supervised(nn.CrossEntropyLoss())
 
@@ -1295,3 +1296,30 @@ def test_other_matrices_and_norm_modes_are_refused():
             CROSS_ENTROPY,
             [first_digits(4)],
         )
+
+
+def test_autocast_around_a_measurement_changes_nothing():
+    with seeded():
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+        batches = [(torch.randn(6, 4), torch.randint(3, (6,))) for _ in range(4)]
+    loss_fn = supervised(nn.CrossEntropyLoss())
+    plain = measure_curvature(model, loss_fn, batches)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = measure_curvature(model, loss_fn, batches)
+        assert torch.is_autocast_enabled("cpu")
+    assert inside.ritz_values == plain.ritz_values
+
+
+def test_batches_whose_samples_cannot_be_told_are_pointed_out():
+    """Time comes first: seven steps, not four samples."""
+    with seeded():
+        model = nn.Linear(3, 2)
+        batches = [(torch.randn(7, 4, 3), torch.randn(4, 2)) for _ in range(4)]
+
+    def loss_fn(m, batch):
+        return (m(batch[0]).tanh().mean(0) - batch[1]).square().mean()
+
+    with pytest.warns(UserWarning, match=r"counted as 7 samples, but its tensors have.*\(4,\)"):
+        report = measure_curvature(model, loss_fn, batches)
+    assert report.num_samples == 28
+    assert report.small_batch is None

@@ -24,7 +24,8 @@ from batchlr.on_the_fly.safeguard import EVENTS, Event, Safeguard
 from batchlr.on_the_fly.stability_limit import StabilityLimit, relative_error
 from batchlr.operators.batches import count_samples
 from batchlr.operators.curvature_matrix import NormMode
-from batchlr.operators.supervised import LossFunction, check_loss_function
+from batchlr.operators.isolation import in_full_precision
+from batchlr.operators.supervised import LossFunction, check_loss_function, piecewise_linear
 from batchlr.schedulers import BatchAwareLR
 
 logger = logging.getLogger("batchlr")
@@ -119,6 +120,13 @@ class CurvatureController:
     ) -> None:
         _check_scheduler(scheduler)
         check_loss_function(loss_fn)
+        kinked = piecewise_linear(loss_fn)
+        if kinked is not None and apply:
+            logger.warning(
+                "%s is piecewise linear: its kinks have no second derivative, so that the rate set "
+                "is likely too high; train with a smooth relative of it (Huber), or set rates",
+                kinked,
+            )
         self.bounds = PeakBounds(safety, start, growth, drop)
         check_policy(policy, scheduler.optimizer, safety=safety, adjust_momentum=adjust_momentum)
         if not 0 <= max_overhead < math.inf:
@@ -193,6 +201,7 @@ class CurvatureController:
         """Cost of the measurements over that of the steps so far, both in gradients."""
         return self.cadence.spent / max(1, self._step)
 
+    @in_full_precision
     def maybe_update(
         self,
         model: nn.Module,

@@ -19,6 +19,7 @@ from batchlr.measured import Measured
 from batchlr.measurement.adam_curvature import AdamCurvature
 from batchlr.measurement.adam_measurement import AdamMeasurement
 from batchlr.measurement.curvature_point import CurvaturePoint, Matrix, disjoint, make_operator
+from batchlr.measurement.interaction import samples_interact
 from batchlr.measurement.memory_plan import UNLIMITED, MemoryShare
 from batchlr.measurement.optimizer_state import Optimizer, group_value, optimizer_kind
 from batchlr.measurement.report_memory import possible_micro_batches, share_of
@@ -28,7 +29,7 @@ from batchlr.operators.curvature_matrix import (
     CurvatureOptions,
     NormMode,
 )
-from batchlr.operators.isolation import normalises_over_batches
+from batchlr.operators.isolation import in_full_precision, normalises_over_batches
 from batchlr.operators.supervised import LossFunction, SupervisedLoss, piecewise_linear
 from batchlr.operators.unsharded import unsharding
 from batchlr.trace import estimate_trace
@@ -41,6 +42,7 @@ _UNKNOWN = Measured(math.nan)
 _TRACE_PROBES = 4  # assumed: it only feeds laws given for comparison
 
 
+@in_full_precision
 @unsharding
 def measure_curvature(
     model: nn.Module,
@@ -179,9 +181,11 @@ def measure_curvature(
         ggn_along_top=ggn,
         small_batch=small_batch,
         clip_norm=clip_norm,
+        interacts=samples_interact(point),
     )
 
 
+@in_full_precision
 @unsharding
 def track_curvature(
     tracker: CurvatureTracker,
@@ -265,6 +269,7 @@ def _report(
     trace: Measured = _UNKNOWN,
     ggn_along_top: Measured = _UNKNOWN,
     small_batch: tuple[int, Measured] | None = None,
+    interacts: bool = False,
 ) -> CurvatureReport:
     normalises = normalises_over_batches(point.model)
     norms = torch.stack([gradient.norm() for gradient in point.operator.batch_gradients()])
@@ -288,7 +293,7 @@ def _report(
         small_batch=small_batch,
         matrix=point.kind,
         norm_mode=point.norm_mode if normalises else None,
-        coupled=point.norm_mode == "train" and normalises,
+        coupled=interacts or (point.norm_mode == "train" and normalises),
         momentum=group_value(point.optimizer, "momentum"),
         nesterov=group_value(point.optimizer, "nesterov") > 0,
         weight_decay=group_value(point.optimizer, "weight_decay"),

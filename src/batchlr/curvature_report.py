@@ -20,6 +20,9 @@ _PRINTED = (4, 16, 64, 256, 1024, 4096)  # batch sizes
 _MIN_BATCHES = 4  # assumed: below it the standard error of a variance says little
 
 
+_COUPLING = ("samples of a batch interact in the loss, which was", "train-mode normalisation was")
+
+
 @dataclass(frozen=True)
 class CurvatureReport:
     """Extremal curvature at one point of training, and what follows at any batch size.
@@ -50,7 +53,7 @@ class CurvatureReport:
     small_batch: tuple[int, Measured] | None  # (B, mean lambda_1 of batches of B)
     matrix: str
     norm_mode: str | None
-    coupled: bool  # samples of a batch interact through train-mode normalisation
+    coupled: bool  # samples of a batch interact: train-mode normalisation, a loss over pairs
     momentum: float  # of the optimizer given, else 0
     nesterov: bool  # likewise
     weight_decay: float  # likewise
@@ -381,8 +384,8 @@ class CurvatureReport:
             ),
             (
                 self.coupled and not 1 / 4 <= ratio <= 4,
-                f"train-mode normalisation was measured on batches of {self.batch_size}: measure "
-                "with batches nearer to the size asked for",
+                f"{_COUPLING[self.norm_mode == 'train']} measured on batches of {self.batch_size}: "
+                "measure with batches nearer to the size asked for",
             ),
             (
                 self.clip_norm is not None and self.gradient_norm > self.clip_norm,

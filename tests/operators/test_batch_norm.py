@@ -54,8 +54,8 @@ def test_reaches_the_layers_of_a_model(training, monkeypatch):
         seen.append(input.shape)
         return original(input, *args, **kwargs)
 
-    original = module.batch_norm
-    monkeypatch.setattr(module, "batch_norm", spy)
+    original = module._OWN[F.batch_norm]
+    monkeypatch.setitem(module._OWN, F.batch_norm, spy)
     x, *_ = inputs(SHAPES["images"])
     layer = nn.BatchNorm2d(3).double().train(training)
     outside = layer(x)
@@ -100,3 +100,40 @@ def test_refuses_one_value_per_channel_as_torch_does(shape):
         pytest.raises(ValueError, match=r"more than one value per channel.*norm_mode='eval'"),
     ):
         layer(torch.ones(shape))
+
+
+def instance_norm(x, weight, bias):
+    dims = [*range(2, x.ndim)]
+    centred = x - x.mean(dims, keepdim=True)
+    normal = centred * (centred.square().mean(dims, keepdim=True) + 1e-5).rsqrt()
+    shape = [1, -1, *[1] * len(dims)]
+    return normal * weight.view(shape) + bias.view(shape)
+
+
+@pytest.mark.parametrize("shape", ["sequences", "images"])
+def test_instance_norm_is_that_of_the_elementary_operations_to_third_order(shape):
+    """For which torch's kernel has no derivative."""
+    results = []
+    for ours in (False, True):
+        variables = inputs(SHAPES[shape])
+        with CheapSecondDerivatives() if ours else torch.enable_grad():
+            x, weight, bias = variables
+            if ours:
+                output = F.instance_norm(x, weight=weight, bias=bias)
+            else:
+                output = instance_norm(x, weight, bias)
+            slope = torch.autograd.grad(output.sin().sum(), variables, create_graph=True)
+            length = sum(g.square().sum() for g in slope)
+            second = torch.autograd.grad(length, variables, create_graph=True)
+            turned = sum(g.sin().sum() for g in second)
+            results.append([output, *second, *torch.autograd.grad(turned, variables)])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9)
+
+
+def test_instance_norm_by_running_statistics():
+    x, weight, bias = inputs(SHAPES["images"])
+    options = (torch.ones(3).double(), torch.full((3,), 2.0).double(), weight, bias, False)
+    expected = F.instance_norm(x, *options)
+    with CheapSecondDerivatives():
+        torch.testing.assert_close(F.instance_norm(x, *options), expected)

@@ -1,11 +1,23 @@
 from collections import OrderedDict, UserDict, namedtuple
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.utils.rnn import pack_sequence
+from torch.utils.data import DataLoader
 
-from batchlr.operators.batches import check_batches, count_samples, join, pick, recut, take
+from batchlr.operators.batches import (
+    ambiguity,
+    check_batches,
+    count_samples,
+    join,
+    pick,
+    recut,
+    take,
+)
 
 Pair = namedtuple("Pair", ["x", "y"])
 X = torch.arange(12.0).reshape(6, 2)
@@ -137,3 +149,65 @@ class TestRecut:
     def test_refuses_impossible_sizes(self, batch_size):
         with pytest.raises(ValueError, match=rf"must lie in \[1, 12\].*got {batch_size}"):
             recut([(X, Y), (X, Y)], batch_size)
+
+
+@dataclass
+class Graphs:
+    """As graph networks batch them: nodes and edges of all graphs, a target each."""
+
+    targets: torch.Tensor
+    nodes: torch.Tensor
+
+
+class Lengthy:
+    def __len__(self):
+        return 3
+
+
+PACKED = pack_sequence([torch.ones(4, 2), torch.ones(2, 2), torch.ones(1, 2)])
+GRAPHS = Graphs(Y, X.repeat(4, 1))
+
+
+class TestBatchesOfOtherForms:
+    @pytest.mark.parametrize(
+        ("batch", "count"),
+        [
+            (PACKED, 3),
+            ((PACKED, torch.ones(3)), 3),
+            (GRAPHS, 6),
+            (SimpleNamespace(batch_size=5), 5),
+            (Lengthy(), 3),
+            (("name", Lengthy()), 3),
+        ],
+    )
+    def test_count(self, batch, count):
+        assert count_samples(batch) == count
+
+    @pytest.mark.parametrize("batch", [(X, Y[:4]), {"x": X, "scalar": torch.ones(())}, GRAPHS])
+    def test_unlike_lengths_are_not_cut(self, batch):
+        assert "rows" in ambiguity(batch)
+        with pytest.raises(TypeError, match=r"cannot cut a batch into samples: its tensors have"):
+            take(batch, slice(0, 2))
+
+    @pytest.mark.parametrize("batch", FORMS.values(), ids=FORMS)
+    def test_like_lengths_are_not_ambiguous(self, batch):
+        assert ambiguity(batch) is None
+
+    def test_packed_sequences_are_not_cut(self):
+        with pytest.raises(TypeError, match="cannot cut a batch of type PackedSequence"):
+            take((PACKED, torch.ones(3)), slice(0, 2))
+        with pytest.raises(TypeError, match="cannot join batches of type PackedSequence"):
+            join([PACKED, PACKED])
+
+    def test_samples_of_unlike_shapes_are_not_joined(self):
+        with pytest.raises(TypeError, match=r"samples differ in shape: \[\(2,\), \(3,\)\]"):
+            join([torch.ones(4, 2), torch.ones(4, 3)])
+
+    def test_a_batch_as_a_list_is_no_list_of_batches(self):
+        with pytest.raises(TypeError, match=r"such as one batch \[x, y\]; pass \[\(x, y\)\]"):
+            check_batches([X, Y])
+
+    def test_a_loader_does_not_move_the_global_generator(self):
+        before = torch.get_rng_state()
+        assert len(check_batches(DataLoader(Y, batch_size=2, shuffle=True))) == 3
+        assert torch.equal(torch.get_rng_state(), before)

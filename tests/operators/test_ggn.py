@@ -141,3 +141,45 @@ def test_train_mode_couples_the_samples_of_a_batch():
     assert matrix[bias].abs().max() < 1e-15
     matrix = problem.operator("ggn", norm_mode="eval") @ identity(21)
     assert matrix[bias].abs().max() > 1e-3
+
+
+class Square(torch.autograd.Function):
+    """Without a ``jvp``, which forward mode would need."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        (x,) = ctx.saved_tensors
+        return 2 * x * cotangent
+
+
+class Custom(nn.Module):
+    def forward(self, x):
+        return Square.apply(x)
+
+
+class Force(nn.Module):
+    """The gradient of an energy by the input, which needs gradients to be on."""
+
+    def __init__(self, energy):
+        super().__init__()
+        self.energy = energy
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("build", [lambda layers: layers, Force])
+def test_where_there_is_no_forward_mode_one_product_is_that_of_many(build):
+    with seeded():
+        model = build(nn.Sequential(nn.Linear(3, 4), Custom(), nn.Linear(4, 3))).double()
+        pairs = [(torch.randn(5, 3).double(), torch.randn(5, 3).double())]
+    problem = Problem(model, nn.MSELoss(), pairs)
+    v = problem.vectors()
+    one = problem.operator("ggn", expected_products=1) @ v
+    torch.testing.assert_close(one, problem.operator("ggn") @ v, rtol=1e-10, atol=1e-12)

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from batchlr import HessianOperator, supervised
 from cases import CASES, classified, seeded
@@ -129,6 +130,29 @@ def test_agrees_with_curvlinops(case):
 
 
 class TestRefuses:
+    def test_layers_that_are_differentiable_once(self):
+        class Once(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                ctx.save_for_backward(x)
+                return x.square()
+
+            @staticmethod
+            @once_differentiable
+            def backward(ctx, cotangent):
+                (x,) = ctx.saved_tensors
+                return 2 * x * cotangent
+
+        model = nn.Linear(3, 2)
+        operator = HessianOperator(model, lambda m, x: Once.apply(m(x)).mean(), [torch.ones(4, 3)])
+        with pytest.raises(ValueError, match=r"differentiated only once.*once_differentiable"):
+            operator @ torch.ones(8)
+
+    def test_complex_weights(self):
+        model = nn.Linear(3, 2, dtype=torch.complex64)
+        with pytest.raises(ValueError, match=r"must be real.*'weight'.*view_as_real"):
+            HessianOperator(model, lambda m, x: m(x).abs().mean(), [torch.ones(4, 3)])
+
     def test_a_loss_that_does_not_depend_on_the_weights(self):
         model, batches = nn.Linear(2, 1), [torch.ones(3, 2)]
         for loss_fn in (

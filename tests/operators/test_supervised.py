@@ -143,5 +143,16 @@ class TestSplitBatch:
 
     @pytest.mark.parametrize("batch", [X, (X,), (X, Y, Y), "xy", None])
     def test_refuses_anything_else(self, batch):
-        with pytest.raises(TypeError, match=f"got {type(batch).__name__}( of [13])?; otherwise"):
+        more = r"( of [13]| \(one batch .*\))?"
+        with pytest.raises(TypeError, match=f"got {type(batch).__name__}{more}; otherwise"):
             split_batch(batch)
+
+
+def test_the_mean_over_samples_of_a_divergence():
+    """``reduction="batchmean"``, which torch recommends for `KLDivLoss`."""
+    log_p = torch.randn(4, 3).log_softmax(1)
+    q = torch.randn(4, 3).softmax(1)
+    loss = supervised(nn.KLDivLoss(reduction="batchmean"))
+    total = nn.functional.kl_div(log_p, q, reduction="sum")
+    torch.testing.assert_close(loss(nn.Identity(), (log_p, q)), total / 4)
+    assert loss.batch_weight((log_p, q)) == 4

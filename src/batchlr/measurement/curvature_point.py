@@ -1,6 +1,7 @@
 """Where a measurement begins: the loss, its gradient and its matrix at one point of training."""
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from batchlr.gradients.gradient_noise import mean_gradient
 from batchlr.measurement.optimizer_state import Optimizer, rate_ratios
 from batchlr.operators import GGNOperator, HessianOperator, PreconditionedOperator
 from batchlr.operators.base import BatchedOperator
-from batchlr.operators.batches import check_batches, count_samples, recut
+from batchlr.operators.batches import ambiguity, check_batches, count_samples, recut
 from batchlr.operators.curvature_matrix import CurvatureMatrix, CurvatureOptions, NormMode
 from batchlr.operators.supervised import LossFunction, SupervisedLoss
 
@@ -165,6 +166,13 @@ def disjoint(batches: Sequence[Any], batch_size: int | None) -> list[Any]:
         ValueError: there are fewer than two samples, or ``batch_size`` does not fit.
     """
     batches = check_batches(batches)
+    unlike = ambiguity(batches[0])
+    if unlike is not None:
+        message = (
+            f"a batch was counted as {count_samples(batches[0])} samples, but {unlike}: if that is "
+            "wrong, put a tensor with one row a sample first, or give batches a class with __len__"
+        )
+        warnings.warn(message, stacklevel=2)
     total = sum(count_samples(batch) for batch in batches)
     if total < 2:
         msg = "curvature noise needs at least two samples, got 1"

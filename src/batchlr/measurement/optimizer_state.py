@@ -23,7 +23,7 @@ def optimizer_kind(optimizer: Optimizer) -> Kind | None:
     """Which law limits the optimizer's rate; None, that of SGD and that of Adam, stays None.
 
     Raises:
-        ValueError: no learning rate is known for the optimizer.
+        ValueError: no learning rate is known for the optimizer, or not for these options of it.
     """
     if isinstance(optimizer, str) and optimizer not in ("sgd", "adam", "rmsprop"):
         msg = (
@@ -33,6 +33,8 @@ def optimizer_kind(optimizer: Optimizer) -> Kind | None:
         raise ValueError(msg)
     if optimizer is None or isinstance(optimizer, str):
         return optimizer
+    if isinstance(optimizer, torch.optim.Optimizer):
+        _check_options(optimizer)
     if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
         return "adam"
     if isinstance(optimizer, torch.optim.RMSprop):
@@ -49,6 +51,23 @@ def optimizer_kind(optimizer: Optimizer) -> Kind | None:
         f"{name}; pass optimizer='sgd', 'adam' or 'rmsprop' for the nearest one"
     )
     raise ValueError(msg)
+
+
+def _check_options(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError where a step is not one down the loss's own gradient."""
+    if any(group.get("maximize") for group in optimizer.param_groups):
+        msg = (
+            "an optimizer with maximize=True climbs what it is given, and curvature limits "
+            "descent: return the negative from loss_fn, and use maximize=False"
+        )
+        raise ValueError(msg)
+    dampening = max(float(group.get("dampening", 0.0)) for group in optimizer.param_groups)
+    if dampening != 0:
+        msg = (
+            f"no limit is known with dampening, got {dampening}: dampening=0 at 1 - dampening "
+            "times the rate makes the same steps, but for what remains of the first"
+        )
+        raise ValueError(msg)
 
 
 def group_value(optimizer: Optimizer, key: str, *, default: float = 0.0) -> float:
@@ -95,7 +114,8 @@ def second_moments(model: nn.Module, optimizer: Optimizer) -> SecondMoments | No
     """Adam's or RMSprop's second moments; None before the first step.
 
     RMSprop divides by the root of an average it does not correct for its start at zero, and, if
-    ``centered``, less the square of the averaged gradient.
+    ``centered``, less the square of the averaged gradient; Adam with ``amsgrad`` by that of the
+    largest average so far.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         return None
@@ -112,9 +132,10 @@ def second_moments(model: nn.Module, optimizer: Optimizer) -> SecondMoments | No
         state = optimizer.state.get(parameter, {})
         if key not in state:
             return None
+        key_of_root = "max_exp_avg_sq" if "max_exp_avg_sq" in state else key  # amsgrad
         age = float(state["step"])
         correction = 1 - decays[id(parameter)] ** age
-        moment = gathered(state[key]).reshape(-1)
+        moment = gathered(state[key_of_root]).reshape(-1)
         if "grad_avg" in state:
             average = gathered(state["grad_avg"]).reshape(-1)
             moment = (moment - average.square()).clamp(min=0)

@@ -4,6 +4,7 @@ from typing import Literal, get_args
 
 import torch
 
+from batchlr.measurement.optimizer_state import optimizer_kind
 from batchlr.policies import POLICIES, PolicyName
 
 LimitPolicy = Literal["mean_square", "edge", "heavy_ball"]
@@ -35,7 +36,9 @@ def check_policy(
             f"{type(optimizer).__name__}: use SGD, or policy='edge'"
         )
         raise ValueError(msg)
-    if policy not in LIMIT_POLICIES and safety != 1.0:
+    if policy in LIMIT_POLICIES:
+        optimizer_kind(optimizer)
+    elif safety != 1.0:
         msg = f"policy {policy} is applied as published: safety must be 1, got {safety}"
         raise ValueError(msg)
     if adjust_momentum and policy not in ("mean_square", "edge"):

@@ -38,6 +38,25 @@ def batch_norm(
     return result
 
 
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``torch.nn.functional.instance_norm``: `batch_norm` with every image's channels its own."""
+    if not use_input_stats:
+        return batch_norm(input, running_mean, running_var, weight, bias, eps=eps)
+    images, channels = input.shape[:2]
+    scale, shift = (None if t is None else t.repeat(images) for t in (weight, bias))
+    rows = input.reshape(1, images * channels, *input.shape[2:])
+    return batch_norm(rows, None, None, scale, shift, training=True, eps=eps).view(input.shape)
+
+
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -1,10 +1,12 @@
 """Batches of any common form: counting, cutting and joining their samples."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 
 def check_batches(batches: Sequence[Any]) -> list[Any]:
@@ -20,45 +22,79 @@ def check_batches(batches: Sequence[Any]) -> list[Any]:
     if isinstance(batches, tuple) and all(isinstance(entry, Tensor) for entry in batches):
         msg = "batches must be a list of batches, got one tuple of tensors; pass [(x, y)]"
         raise TypeError(msg)
-    listed = list(batches)
+    with torch.random.fork_rng(devices=[]):  # a loader draws a seed
+        listed = list(batches)
     if not listed:
         msg = "batches is empty; pass at least one batch"
         raise ValueError(msg)
+    kinds = {(b.dtype, b.ndim) if isinstance(b, Tensor) else None for b in listed}
+    if None not in kinds and len(kinds) > 1:
+        msg = (
+            "batches must be a list of batches, got a list of tensors that differ in dtype or "
+            "dimensions, such as one batch [x, y]; pass [(x, y)]"
+        )
+        raise TypeError(msg)
     return listed
 
 
 def count_samples(batch: Any) -> int:
-    """Number of samples of a batch: the first dimension of the first tensor in it.
+    """Number of samples of a batch.
+
+    That is the first dimension of the first tensor in it, in tuples, lists, dicts and dataclasses;
+    of a packed sequence, its sequences. Of another object it is its ``batch_size``, if that is a
+    number (graphs of PyG and DGL), or its length.
 
     Raises:
         TypeError: no tensor is found.
         ValueError: the batch is empty.
     """
-    tensor = _first_tensor(batch)
-    if tensor is None:
-        msg = f"cannot count the samples of a batch of type {type(batch).__name__}: no tensor in it"
-        raise TypeError(msg)
-    if tensor.ndim == 0 or tensor.shape[0] == 0:
+    first = next(_leaves(batch), None)
+    if isinstance(first, int):
+        shape: tuple[int, ...] = (first,)
+    elif isinstance(first, PackedSequence):
+        shape = (int(first.batch_sizes[0]),)
+    elif first is not None:
+        shape = tuple(first.shape)
+    else:
         msg = (
-            "a batch needs at least one sample along dimension 0, got a tensor of shape "
-            f"{tuple(tensor.shape)}"
+            f"cannot count the samples of a batch of type {type(batch).__name__}: no tensor in it; "
+            "give its class a __len__ that does"
         )
+        raise TypeError(msg)
+    if not shape or shape[0] == 0:
+        msg = f"a batch needs at least one sample along dimension 0, got a tensor of shape {shape}"
         raise ValueError(msg)
-    return tensor.shape[0]
+    return shape[0]
+
+
+def ambiguity(batch: Any) -> str | None:
+    """What leaves open how many samples ``batch`` has: tensors of unlike lengths; else None."""
+    lengths = [leaf.shape[:1] for leaf in _leaves(batch) if isinstance(leaf, Tensor)]
+    if len({tuple(length) for length in lengths}) < 2:
+        return None
+    return f"its tensors have {[tuple(length) for length in lengths]} rows"
 
 
 def take(batch: Any, rows: Tensor | slice) -> Any:
     """The samples ``rows`` of a tensor, or of each tensor of a tuple, list or dict.
 
     Raises:
-        TypeError: the batch is none of these.
+        TypeError: the batch is none of these, or its tensors differ in their numbers of rows.
     """
+    unlike = ambiguity(batch)
+    if unlike is not None:
+        msg = f"cannot cut a batch into samples: {unlike}; pass four or more batches"
+        raise TypeError(msg)
+    return _take(batch, rows)
+
+
+def _take(batch: Any, rows: Tensor | slice) -> Any:
     if isinstance(batch, Tensor):
         return batch[rows]
     if isinstance(batch, Mapping):
-        return {key: take(value, rows) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return _like(batch, [take(value, rows) for value in batch])
+        return {key: _take(value, rows) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence):
+        return _like(batch, [_take(value, rows) for value in batch])
     msg = f"cannot cut a batch of type {type(batch).__name__}: pass batches of the size wanted"
     raise TypeError(msg)
 
@@ -71,10 +107,14 @@ def join(batches: Sequence[Any]) -> Any:
     """
     first = batches[0]
     if isinstance(first, Tensor):
+        shapes = {tuple(tensor.shape[1:]) for tensor in batches}
+        if len(shapes) > 1:
+            msg = f"cannot join batches whose samples differ in shape: {sorted(shapes)}"
+            raise TypeError(msg)
         return torch.cat(list(batches))
     if isinstance(first, Mapping):
         return {key: join([batch[key] for batch in batches]) for key in first}
-    if isinstance(first, (tuple, list)):
+    if isinstance(first, (tuple, list)) and not isinstance(first, PackedSequence):
         return _like(first, [join(parts) for parts in zip(*batches, strict=True)])
     msg = f"cannot join batches of type {type(first).__name__}"
     raise TypeError(msg)
@@ -136,11 +176,17 @@ def _like(batch: Any, parts: list[Any]) -> Any:
     return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
 
 
-def _first_tensor(batch: Any) -> Tensor | None:
-    if isinstance(batch, Tensor):
-        return batch
-    if isinstance(batch, Mapping):
-        batch = list(batch.values())
-    if isinstance(batch, (tuple, list)):
-        return next((t for t in map(_first_tensor, batch) if t is not None), None)
-    return None
+def _leaves(batch: Any) -> Iterator[Tensor | PackedSequence | int]:
+    """What tells the number of samples: tensors, packed sequences, sizes of unknown objects."""
+    if isinstance(batch, (Tensor, PackedSequence)):
+        yield batch
+    elif isinstance(batch, (Mapping, tuple, list)):
+        for value in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _leaves(value)
+    elif isinstance(size := getattr(batch, "batch_size", None), int):
+        yield size
+    elif isinstance(batch, Sized) and not isinstance(batch, (str, bytes)):
+        yield len(batch)
+    elif dataclasses.is_dataclass(batch):
+        for field in dataclasses.fields(batch):
+            yield from _leaves(getattr(batch, field.name))

@@ -76,8 +76,9 @@ class CurvatureMatrix(BatchedOperator):
         loss_fn: ``loss_fn(model, batch)``, the scalar mean loss.
         batches: kept, not copied.
         norm_mode: ``"train"`` normalises by each batch's own statistics, as a training step does;
-            ``"eval"`` by the running statistics, which makes the loss a sum over samples. Required
-            if the model has batch or instance norms, for the two differ about tenfold.
+            norms in eval mode in a model in train mode are frozen and stay so. ``"eval"`` takes
+            the running statistics, which makes the loss a sum over samples. Required if the model
+            has batch or instance norms, for the two differ about tenfold.
         generator: seeds the dropout masks; without one they are the same for every operator.
         keep_graph: keep graphs between products (2-3 times the memory of a backward pass for each
             batch, and 1.6 times faster than to record them for each product). ``"auto"`` keeps

@@ -1,5 +1,6 @@
 """The generalised Gauss-Newton matrix of the mean loss."""
 
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -17,6 +18,8 @@ from batchlr.operators.linear_pass import linear_pass
 from batchlr.operators.parameters import check_module
 from batchlr.operators.second_order import torchs_own_layers
 from batchlr.operators.supervised import SupervisedLoss
+
+logger = logging.getLogger("batchlr")
 
 FEW = 1
 """Products up to which the model is run forward again rather than linearised: for one that is about
@@ -70,7 +73,8 @@ class GGNOperator(CurvatureMatrix):
         if uses > FEW:
             push, roots = _linearised(outputs, parameters)
         else:
-            push, roots = _run_again(self._model, self._halves, batch, parameters, seed), ()
+            again = _run_again(self._model, self._halves, batch, parameters, seed)
+            push, roots = _or_linearised(again, outputs, parameters), ()
 
         def pull_back(cotangent: Tensor, chosen: Sequence[int]) -> Sequence[Tensor | None]:
             return torch.autograd.grad(
@@ -164,6 +168,25 @@ def _run_again(
                 return None if pushed is None else pushed.clone()
 
     return push
+
+
+def _or_linearised(push: _Push, outputs: Tensor, parameters: Sequence[Tensor]) -> _Push:
+    """``push``, or what is slower, but known to every layer that has a gradient.
+
+    Forward mode is not known to custom autograd functions without a ``jvp``, to some kernels
+    (LSTMs of oneDNN), nor to models that take gradients themselves.
+    """
+
+    def either(tangents: Sequence[Tensor], chosen: Sequence[int]) -> Tensor | None:
+        try:
+            return push(tangents, chosen)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            logger.debug("no forward mode, the backward pass is differentiated: %s", error)
+        return _linearised(outputs, parameters)[0](tangents, chosen)
+
+    return either
 
 
 @cache

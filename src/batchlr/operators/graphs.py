@@ -11,6 +11,7 @@ from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 logger = logging.getLogger("batchlr")
 
@@ -160,6 +161,7 @@ def _free_main_memory() -> int:
     return max(0, min(limits))
 
 
+_ONCE = once_differentiable(lambda *_: None).__code__  # of any function so wrapped
 _UNKNOWN = object()  # torch before 2.7 does not tell hooks: anything may be one, and sizes are 0
 
 
@@ -174,24 +176,44 @@ class Graph:
 def survey(roots: Sequence[Tensor], owned: Iterable[Tensor] = ()) -> Graph:
     """The graph behind ``roots``; storages of ``owned`` are there anyway and do not count."""
     sizes = {t.untyped_storage().data_ptr(): 0 for t in owned}
-    queue = [t.grad_fn for t in roots if t.grad_fn is not None]
-    seen = set(queue)
     hooked = False
     for tensor in roots:
         _count(tensor, sizes)
-    while queue:
-        node = queue.pop()
+    for node in _nodes(roots):
         for saved in _saved(node):
             hook = getattr(saved, "unpack_hook", _UNKNOWN)
             if hook is not None:
                 hooked = hooked or getattr(hook, "__module__", None) != __name__
             elif saved.data is not None:
                 _count(saved.data, sizes)
+    return Graph(sum(sizes.values()), hooked)
+
+
+def check_differentiable(roots: Sequence[Tensor]) -> None:
+    """Raise ValueError if a backward pass through the graph behind ``roots`` has no derivative.
+
+    Torch itself says so only to who differentiates by the cotangent, or calls ``backward``.
+    """
+    functions = (getattr(node, "_forward_cls", None) for node in _nodes(roots))
+    if any(getattr(f.backward, "__code__", None) is _ONCE for f in functions if f is not None):
+        msg = (
+            "a layer can be differentiated only once (an autograd.Function marked with "
+            "@once_differentiable), so that the loss has no Hessian: write its backward in "
+            "operations that autograd knows, or take matrix='ggn'"
+        )
+        raise ValueError(msg)
+
+
+def _nodes(roots: Sequence[Tensor]) -> Iterator[Any]:
+    queue: list[Any] = [t.grad_fn for t in roots if t.grad_fn is not None]
+    seen = set(queue)
+    while queue:
+        node = queue.pop()
+        yield node
         for parent, _ in node.next_functions:
             if parent is not None and parent not in seen:
                 seen.add(parent)
                 queue.append(parent)
-    return Graph(sum(sizes.values()), hooked)
 
 
 def _count(tensor: Tensor, sizes: dict[int, int]) -> None:

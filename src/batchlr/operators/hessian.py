@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from batchlr.operators.curvature_matrix import CurvatureMatrix
-from batchlr.operators.graphs import Recording
+from batchlr.operators.graphs import Recording, check_differentiable
 
 
 @final
@@ -18,8 +18,13 @@ class HessianOperator(CurvatureMatrix):
     the same batches once their graphs are kept, about one more where they are not.
     """
 
+    _checked = False  # that all layers can be differentiated twice
+
     def _differentiate(self, batch: Any, uses: int, seed: int) -> Recording:
         loss = check_scalar(self._evaluate(self._loss_fn, batch))
+        if not self._checked:
+            check_differentiable([loss])
+            self._checked = True
         parameters = self._parameters
         gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
 

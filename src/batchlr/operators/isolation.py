@@ -1,15 +1,21 @@
 """Running a model without a trace: nothing of it, or of the program around it, changes."""
 
+import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Literal, final
+from functools import wraps
+from typing import Any, Literal, ParamSpec, TypeVar, final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from batchlr.operators.second_order import CheapSecondDerivatives
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 NormMode = Literal["train", "eval"]
 
@@ -23,9 +29,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return inner
 
 
+def is_frozen(norm: nn.Module, model: nn.Module) -> bool:
+    """Whether ``norm`` is in eval mode though ``model`` is not, and so trains in eval mode."""
+    return model.training and not norm.training
+
+
 def normalises_over_batches(model: nn.Module) -> bool:
     """Whether some layer's output depends on the rest of the batch in train mode."""
-    return any(isinstance(m, NORM_LAYERS) for m in model.modules())
+    return any(
+        isinstance(m, NORM_LAYERS) and not is_frozen(m, model) for m in unwrapped(model).modules()
+    )
 
 
 @final
@@ -33,15 +46,18 @@ class Isolation:
     """Contexts in which a model is run and differentiated; it must not be run elsewhere meanwhile.
 
     Inside, gradients are on, autocast, compilation and fused attention off, norms in ``norm_mode``,
-    buffers copies, and random numbers those of a seed. Backward passes belong inside as well:
-    checkpointed layers run forward once more there.
+    buffers copies, also those of other modules that the loss runs (a GAN's other network), and
+    random numbers, torch's, Python's and numpy's, those of a seed. Backward passes belong inside
+    as well: checkpointed layers run forward once more there.
     """
 
     def __init__(self, model: nn.Module, norm_mode: NormMode | None) -> None:
         modules = list(model.modules())
         self._modules = [m for m in modules if m._buffers]
+        self._own = {id(m) for m in modules}
         self._norms = [m for m in modules if isinstance(m, NORM_LAYERS)]
         self._in_train = norm_mode == "train"
+        self._model = model
         self._device = next(model.parameters()).device
 
     @contextmanager
@@ -56,8 +72,9 @@ class Isolation:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(_no_fast_path())
             stack.enter_context(_copied_buffers(self._modules))
+            stack.enter_context(_others_buffers_copied(self._own))
             stack.enter_context(self._norm_modes())
-            stack.enter_context(CheapSecondDerivatives())
+            stack.enter_context(CheapSecondDerivatives(self._device.type))
             if "torch._dynamo" in sys.modules:  # nor has anything under torch.compile
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
@@ -71,7 +88,7 @@ class Isolation:
         modes = [m.training for m in self._norms]
         try:
             for module in self._norms:
-                module.training = self._in_train
+                module.training = self._in_train and not is_frozen(module, self._model)
             yield
         finally:
             for module, mode in zip(self._norms, modes, strict=True):
@@ -90,6 +107,21 @@ def _copied_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for module, name, buffer in places:
             module._buffers[name] = buffer
+
+
+@contextmanager
+def _others_buffers_copied(own: set[int]) -> Iterator[None]:
+    """The same for modules that are not ``own``, by their ids, from when they are first run."""
+    with ExitStack() as stack:
+        seen: set[int] = set()
+
+        def copy(module: nn.Module, _: Any) -> None:
+            if module._buffers and id(module) not in own and id(module) not in seen:
+                seen.add(id(module))
+                stack.enter_context(_copied_buffers([module]))
+
+        stack.callback(nn.modules.module.register_module_forward_pre_hook(copy).remove)
+        yield
 
 
 @contextmanager
@@ -133,7 +165,28 @@ def forked_random_state(device: torch.device, seed: int) -> Iterator[None]:
             module = torch.get_device_module(accelerator)
             with module.device(accelerator):
                 module.manual_seed(seed)
-        yield
+        states = random.getstate(), np.random.get_state()
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def in_full_precision(function: Callable[P, T]) -> Callable[P, T]:
+    """``function`` with autocast off, which would reach into products of vectors, too."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with ExitStack() as stack:
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            return function(*args, **kwargs)
+
+    return run
 
 
 def check_norm_mode(model: nn.Module, norm_mode: NormMode | None) -> NormMode | None:

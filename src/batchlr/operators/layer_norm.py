@@ -152,14 +152,20 @@ def _by_autograd(
     shape: list[int],
     eps: float,
 ) -> tuple[Tensor | None, ...]:
-    """The derivative of the backward pass from torch's own, differentiable itself."""
+    """The derivative of the backward pass from elementary operations, differentiable itself.
+
+    Torch's own double backward is not: it takes mean and deviation for constants, so that a Hessian
+    made of its derivative is not even symmetric (measured with torch 2.13).
+    """
     # Views, for the derivative is the partial one: the cotangent may depend on the input.
     a, x, w = (
         t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
         for t in (cotangent, input, scale)
     )
     shift = torch.zeros_like(w, requires_grad=True)
-    output = torch.native_layer_norm(x, shape, w, shift, eps)[0]
+    dims = [*range(-len(shape), 0)]
+    centred = x - x.mean(dims, keepdim=True)
+    output = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt() * w + shift
     pulled = torch.autograd.grad(output, (x, w, shift), a, create_graph=True)
     pairs = [(g, t) for g, t in zip(pulled, tangents, strict=True) if t is not None]
     return torch.autograd.grad(

@@ -21,7 +21,7 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters a curvature matrix is about, in its order; shared ones once.
 
     Raises:
-        ValueError: there is none, or they differ in device.
+        ValueError: there is none, they differ in device, or are complex.
     """
     return list(named_trainable_parameters(model).values())
 
@@ -33,6 +33,13 @@ def named_trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         frozen = sum(1 for _ in model.parameters())
         way_out = "; set requires_grad=True on the ones to measure" if frozen else ", nor any other"
         msg = f"the model has no trainable parameters ({frozen} frozen){way_out}"
+        raise ValueError(msg)
+    odd = [name for name, p in parameters.items() if p.is_complex()]
+    if odd:
+        msg = (
+            f"trainable parameters must be real, got complex ones (first {odd[0]!r}): hold them as "
+            "torch.view_as_real of them, and use torch.view_as_complex in forward"
+        )
         raise ValueError(msg)
     devices = {p.device for p in parameters.values()}
     if len(devices) > 1:

@@ -12,7 +12,8 @@ _TOLERANCE_OF_HALF = 0.1
 
 _REMEDY = (
     "Something differs from one time to the next: does the loss draw random numbers of its own, or "
-    "the model keep state outside its buffers? If it is the kernels, try "
+    "the model keep state outside its buffers? Or the backward pass of a layer hides from autograd "
+    "what it depends on (a custom autograd.Function, detach). If it is the kernels, try "
     "torch.use_deterministic_algorithms(True); self_check=False switches this check off"
 )
 

@@ -8,21 +8,37 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from batchlr.operators.batch_norm import batch_norm
+from batchlr.operators.batch_norm import batch_norm, instance_norm
 from batchlr.operators.convolution import convolve, is_convolution
+from batchlr.operators.embedding import embedding, embedding_bag
 from batchlr.operators.layer_norm import layer_norm
+from batchlr.operators.weight_norm import weight_norm
 
 _suspended = [False]
+
+_OWN: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.batch_norm: batch_norm,
+    F.instance_norm: instance_norm,
+    F.layer_norm: layer_norm,
+    F.embedding: embedding,
+    F.embedding_bag: embedding_bag,
+    torch._weight_norm: weight_norm,
+}
 
 
 @final
 class CheapSecondDerivatives(TorchFunctionMode):
-    """Inside this context convolutions, batch and layer norms are those of this package.
+    """Inside this context convolutions, norms and embeddings are those of this package.
 
-    Their values and gradients come from the kernels torch uses; their double backward does not.
+    Their values and gradients come from the kernels torch uses; their double backward does not,
+    which is slow, wrong (weight norm, measured with torch 2.14) or not there (bags of embeddings).
     Running statistics are not updated. Inside a transform of ``torch.func`` torch's own are called,
-    which know all transforms.
+    which know all transforms. Autocast is off on ``device_type``, also where it is entered inside.
     """
+
+    def __init__(self, device_type: str = "cpu") -> None:
+        super().__init__()
+        self._device_type = device_type
 
     def __torch_function__(
         self,
@@ -34,13 +50,17 @@ class CheapSecondDerivatives(TorchFunctionMode):
         kwargs = kwargs or {}
         if _suspended[0] or torch._C._are_functorch_transforms_active():
             return func(*args, **kwargs)
-        if func is F.batch_norm:
-            return batch_norm(*args, **kwargs)
-        if func is F.layer_norm:
-            return layer_norm(*args, **kwargs)
-        if is_convolution(func):
-            return convolve(func, *args, **kwargs)
-        return func(*args, **kwargs)
+        if torch.is_autocast_enabled(self._device_type):
+            with torch.autocast(self._device_type, enabled=False):
+                return _call(func, args, kwargs)
+        return _call(func, args, kwargs)
+
+
+def _call(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    if is_convolution(func):
+        return convolve(func, *args, **kwargs)
+    own: Callable[..., Any] = _OWN.get(func, func)
+    return own(*args, **kwargs)
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class SupervisedLoss:
         weight: Callable[[Any], float | Tensor] | None = None,
     ) -> None:
         self._reduction = reduction(criterion)
-        if self._reduction not in ("mean", "sum"):
+        if self._reduction not in ("mean", "batchmean", "sum"):
             msg = (
                 f"the criterion has reduction={self._reduction!r}; a loss must be one number: "
                 "use reduction='mean' or reduction='sum'"
@@ -84,12 +84,12 @@ class SupervisedLoss:
         """``criterion(outputs, y)``, with ``y`` brought to the outputs' device; a mean."""
         _, targets = split_batch(batch)
         value = self.criterion(outputs, targets.to(outputs.device))
-        return value if self._reduction == "mean" else value / self.batch_weight(batch)
+        return value / self.batch_weight(batch) if self._reduction == "sum" else value
 
     def curvature(self, outputs: Tensor, batch: Any) -> Callable[[Tensor], Tensor] | None:
         """``u -> S u``, `loss`'s Hessian in the outputs, where it is known in closed form."""
         _, targets = split_batch(batch)
-        by_mean = self._reduction == "mean"
+        by_mean = self._reduction != "sum"
         weight = criterion_weight(self.criterion, targets) if by_mean else self.batch_weight(batch)
         return softmax_curvature(self.criterion, outputs, targets.to(outputs.device), weight)
 
@@ -170,6 +170,8 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor]:
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return batch[0], batch[1]
     entries = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+    if isinstance(batch, Tensor):
+        entries = " (one batch [x, y] as the list of batches? pass [(x, y)])"
     msg = (
         f"expected a batch (x, y) or a dict, got {type(batch).__name__}{entries}; "
         "otherwise write your own loss_fn(model, batch)"
