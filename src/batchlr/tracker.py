@@ -78,7 +78,7 @@ class CurvatureTracker:
         self,
         *,
         ends: Ends = "largest",
-        tol: float = 0.03,
+        tol: float = 0.05,
         max_products: int = 3,
         max_run: int = 30,
         explore_every: int = 8,
