@@ -60,8 +60,8 @@ class CurvatureTracker:
     Args:
         ends: ``"largest"``, or ``"both"`` (products and limits then count for two).
         tol: error at which an update stops, relative to the largest eigenvalue; of the smallest,
-            to the largest magnitude seen. Mean true errors came out at 0.3 % to 2.5 %
-            (`benchmarks/tracking.py`), single ones higher.
+            to the largest magnitude seen. At the default mean true errors came out
+            at 0.3 % to 1.9 %, single ones at up to 3.5 % (docs/benchmarks.md).
         max_products: of a usual update, per end (assumed).
         max_run: of the first update and of longer runs, per end (assumed).
         explore_every: updates between two looks for an eigenvalue that has overtaken (measured at
