@@ -88,7 +88,7 @@ def run(cell):
     length = base_steps if scaled else base_steps // per_step
     peak = optimizer.param_groups[0]["lr"]
     scheduler = batchlr.BatchAwareLR(optimizer, peak, lambda o: CosineAnnealingLR(o, length))
-    adascale = batchlr.AdaScale(scheduler, MICRO) if scaled else None
+    adascale = batchlr.AdaScale(scheduler, MICRO, total_steps=length) if scaled else None
     loss_fn = batchlr.supervised(nn.CrossEntropyLoss())
     controller = None
     if cell["rule"] == "auto":

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, StepLR
 
 from batchlr import AdaScale, BatchAwareLR, GradientScatter, GroupGradients
 from batchlr.adascale import adascale_gain
@@ -56,6 +56,17 @@ def test_the_shape_goes_at_the_pace_of_the_gain():
     assert adascale.progress == 10.0
     assert scheduler.last_epoch == 10
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.025)
+
+
+def test_the_shape_ends_with_the_base_run():
+    optimizer, scheduler = scheduled(shape=lambda o: OneCycleLR(o, 1.0, total_steps=10))
+    adascale = AdaScale(scheduler, 64, total_steps=9, smoothing=0.0)
+    while adascale.progress < 9:
+        adascale.observe(scatter_of(256, 1.0, 256.0))  # worth 2.5: ends at 10
+        optimizer.step()
+        adascale.step()
+    assert adascale.progress == 10.0
+    assert scheduler.last_epoch == 9
 
 
 def test_trace_and_norm_are_averaged_and_not_their_ratio():

@@ -81,7 +81,9 @@ def test_a_fit_of_rates_known_to_ten_percent_is_near():
         ([64, 64], [1.0, 2.0], r"two or more batch sizes, got \[64\]"),
         ([64, 0], [1.0, 2.0], "batch_size must be positive and finite, got 0"),
         ([64, 128], [1.0, -2.0], "rate must be positive and finite, got -2.0"),
-        ([64, 256], [1.0, 4.0], "rise faster than a square root: no peak fits"),
+        ([64, 256], [1.0, 4.0], "rise as a square root or faster: no peak fits"),
+        ([16, 32, 64], [0.001 * b**0.5 for b in (16, 32, 64)], "rise as a square root or faster"),
+        ([16, 32, 64], [0.003 * b**0.5 for b in (16, 32, 64)], "rise as a square root or faster"),
         ([64, 256], [4.0, 1.0], "fall as its inverse or faster: no peak fits"),
     ],
 )

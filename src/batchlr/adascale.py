@@ -49,9 +49,10 @@ class AdaScale:
     Args:
         scheduler: of the base run; its peak and steps are set from now on.
         base_batch_size: that its peak was tuned at.
+        total_steps: of the base run, beyond which the shape is not taken by the last step.
         smoothing: weight of the past in the averages of trace and ``|G|^2``, in [0, 1); None is
-            ``1 - scale / 1000``, at least 0, with ``scale`` the ratio of batch sizes (the paper's,
-            recalled).
+            ``1 - scale / 1000``, at least 0, with ``scale`` the ratio of batch sizes (assumed,
+            after the paper).
 
     Raises:
         ValueError: an argument is illegal.
@@ -67,7 +68,12 @@ class AdaScale:
     """
 
     def __init__(
-        self, scheduler: BatchAwareLR, base_batch_size: int, *, smoothing: float | None = None
+        self,
+        scheduler: BatchAwareLR,
+        base_batch_size: int,
+        *,
+        total_steps: float = math.inf,
+        smoothing: float | None = None,
     ) -> None:
         if base_batch_size < 1:
             msg = f"base_batch_size must be positive, got {base_batch_size}"
@@ -78,6 +84,7 @@ class AdaScale:
         self.scheduler = scheduler
         self.base_batch_size = base_batch_size
         self.base_peak = scheduler.peak
+        self.total_steps = total_steps
         self.smoothing = smoothing
         self.progress = 0.0  # steps of the base run made good
         self.gain = 1.0  # of the next step
@@ -107,10 +114,13 @@ class AdaScale:
 
     def step(self) -> None:
         """Count the step just made, and take the shape as many base steps on as it was worth."""
-        before = math.floor(self.progress)
+        before = self._whole_steps()
         self.progress += self.gain
-        for _ in range(math.floor(self.progress) - before):
+        for _ in range(self._whole_steps() - before):
             self.scheduler.step()
+
+    def _whole_steps(self) -> int:
+        return math.floor(min(self.progress, self.total_steps))
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers only; the scheduler's state is its own."""

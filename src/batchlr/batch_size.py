@@ -61,7 +61,7 @@ class AdaptiveBatchSize:
             (`scatter_of_gradients`), and ``debias=False``: no unbiased form is known.
         tolerance: of the test, dimensionless (assumed: 1).
         orthogonality: tolerance of the second condition of ``"augmented"``; 5.84 is the tangent of
-            80 degrees (Bollapragada et al. 2017, recalled).
+            80 degrees (assumed, after Bollapragada et al. 2017).
         debias: see above.
         max_growth: largest factor of one test, but that one ``multiple_of`` more is always allowed,
             which may be a larger factor; infinite is no bound (assumed: 2).

@@ -40,8 +40,7 @@ class CurvatureReport:
     kappa: float  # E lambda_1(H_B) = lambda_1 + kappa/b to second order; unit: curvature
     kappa_smallest: float  # the same of lambda_P, not positive
     ritz_values: tuple[float, ...] = field(repr=False)  # descending, all of the Krylov space
-    ritz_weights: tuple[float, ...] = field(repr=False)  # of the spectrum at each, or empty if the
-    # start was not random
+    ritz_weights: tuple[float, ...] = field(repr=False)  # at each, of a random start
     trace: Measured  # tr H, from random directions; NaN if not measured
     ggn_along_top: Measured  # v1' G v1 of the Gauss-Newton matrix, with residual; NaN likewise
     loss: float

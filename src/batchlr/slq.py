@@ -42,8 +42,7 @@ class SpectralMeasure:
     probes: Tensor = field(repr=False)  # (n,) int64, the probe each node belongs to
     num_products: int
     size: int | None = None  # P
-    # (n,) norms of A v - node v, v the node's Ritz vector
-    residuals: Tensor | None = field(default=None, repr=False)
+    residuals: Tensor | None = field(default=None, repr=False)  # (n,) of the Ritz vectors
 
     def __str__(self) -> str:
         size = "" if self.size is None else f" of {self.size} eigenvalues"

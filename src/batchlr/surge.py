@@ -60,7 +60,7 @@ def fit_surge_law(batch_sizes: Sequence[float], rates: Sequence[float]) -> Surge
 
     Raises:
         ValueError: lengths differ, a number is not positive, there is one batch size only, or the
-            rates rise faster than a square root, or fall faster than its inverse, so that no peak
+            rates rise as a square root or faster, or fall as its inverse or faster, so that no peak
             fits.
 
     >>> law = SurgeLaw(max_lr=0.01, peak_batch_size=1024)
@@ -84,8 +84,11 @@ def fit_surge_law(batch_sizes: Sequence[float], rates: Sequence[float]) -> Surge
     determinant = uu * vv - uv**2
     rising = (vv * sum(us) - uv * sum(vs)) / determinant
     falling = (uu * sum(vs) - uv * sum(us)) / determinant
-    if rising <= 0 or falling <= 0:
-        way = "rise faster than a square root" if falling <= 0 else "fall as its inverse or faster"
+    # Of the rates' inverses one part rises and one falls; one that is rounding is none.
+    least = 1e-9 / len(rates)
+    if rising * sum(us) <= least or falling * sum(vs) <= least:
+        rises = falling * sum(vs) <= least
+        way = "rise as a square root or faster" if rises else "fall as its inverse or faster"
         message = f"the rates {list(rates)} {way}: no peak fits, take them as they are"
         raise ValueError(message)
     return SurgeLaw(max_lr=1 / (2 * math.sqrt(rising * falling)), peak_batch_size=rising / falling)

@@ -218,7 +218,14 @@ def test_a_stream_is_measured_on_batches_given(tmp_path):
 
 def test_training_twice_measures_anew(tmp_path):
     model = Net()
-    trainer = make(model, samples(256), tmp_path, optimizers=sgd(model), max_steps=2)
+    trainer = make(
+        model,
+        samples(256),
+        tmp_path,
+        optimizers=sgd(model),
+        max_steps=2,
+        lr_scheduler_type="linear",  # ends at zero
+    )
     trainer.train()
     first = trainer.lr_scheduler
     trainer.train()

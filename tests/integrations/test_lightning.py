@@ -318,6 +318,28 @@ def test_what_is_missing_is_asked_for(callback, data, options, words):
         fit(Net(), [CurvatureCallback(**callback)], data, **options)
 
 
+def test_what_a_step_keeps_with_its_graph_is_forgotten():
+    """A metric of undetached losses, which cannot be copied as it is, and a running sum."""
+
+    class Keeps(Net):
+        def __init__(self):
+            super().__init__()
+            self.losses = torchmetrics.CatMetric()
+            self.total = torch.zeros(())
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.losses.update(loss)
+            self.total += 1
+            return loss
+
+    module = Keeps()
+    fit(module, [CurvatureCallback()], loader(), max_steps=6)
+    assert len(module.losses.compute()) == 6
+    assert module.total == 6
+    assert "log" not in vars(module)
+
+
 def test_a_step_without_a_loss_is_named():
     with pytest.raises(TypeError, match=r"no loss .* NoneType: pass CurvatureCallback\(loss_fn="):
         fit(Silent(), [CurvatureCallback()])

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils.data import IterableDataset, TensorDataset, default_collate
 
-from batchlr.integrations.training_samples import TrainingSamples, num_samples, own_randomness
+from batchlr.integrations.training_samples import TrainingSamples, num_samples
+from batchlr.operators.isolation import forked_random_state
 
 
 @pytest.mark.parametrize(
@@ -39,7 +40,7 @@ def test_random_states_are_as_before():
 
     before, drawn = state(), []
     for _ in range(2):
-        with own_randomness(7, torch.device("cpu")):
+        with forked_random_state(torch.device("cpu"), 7):
             drawn.append(numbers())
     assert state() == before
     assert drawn[0] == drawn[1]

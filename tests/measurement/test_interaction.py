@@ -35,6 +35,40 @@ def test_losses_that_are_means_do_not(layers, size):
         assert not samples_interact(point(SUPERVISED, classified((size, size), 5), *layers))
 
 
+def test_means_with_weights_of_their_own_do_not():
+    """Classes that count unequally: each pair divides by another sum."""
+    weights = torch.tensor([1.0, 20.0, 1.0]).double()
+    criterion = nn.CrossEntropyLoss(weight=weights)
+
+    def weighted(model, batch):
+        return criterion(model(batch[0]), batch[1])
+
+    for seed in range(20):
+        with seeded(seed):
+            assert not samples_interact(point(weighted, classified((8, 8), 5)))
+
+
+@pytest.mark.parametrize("size", [5, 7])
+def test_odd_batches_under_train_mode_norms_are_measured(size):
+    with seeded():
+        model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+        report = measure_curvature(model, SUPERVISED, classified((size,) * 4, 5), norm_mode="train")
+    assert report.coupled
+
+
+def test_a_loss_for_batches_of_one_size_tells_nothing():
+    offsets = torch.linspace(0, 1, 16).double()
+
+    def fixed(model, batch):
+        return (model(batch).squeeze(1) - offsets).square().mean()
+
+    with seeded():
+        model = nn.Linear(5, 1).double()
+        batches = [torch.randn(16, 5).double() for _ in range(4)]
+        report = measure_curvature(model, fixed, batches, num_small_batches=0)
+    assert not report.coupled
+
+
 def test_other_batch_sizes_are_then_not_to_be_relied_upon():
     with seeded():
         model = nn.Linear(5, 4).double()

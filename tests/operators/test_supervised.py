@@ -18,10 +18,8 @@ class TestPiecewiseLinear:
         [
             nn.L1Loss(),
             nn.HingeEmbeddingLoss(),
-            nn.MarginRankingLoss(),
             nn.MultiMarginLoss(),
             nn.MultiLabelMarginLoss(),
-            nn.TripletMarginLoss(),
             F.l1_loss,
             F.multi_margin_loss,
         ],
@@ -36,6 +34,9 @@ class TestPiecewiseLinear:
     )
     def test_leaves_smooth_ones_alone(self, criterion):
         assert piecewise_linear(supervised(criterion)) is None
+
+    def test_sees_through_a_partial_one(self):
+        assert piecewise_linear(supervised(partial(F.l1_loss, reduction="sum"))) == "l1_loss"
 
     def test_sees_nothing_inside_a_function(self):
         assert piecewise_linear(lambda model, batch: F.l1_loss(model(X), Y)) is None

@@ -164,6 +164,19 @@ def test_a_saved_state_goes_on_identically():
     assert torch.equal(flat(whole.parameters()), flat(again.parameters()))
 
 
+def test_a_copy_steps_and_forgets_what_was_noted():
+    model = network()
+    optimizer = BatchInvariantAdam(model.parameters(), lr=LR)
+    odd, *rest = batches(3)
+    loss(model, odd).backward()
+    optimizer.accumulate()
+    twin, algorithm = copy.deepcopy((model, optimizer))
+    (loss(twin, rest[0])).backward()
+    algorithm.step()  # without accumulate(): of one micro-batch
+    step(model, optimizer, rest[:1])
+    assert torch.equal(flat(model.parameters()), flat(twin.parameters()))
+
+
 def test_groups_keep_their_own_settings():
     fast, still = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
     optimizer = BatchInvariantAdam([{"params": [fast]}, {"params": [still], "lr": 0.0}], lr=LR)

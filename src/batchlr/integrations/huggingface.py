@@ -74,6 +74,7 @@ class _Steered(TrainerCallback):  # type: ignore[misc]
         self.seed = seed
         self.options = options
         self._losses: list[Tensor] = []
+        self._rates: list[Any] = []  # of the optimizer's groups, as given
         self._make_shape = trainer.create_scheduler
         self._make_pass = trainer.training_step
         # Methods that the trainer's documentation offers for overriding; a callback sees no losses.
@@ -85,6 +86,7 @@ class _Steered(TrainerCallback):  # type: ignore[misc]
         trainer = self.trainer
         if trainer.lr_scheduler is None:
             optimizer = trainer.optimizer if optimizer is None else optimizer
+            self._set_rates(optimizer.param_groups)
             steering = Steering(
                 getattr(optimizer, "optimizer", optimizer),  # not Accelerate's wrapper
                 _TrainersLoss(trainer),
@@ -129,6 +131,13 @@ class _Steered(TrainerCallback):  # type: ignore[misc]
             )
             raise ValueError(msg)
         return shape
+
+    def _set_rates(self, groups: list[dict[str, Any]]) -> None:
+        """Those given: where a training before this one has ended they are often zero."""
+        if len(self._rates) != len(groups):
+            self._rates = [group["lr"] for group in groups]
+        for group, rate in zip(groups, self._rates, strict=True):
+            group["lr"] = rate
 
     def _draw(self, loader: Any) -> Draw:
         if self.batches is not None:

@@ -263,23 +263,39 @@ def _training_loss(module: nn.Module, batch: Any) -> Tensor:
 def _forgetting(module: nn.Module) -> Iterator[None]:
     """Inside, what ``training_step`` logs, counts and keeps is forgotten.
 
-    Attributes are put back; public lists, dicts and sets, and metrics, are copies inside.
+    Attributes are put back; public tensors, lists, dicts and sets, and metrics, are copies inside.
     """
     kept = dict(vars(module))
     metrics = _metrics(module)
-    for name, value in kept.items():
-        if isinstance(value, (list, dict, set)) and not name.startswith("_"):
-            vars(module)[name] = copy(value)
-    vars(module)["log"] = lambda *args, **kwargs: None
-    for owner, name, metric in metrics:
-        owner._modules[name] = deepcopy(metric)
     try:
+        for name, value in kept.items():
+            if name.startswith("_"):
+                continue
+            if isinstance(value, Tensor):
+                vars(module)[name] = value.detach().clone()
+            elif isinstance(value, (list, dict, set)):
+                vars(module)[name] = copy(value)
+        vars(module)["log"] = lambda *args, **kwargs: None
+        for owner, name, metric in metrics:
+            owner._modules[name] = _new(metric)
         yield
     finally:
         for owner, name, metric in metrics:
             owner._modules[name] = metric
         vars(module).clear()
         vars(module).update(kept)
+
+
+def _new(metric: nn.Module) -> nn.Module:
+    """A copy of ``metric``, whose state may have a graph that `deepcopy` refuses."""
+    held = [value for part in metric.modules() for value in vars(part).values()]
+    tensors = [t for value in held for t in (value if isinstance(value, list) else [value])]
+    detached = {
+        id(t): t.detach().clone()
+        for t in tensors
+        if isinstance(t, Tensor) and t.grad_fn is not None
+    }
+    return deepcopy(metric, detached)
 
 
 def _metrics(module: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:

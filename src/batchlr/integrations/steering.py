@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from batchlr import BatchAwareLR, CurvatureController, CurvatureUpdate
-from batchlr.integrations.training_samples import own_randomness
+from batchlr.operators.isolation import forked_random_state
 from batchlr.operators.supervised import LossFunction
 from batchlr.schedulers import ShapeFactory
 
@@ -75,7 +75,7 @@ class Steering:
 
         def batches() -> list[Any]:
             seed = int(torch.randint(2**31, (), generator=self._samples))
-            with own_randomness(seed, device):
+            with forked_random_state(device, seed):
                 return draw(self._samples)
 
         update = self.controller.maybe_update(model, batches, same)

@@ -1,16 +1,12 @@
 """Training samples to measure curvature on, drawn beside a loop that has its own."""
 
-import random
-from collections.abc import Callable, Iterator, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from typing import Any, final
 
-import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from batchlr.operators.isolation import forked_random_state
 from batchlr.sampling import disjoint_sizes, samples_while_training
 
 MOST_SAMPLES = 256  # assumed: of one measurement, as the trainer's curvature.samples
@@ -44,17 +40,3 @@ def num_samples(dataset: Any) -> int | None:
     """How many there are to choose from; None where they can only be waited for."""
     waited_for = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
     return None if waited_for or not isinstance(dataset, Sized) else len(dataset)
-
-
-@contextmanager
-def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers from ``seed`` inside, those of Python, numpy and torch untouched."""
-    python, array = random.getstate(), np.random.get_state()
-    try:
-        with forked_random_state(device, seed):
-            random.seed(seed)
-            np.random.seed(seed)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(array)

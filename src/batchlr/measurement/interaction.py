@@ -1,44 +1,62 @@
 """Whether the samples of a batch interact in the loss, as in contrastive ones."""
 
 import math
+from typing import Any
 
 import torch
 
 from batchlr.measurement.curvature_point import CurvaturePoint, make_operator
 from batchlr.operators.batch_weight import batch_weight
 from batchlr.operators.batches import count_samples, cut, take
+from batchlr.operators.curvature_matrix import CurvatureOptions
+from batchlr.operators.isolation import normalises_over_batches
 
-_LEAST, _FEW = 4, 8  # assumed: samples that are run together, and in pairs
+_LEAST, _FEW = 4, 8  # assumed: samples that are run together, and in parts
 _ROUNDING = 1e-6  # assumed: losses that differ by more are of other random numbers
-_APART = 0.05  # assumed: more than it makes which tokens of few samples are padding
+_OUTSIDE = 1e-3  # assumed: share of the largest, lest rounding look like an interaction
 
 
 def samples_interact(point: CurvaturePoint) -> bool:
-    """Whether a few samples have another mean loss together than in pairs.
+    """Whether norms see the batch, or a few samples' loss together is no mean of that of parts.
 
-    Where the loss draws random numbers (dropout, a VAE) that cannot be told; the answer is no then.
-    Costs three passes over eight samples.
+    A mean, weighted in any way, lies between the least and the largest of what it is made of:
+    single samples, or pairs. An interaction that stays between them is not found, nor one in a
+    loss that draws random numbers (dropout, a VAE) or that takes batches of one size only. Costs
+    four passes over eight samples.
     """
+    if point.norm_mode == "train" and normalises_over_batches(point.model):
+        return True
     try:
         few = take(max(point.batches, key=count_samples), slice(0, _FEW))
-    except TypeError:
+        few = take(few, slice(0, count_samples(few) // 2 * 2))
+        if count_samples(few) < _LEAST or batch_weight(point.loss_fn, few) == 0:
+            return False
+        together = _loss(point, few, seed=0)
+        if not math.isclose(together, _loss(point, few, seed=1), rel_tol=_ROUNDING):
+            return False
+    except (TypeError, ValueError, RuntimeError):  # the loss does not take other batches
         return False
-    count = count_samples(few)
-    if count < _LEAST or batch_weight(point.loss_fn, few) == 0:
-        return False
+    return any(_is_no_mean(together, _losses(point, cut(few, size))) for size in (1, 2))
 
-    def loss(seed: int, size: int) -> float:
-        operator = make_operator(
-            "hessian",
-            point.model,
-            point.loss_fn,
-            cut(few, size),
-            point.norm_mode,
-            {"generator": torch.Generator().manual_seed(seed)},
-        )
-        return float(operator.loss())
 
-    together = loss(0, count)
-    if not math.isclose(together, loss(1, count), rel_tol=_ROUNDING):
+def _is_no_mean(together: float, parts: list[float]) -> bool:
+    if not parts or not all(map(math.isfinite, parts)):
         return False
-    return not math.isclose(together, loss(0, 2), rel_tol=_APART)
+    slack = _OUTSIDE * max(abs(together), *map(abs, parts))
+    return not min(parts) - slack <= together <= max(parts) + slack
+
+
+def _losses(point: CurvaturePoint, batches: list[Any]) -> list[float]:
+    """Each one's; none where there is nothing to learn from so few samples."""
+    try:
+        return [_loss(point, batch, seed=0) for batch in batches]
+    except (TypeError, ValueError, RuntimeError):
+        return []
+
+
+def _loss(point: CurvaturePoint, batch: Any, *, seed: int) -> float:
+    options: CurvatureOptions = {"generator": torch.Generator().manual_seed(seed)}
+    operator = make_operator(
+        "hessian", point.model, point.loss_fn, [batch], point.norm_mode, options
+    )
+    return float(operator.loss())

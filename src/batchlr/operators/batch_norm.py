@@ -50,6 +50,9 @@ def instance_norm(
 ) -> Tensor:
     """``torch.nn.functional.instance_norm``: `batch_norm` with every image's channels its own."""
     if not use_input_stats:
+        if running_mean is None or running_var is None:
+            msg = "instance norm in eval mode needs its running statistics, got none"
+            raise ValueError(msg)
         return batch_norm(input, running_mean, running_var, weight, bias, eps=eps)
     images, channels = input.shape[:2]
     scale, shift = (None if t is None else t.repeat(images) for t in (weight, bias))

@@ -31,7 +31,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def is_frozen(norm: nn.Module, model: nn.Module) -> bool:
     """Whether ``norm`` is in eval mode though ``model`` is not, and so trains in eval mode."""
-    return model.training and not norm.training
+    has_statistics = getattr(norm, "running_mean", None) is not None
+    return has_statistics and model.training and not norm.training
 
 
 def normalises_over_batches(model: nn.Module) -> bool:

@@ -19,17 +19,13 @@ _TARGET_KEYS = ("y", "target", "targets", "label", "labels")
 _KINKED_MODULES = (
     nn.L1Loss,
     nn.HingeEmbeddingLoss,
-    nn.MarginRankingLoss,
     nn.MultiLabelMarginLoss,
-    nn.TripletMarginLoss,  # in distances, which it compares like a hinge
 )
 _KINKED_FUNCTIONS = (
     functional.l1_loss,
     functional.hinge_embedding_loss,
-    functional.margin_ranking_loss,
     functional.multi_margin_loss,  # of p = 1, its default
     functional.multilabel_margin_loss,
-    functional.triplet_margin_loss,
 )
 
 
@@ -144,7 +140,8 @@ def piecewise_linear(loss_fn: LossFunction) -> str | None:
     The second derivative of such a loss says nothing of its kinks. Only a loss from `supervised`
     shows its criterion. Losses with linear tails (Huber) are not among them.
     """
-    criterion = loss_fn.criterion if isinstance(loss_fn, SupervisedLoss) else None
+    criterion: Any = loss_fn.criterion if isinstance(loss_fn, SupervisedLoss) else None
+    criterion = criterion.func if isinstance(criterion, partial) else criterion
     hinge = isinstance(criterion, nn.MultiMarginLoss) and criterion.p == 1
     if hinge or isinstance(criterion, _KINKED_MODULES) or criterion in _KINKED_FUNCTIONS:
         return str(getattr(criterion, "__name__", type(criterion).__name__))

@@ -34,7 +34,8 @@ class BatchInvariantAdam(torch.optim.Optimizer):
     that ``.grad`` ends as their mean. What happens to ``.grad`` before `step` (clipping) is seen by
     the first moment only. It holds a copy of the gradients and their squares from the first
     `accumulate` to `step`; a step left out wants this optimizer's `zero_grad`. Where processes
-    average their gradients in the backward pass (DDP), that average is one micro-batch. A scaled
+    average their gradients (DDP), that average is one micro-batch, and every backward pass has to
+    average: under ``no_sync`` the squares, and so the weights, would differ by process. A scaled
     loss (`torch.amp.GradScaler`) would enter the squares: use bfloat16. `CurvatureController` knows
     no limit for it and refuses it.
 
@@ -79,6 +80,11 @@ class BatchInvariantAdam(torch.optim.Optimizer):
         self._micro_batches = 0  # since the last step
         self._seen: dict[nn.Parameter, Tensor] = {}
         self._squares: dict[nn.Parameter, Tensor] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy has none of the micro-batches noted."""
+        super().__setstate__(state)
+        self._forget()
 
     @torch.no_grad()
     def accumulate(self) -> None:

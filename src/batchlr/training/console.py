@@ -78,7 +78,8 @@ class RunConsole:
             f"measured: largest eigenvalue {update.largest_eigenvalue:.4g} from "
             f"{report.num_samples} samples, {report.num_products} products, "
             f"{report.seconds:.1f} s",
-            f"largest stable rate at batch {bound.batch_size} with momentum {bound.momentum:g}: "
+            f"largest stable rate at batch {bound.batch_size} with "
+            f"{'momentum' if bound.optimizer == 'sgd' else 'beta1'} {bound.momentum:g}: "
             f"{bound.value:.3g} (90 % interval {bound.low:.3g} to {bound.high:.3g}, "
             f"limited by {bound.regime})",
         )

@@ -104,7 +104,7 @@ def _measured(
     reach = (
         f"at all batch sizes up to {high}, all samples"
         if (low, high) == (1, report.dataset_size)
-        else f"from {low} to {high}; beyond, it ends a quarter above the limit"
+        else f"from {low} to {high}; beyond, its rate is a quarter above the limit or more"
     )
     lines = [
         f"Measured: the largest stable rate is {limits}, x {there.value / here.value:.3g}.",
