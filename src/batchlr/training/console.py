@@ -79,7 +79,7 @@ class RunConsole:
             f"{report.num_samples} samples, {report.num_products} products, "
             f"{report.seconds:.1f} s",
             f"largest stable rate at batch {bound.batch_size} with "
-            f"{'momentum' if bound.optimizer == 'sgd' else 'beta1'} {bound.momentum:g}: "
+            f"{'beta1' if bound.optimizer == 'adam' else 'momentum'} {bound.momentum:g}: "
             f"{bound.value:.3g} (90 % interval {bound.low:.3g} to {bound.high:.3g}, "
             f"limited by {bound.regime})",
         )
