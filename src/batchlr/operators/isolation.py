@@ -2,6 +2,7 @@
 
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
@@ -114,6 +115,9 @@ def _copied_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
 def _others_buffers_copied(own: set[int]) -> Iterator[None]:
     """The same for modules that are not ``own``, by their ids, from when they are first run."""
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        # Compiled modules fire it twice, of which the second time does nothing.
+        warnings.filterwarnings("ignore", message=r"Using `torch\.compile.*global hooks")
         seen: set[int] = set()
 
         def copy(module: nn.Module, _: Any) -> None:
