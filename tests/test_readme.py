@@ -1,7 +1,7 @@
-"""The README is true: its code runs, prints what it says, and its commands succeed.
+"""README and guides are true: their code runs, prints what they say, their commands succeed.
 
-The blocks are worked through in the order of the page, each once, in one folder and one namespace,
-as a reader would.
+The blocks of a page are worked through in its order, each once, in one folder and one namespace,
+as a reader would who pastes them into one interpreter.
 
 - ``python``: executed. A top-level ``print(...)  # -> text`` must print exactly ``text``.
 - ``bash``, ``console``: one plain command a line (in ``console``, after ``$ ``; other lines are
@@ -16,6 +16,7 @@ import ast
 import contextlib
 import importlib.metadata
 import io
+import itertools
 import re
 import shlex
 import subprocess
@@ -31,7 +32,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+FRAMEWORKS_NEEDED = "docs/integrations.md"  # tests/integrations runs it
 FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>[\w-]*)\n(?P<text>.*?)^(?P=indent)```$", re.M | re.S
 )
@@ -54,23 +55,34 @@ SHELL_SYNTAX = {"|", "||", ";", "&", ">", ">>", "<"}
 class Block:
     """A fenced block; ``line`` is where its text starts on the page."""
 
+    page: str
     language: str
     text: str
     line: int
 
     def __str__(self) -> str:
-        return f"{self.language or 'unnamed'}-line-{self.line}"
+        return f"{self.page}-{self.language or 'unnamed'}-line-{self.line}"
+
+    @property
+    def place(self) -> str:
+        return f"{self.page}:{self.line}"
 
 
-def find_blocks(page: str) -> list[Block]:
+def find_blocks(text: str, page: str) -> list[Block]:
+    """The blocks of a page's text, directives (```` ```{name} ````) left out."""
     return [
         Block(
+            page,
             match["language"],
             textwrap.dedent(match["text"]),
-            page.count("\n", 0, match.start("text")) + 1,
+            text.count("\n", 0, match.start("text")) + 1,
         )
-        for match in FENCE.finditer(page)
+        for match in FENCE.finditer(text)
     ]
+
+
+def read_page(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
 def expected_prints(text: str) -> dict[int, str]:
@@ -98,13 +110,13 @@ def run_python(block: Block, namespace: dict[str, Any]) -> None:
         last_line = statement.end_lineno
         promise = promised.pop(last_line, None) if is_print(statement) else None
         ast.increment_lineno(statement, block.line - 1)
-        code = compile(ast.Module([statement], []), str(README), "exec", dont_inherit=True)
+        code = compile(ast.Module([statement], []), block.page, "exec", dont_inherit=True)
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(code, namespace)
         if promise is not None:
-            assert printed.getvalue() == f"{promise}\n", f"README.md:{statement.end_lineno}"
+            assert printed.getvalue() == f"{promise}\n", f"{block.page}:{statement.end_lineno}"
     astray = [block.line + line - 1 for line in promised]
-    assert not astray, f"README.md, lines {astray}: '# ->' belongs behind a top-level print"
+    assert not astray, f"{block.page}, lines {astray}: '# ->' belongs behind a top-level print"
 
 
 def commands(block: Block) -> list[list[str]]:
@@ -112,7 +124,7 @@ def commands(block: Block) -> list[list[str]]:
     lines = block.text.replace("\\\n", " ").splitlines()
     if block.language == "console":
         lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
-        assert lines, f"README.md:{block.line}: no line starts with '$ '"
+        assert lines, f"{block.place}: no line starts with '$ '"
     found = []
     for line in lines:
         words = shlex.split(line, comments=True)
@@ -200,7 +212,7 @@ def load_yaml(block: Block, folder: Path) -> None:
     if isinstance(content, dict) and "model" in content:
         from batchlr.training.config import load_config
 
-        path = folder / "readme.yaml"
+        path = folder / "page.yaml"
         path.write_text(block.text, encoding="utf-8")
         load_config(path)
 
@@ -223,7 +235,7 @@ class Reader:
             case "yaml":
                 load_yaml(block, self.folder)
             case language:
-                assert language in DISPLAYED, f"README.md:{block.line}: name the block's language"
+                assert language in DISPLAYED, f"{block.place}: name the block's language"
 
     def reach(self, index: int) -> None:
         """Read up to block ``index``, then raise what that block raised."""
@@ -237,36 +249,52 @@ class Reader:
             raise problem
 
 
-PAGE = README.read_text(encoding="utf-8")
-BLOCKS = find_blocks(PAGE)
+PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))]
+BLOCKS = {
+    page: blocks
+    for page in PAGES
+    if page != FRAMEWORKS_NEEDED and (blocks := find_blocks(read_page(page), page))
+}
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("readme")
-    for name in ["configs", "scripts"]:
-        (folder / name).symlink_to(ROOT / name)
-    return Reader(BLOCKS, folder)
+def readers(tmp_path_factory):
+    """One of each page."""
+    found = {
+        page: Reader(blocks, tmp_path_factory.mktemp("page")) for page, blocks in BLOCKS.items()
+    }
+    for reader, name in itertools.product(found.values(), ["configs", "scripts"]):
+        (reader.folder / name).symlink_to(ROOT / name)
+    return found
 
 
-@pytest.mark.parametrize("index", range(len(BLOCKS)), ids=map(str, BLOCKS))
-def test_block_is_true(index, reader, monkeypatch):
+@pytest.mark.parametrize("block", itertools.chain(*BLOCKS.values()), ids=str)
+def test_block_is_true(block, readers, monkeypatch):
+    reader = readers[block.page]
     monkeypatch.chdir(reader.folder)
-    reader.reach(index)
+    reader.reach(reader.blocks.index(block))
 
 
 def test_readme_shows_python_and_the_command_line():
-    languages = {block.language for block in BLOCKS}
+    languages = {block.language for block in BLOCKS["README.md"]}
     assert "python" in languages
     assert languages & {"bash", "console"}
 
 
-def test_no_fence_escapes_the_reader():
-    assert len(re.findall(r"^\s*(?:```|~~~)", PAGE, re.MULTILINE)) == 2 * len(BLOCKS)
+def test_guides_show_python():
+    for page in ("adaptive_batch", "averaging_and_probes", "on_the_fly", "scaling_rules"):
+        assert "python" in {block.language for block in BLOCKS[f"docs/{page}.md"]}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_fence_escapes_the_reader(page):
+    text = read_page(page)
+    opened = find_blocks(text, page) + re.findall(r"^```\{[\w-]+\}", text, re.MULTILINE)
+    assert len(re.findall(r"^\s*(?:```|~~~)", text, re.MULTILINE)) == 2 * len(opened)
 
 
 def read(page: str, folder: Path) -> None:
-    blocks = find_blocks(textwrap.dedent(page))
+    blocks = find_blocks(textwrap.dedent(page), "README.md")
     assert blocks
     Reader(blocks, folder).reach(len(blocks) - 1)
 

@@ -3,9 +3,9 @@
 import pytest
 from lightning_runs import WARNINGS
 
-from test_readme import ROOT, Reader, find_blocks
+from test_readme import FRAMEWORKS_NEEDED, Reader, find_blocks, read_page
 
-BLOCKS = find_blocks((ROOT / "docs" / "integrations.md").read_text(encoding="utf-8"))
+BLOCKS = find_blocks(read_page(FRAMEWORKS_NEEDED), FRAMEWORKS_NEEDED)
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in WARNINGS]
 
