@@ -81,7 +81,7 @@ def test_explain_says_first_on_which_limits_not_to_rely(run):
     far = [str(size) for size in scaling_reach(whole, 8) if not 2 <= size <= 32]
     assert far
     told = run("explain", "--from", 8, "--to", 16, "--report", "coupled.json").stdout
-    assert f"\nDo not rely on limits at batch {', '.join(far)}: train-mode normalisation" in told
+    assert f"\nDo not rely on limits at batch {', '.join(far)}: samples of a batch interact" in told
     assert "the linear rule would hold" in told
 
 

@@ -13,13 +13,13 @@ from runs import metrics, run, state, strict_json, summary, tiny
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from two_processes import run_in_two
 from typer.testing import CliRunner
 
 from batchlr.cli import app
 from batchlr.training import loop
 from batchlr.training.distributed import Processes, processes, shard
 from batchlr.training.models import MLP, VGG, PreResNet, WideResNet
+from two_processes import run_in_two
 
 CPU = torch.device("cpu")
 
