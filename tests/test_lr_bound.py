@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from scipy.stats import t as student
 
-from batchlr.lr_bound import LRBound, Rate, tabulated
+from batchlr.lr_bound import LRBound, Rate, reason_marks, tabulated
 
 
 def bound(rate, freedom=7, reasons=()):
@@ -60,6 +60,12 @@ def test_an_overwhelming_error_leaves_numbers():
 # In print --------------------------------------------------------------------------------------
 
 
+def test_each_of_many_reasons_has_its_own_mark():
+    marks = reason_marks([[str(number) for number in range(17)], ["0", "16"]])
+    assert len(set(marks.values())) == 17
+    assert (marks["0"], marks["8"], marks["16"]) == ("*", "**", "***")
+
+
 def test_a_bound_is_printed_in_a_line():
     found = replace(bound(Rate(2.0, 0.0, 0.5, 0.9)), low=1.0, high=3.0)
     assert str(found) == "2 (1 to 3) for sgd, momentum 0.9 at batch 64, limited by noise"
@@ -76,10 +82,20 @@ def test_a_table_has_a_row_for_each_batch_size_and_marks_what_is_doubtful():
     poor = replace(other, batch_size=1024, reliable=False, reasons=("few batches",))
     rows = [[good, other], [replace(good, batch_size=1024), poor]]
     assert tabulated(rows).splitlines() == [
-        " batch  sgd, momentum 0.9  90 % interval  rmsprop, momentum 0.9  90 % interval",
-        "  64                    2         1 to 3               0.000125  0.0001 to 0.1",
-        "1024 *                  2         1 to 3               0.000125  0.0001 to 0.1",
+        "batch  sgd, momentum 0.9  90 % interval  rmsprop, momentum 0.9    90 % interval",
+        "   64                  2         1 to 3               0.000125    0.0001 to 0.1",
+        " 1024                  2         1 to 3               0.000125 *  0.0001 to 0.1",
+        "Marked rates are not reliable:",
         "* few batches",
+    ]
+    both = replace(poor, reasons=("a lower bound", "few batches"))
+    rows = [[replace(poor, optimizer="sgd"), poor], [replace(good, batch_size=2048), both]]
+    assert tabulated(rows).splitlines()[1:] == [
+        " 1024           0.000125 *  0.0001 to 0.1               0.000125 *   0.0001 to 0.1",
+        " 2048                  2           1 to 3               0.000125 *+  0.0001 to 0.1",
+        "Marked rates are not reliable:",
+        "* few batches",
+        "+ a lower bound",
     ]
     assert tabulated([[good]]).splitlines() == [
         "batch  sgd, momentum 0.9  90 % interval",

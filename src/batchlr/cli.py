@@ -314,11 +314,19 @@ def _exit_codes() -> Iterator[None]:
         if code is None or os.environ.get("BATCHLR_TRACEBACK"):
             raise
         rank = _rank()
-        if rank == 0:
+        if code == DATA and _is_told_elsewhere(error):
+            pass
+        elif rank == 0:
             typer.echo(str(error) or "interrupted", err=True)
         elif code != USAGE:  # a usage error is the same everywhere; others may be this rank's own
             typer.echo(f"rank {rank}: {error}", err=True)
         raise typer.Exit(code) from None
+
+
+def _is_told_elsewhere(error: BaseException) -> bool:
+    from batchlr.training.distributed import ToldElsewhere
+
+    return isinstance(error, ToldElsewhere)
 
 
 def _exit_code(error: BaseException) -> int | None:

@@ -1,14 +1,14 @@
 """A largest stable rate with its interval."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 Rule = Literal["mean-square", "top-direction", "paper"]
 
 _WIDEST = 50.0  # assumed: half an interval in the logarithm; nothing is known, nothing overflows
-
+_MARKS = "*+#~^&@$"  # of reasons; a ninth has two of the first
 
 _LIMITED = {
     "noise": "limited by noise",
@@ -106,25 +106,60 @@ class LRBound:
         )
 
 
+def reason_marks(all_reasons: Iterable[Sequence[str]]) -> dict[str, str]:
+    """A mark for each reason, in the order they come.
+
+    >>> reason_marks([(), ("few batches",), ("few batches", "clipped")])
+    {'few batches': '*', 'clipped': '+'}
+    """
+    reasons = dict.fromkeys(reason for reasons in all_reasons for reason in reasons)
+    kinds = len(_MARKS)
+    return {reason: _MARKS[k % kinds] * (1 + k // kinds) for k, reason in enumerate(reasons)}
+
+
+def marked_column(
+    title: str, rates: Sequence[tuple[float, Sequence[str]]], marks: Mapping[str, str]
+) -> list[str]:
+    """A title and rates below it, all of one width, each rate with the marks of its reasons.
+
+    Args:
+        title: of the column.
+        rates: each with why it is not reliable.
+        marks: of `reason_marks`.
+    """
+    rows = [(title, "")]
+    for value, reasons in rates:
+        own = (mark for reason, mark in marks.items() if reason in reasons)
+        rows.append((f"{value:.3g}", "".join(own)))
+    width, room = (max(map(len, part)) for part in zip(*rows, strict=True))
+    gap = " " if room else ""
+    return [f"{figure:>{width}}{gap}{mark:<{room}}" for figure, mark in rows]
+
+
+def marked_reasons(marks: Mapping[str, str]) -> list[str]:
+    """What to print below rates with ``marks``, a line each; nothing where there are none."""
+    lines = [f"{mark} {reason}" for reason, mark in marks.items()]
+    return ["Marked rates are not reliable:", *lines] if lines else []
+
+
 def tabulated(rows: Sequence[Sequence[LRBound]]) -> str:
     """A table: a row for each batch size, in it a bound for each optimizer; then what is doubtful.
 
     Args:
         rows: one or more, the same optimizers in each.
     """
-    doubtful = any(not bound.reliable for row in rows for bound in row)
-    table = [["batch", *(word for bound in rows[0] for word in (bound.setting, "90 % interval"))]]
-    for row in rows:
-        mark = " *" if not all(bound.reliable for bound in row) else "  " * doubtful
-        rates = (word for bound in row for word in (f"{bound.value:.3g}", bound.interval))
-        table.append([f"{row[0].batch_size}{mark}", *rates])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    marks = reason_marks(bound.reasons for row in rows for bound in row)
+    columns = [["batch", *(str(row[0].batch_size) for row in rows)]]
+    for bounds in zip(*rows, strict=True):
+        rates = [(bound.value, bound.reasons) for bound in bounds]
+        columns.append(marked_column(bounds[0].setting, rates, marks))
+        columns.append(["90 % interval", *(bound.interval for bound in bounds)])
+    widths = [max(map(len, column)) for column in columns]
     lines = [
         "  ".join(word.rjust(width) for word, width in zip(words, widths, strict=True))
-        for words in table
+        for words in zip(*columns, strict=True)
     ]
-    reasons = dict.fromkeys(reason for row in rows for bound in row for reason in bound.reasons)
-    return "\n".join([*lines, *(f"* {reason}" for reason in reasons)])
+    return "\n".join([*lines, *marked_reasons(marks)])
 
 
 def _regime(noise_share: float) -> Literal["noise", "transition", "curvature"]:

@@ -60,7 +60,7 @@ def test_accumulated_batches_are_one_batch():
     whole.epoch()
     parts = Run(12, data=digits(768), size=32, passes=2)
     parts.epoch()
-    assert parts.steering.steering.controller.batch_size == 64
+    assert parts.steering.controller.batch_size == 64
     assert len(parts.rates) == 12
     assert parts.rates == pytest.approx(whole.rates, rel=1e-3)
 
@@ -94,7 +94,7 @@ def test_a_stream_is_measured_on_batches_given():
     given = [digits()[torch.arange(k, k + 32)] for k in range(0, 128, 32)]
     run = Run(4, data=Stream(), batches=lambda: given, batch_size=64)
     run.epoch()
-    assert run.steering.steering.controller.batch_size == 64
+    assert run.steering.controller.batch_size == 64
     assert len(set(run.rates)) == 4
 
 

@@ -68,7 +68,7 @@ def test_accumulated_batches_are_one_batch():
     whole, parts = Net(), Net()
     rates = fit(whole, callbacks[:1], loader(data))
     again = fit(parts, callbacks[1:], loader(data, 32), accumulate_grad_batches=2)
-    assert callbacks[1].steering.controller.batch_size == 64
+    assert callbacks[1].controller.batch_size == 64
     assert len(again) == 24
     # Measured on passes of 16 of 64 samples in both; rounding of sums is all that differs.
     assert again == pytest.approx(rates, rel=1e-3)
@@ -81,8 +81,9 @@ class Observed(L.Callback):
         self.callback, self.losses = callback, []
 
     def on_train_start(self, trainer, pl_module):
-        show = self.callback.steering.observe
-        self.callback.steering.observe = lambda loss: self.losses.append(loss) or show(loss)
+        controller = self.callback.controller
+        show = controller.observe
+        controller.observe = lambda loss, same: self.losses.append(loss) or show(loss, same)
 
 
 def test_the_controller_sees_the_mean_of_a_step_however_many_batches_it_has():
@@ -106,7 +107,7 @@ def test_clipping_of_norms_is_known(algorithm, norm):
     callback = CurvatureCallback()
     options = {"gradient_clip_val": 0.5, "gradient_clip_algorithm": algorithm}
     fit(Net(), [callback], max_steps=1, **options)
-    assert callback.steering.controller.limit.clip_norm == norm
+    assert callback.controller.limit.clip_norm == norm
 
 
 def test_a_run_goes_on_from_a_checkpoint_bit_identically(tmp_path):
@@ -168,7 +169,7 @@ def test_measuring_alone_changes_nothing():
         rates = fit(module, callbacks, loader(Noisy(), 32, shuffle=True, collate_fn=collate))
         runs.append((module, rates))
     (alone, rates), (measured, again) = runs
-    assert callbacks[0].steering.controller.num_products > 0
+    assert callbacks[0].controller.num_products > 0
     assert again == rates == [0.1] * 16
     assert torch.equal(weights(measured), weights(alone))
     assert torch.equal(measured.last, alone.last)
@@ -211,8 +212,8 @@ def test_the_older_package_takes_the_callback_too():
         max_steps=3, accelerator="cpu", callbacks=[callback], **options
     )
     trainer.fit(Old(), loader())
-    assert callback.steering.controller.num_products > 0
-    assert trainer.optimizers[0].param_groups[0]["lr"] == callback.steering.scheduler.peak != 1.0
+    assert callback.controller.num_products > 0
+    assert trainer.optimizers[0].param_groups[0]["lr"] == callback.scheduler.peak != 1.0
 
 
 def test_curvature_is_measured_in_full_precision():
@@ -220,7 +221,7 @@ def test_curvature_is_measured_in_full_precision():
     for precision in ("32-true", "bf16-mixed"):
         callback = CurvatureCallback()
         fit(Net(), [callback], max_steps=1, precision=precision)
-        found.append(callback.steering.controller.limit.last.largest)
+        found.append(callback.controller.limit.last.largest)
     assert found[0] == found[1]
 
 
@@ -233,7 +234,7 @@ def test_a_stream_is_measured_on_batches_given():
     rows = torch.arange(256).view(4, 64)
     callback = CurvatureCallback(batches=lambda: [digits()[part] for part in rows])
     rates = fit(Net(), [callback], loader(Stream()), max_steps=6, max_epochs=-1)
-    assert callback.steering.controller.batch_size == 64
+    assert callback.controller.batch_size == 64
     assert len(set(rates)) > 3
 
 

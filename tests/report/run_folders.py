@@ -61,6 +61,8 @@ CELL = {
     "high": 0.2,
     "survived": 0.125,
     "paper": 0.4,
+    "steps": 50,
+    "reasons": [],
 }
 DRAW = {"epoch": 0, "checkpoint": None, "batch_size": 8, "largest": 3.0}
 

@@ -7,7 +7,16 @@ from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
-from run_folders import CONFIG, STEPS, SUMMARY, measured, write_measurements, write_run
+from run_folders import (
+    CELL,
+    CONFIG,
+    STEPS,
+    SUMMARY,
+    measured,
+    write_lines,
+    write_measurements,
+    write_run,
+)
 from runs import run, tiny
 
 from batchlr.report import write_report
@@ -180,6 +189,27 @@ def test_a_measurement_at_checkpoints_is_made_again_there(tmp_path):
         f"batchlr spectrum {folder / 'config.yaml'} --out {folder}-again --checkpoint 'a b.pt' "
         "--checkpoint c.pt" in text
     )
+
+
+def test_a_sweep_is_made_again_with_its_options(tmp_path):
+    folder = write_measurements(tmp_path / "run")
+    cells = [CELL, CELL | {"batch_size": 64}, CELL | {"optimizer": "adam"}]
+    write_lines(folder / "curvature" / "sweep.jsonl", cells)
+    text = checked(write_report(folder))
+    options = "--batch-sizes 4,64 --optimizers sgd,adam --steps 50"
+    assert f"batchlr sweep CONFIG.yaml --out {folder}-again {options}" in text
+    assert f"batchlr lr CONFIG.yaml --out {folder}-again\n" in text
+
+
+def test_tables_say_whether_to_rely_on_a_rate_before_they_say_which(tmp_path):
+    folder = write_measurements(tmp_path)
+    doubted = {"reliable": False, "reasons": ["few batches", "clipped"]}
+    write_lines(folder / "curvature" / "sweep.jsonl", [CELL, CELL | {"batch_size": 8} | doubted])
+    page = write_report(folder).read_text()
+    for words in ("<td>4</td><td>yes</td><td>0.1</td>", "<td>8</td><td>no</td><td>0.1</td>"):
+        assert words in page.replace("\n", "")
+    assert "<td>few batches; clipped</td>" in page
+    assert "<td>16</td><td>yes</td><td>0.5</td>" in page
 
 
 def test_what_was_measured_in_the_folder_of_a_run_had_settings_of_its_own(tmp_path):

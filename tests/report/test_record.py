@@ -133,6 +133,7 @@ def test_an_empty_folder_is_refused_with_what_it_should_hold(tmp_path):
         ("curvature/spectrum.npz", "torn", "it holds no spectrum"),
         ("curvature/spectra.jsonl", {"epoch": 0}, "line 1 must have a number batch_size, got None"),
         ("curvature/sweep.jsonl", CELL | {"optimizer": "$"}, "must be sgd or adam, got '\\$'"),
+        ("curvature/sweep.jsonl", CELL | {"reasons": [1]}, r"must be a list of sentences, got \[1"),
     ],
 )
 def test_a_corrupt_file_is_named_with_what_is_wrong(tmp_path, file, text, words):

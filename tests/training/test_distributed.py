@@ -1,5 +1,6 @@
 """Several processes make the run that one process would make."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from on_disk import write_arrays
 from runs import metrics, run, state, strict_json, summary, tiny
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -17,6 +19,7 @@ from batchlr.cli import app
 from batchlr.training import loop
 from batchlr.training.distributed import Processes, processes, shard
 from batchlr.training.models import MLP, VGG, PreResNet, WideResNet
+from two_processes import run_in_two
 
 CPU = torch.device("cpu")
 
@@ -58,6 +61,26 @@ main(["train", config, *overrides, "--out", str(Path(out) / "run")])
 """
 
 
+# What two processes say and exit with, each with a data file of its own.
+SPEAKERS = """
+import contextlib, io, json, os, sys
+from pathlib import Path
+from batchlr.cli import main
+
+folder, rank = sys.argv[1], int(sys.argv[2])
+os.chdir(folder)
+file = json.loads(Path("files.json").read_text())[rank]
+config = Path(f"config-{rank}.yaml")
+config.write_text(f"data: {{name: arrays, path: {file}}}\\nbatch: {{global_size: 4}}")
+said = io.StringIO()
+with contextlib.redirect_stderr(said):
+    try:
+        main(["train", str(config), "--out", "run"])
+    except SystemExit as end:
+        Path(f"end-{rank}.json").write_text(json.dumps([end.code, said.getvalue()]))
+"""
+
+
 # One process -----------------------------------------------------------------------------------
 
 
@@ -71,6 +94,7 @@ def test_a_process_alone_shares_with_itself(tmp_path, monkeypatch):
         assert alone.same(0.3, CPU) == 0.3
         assert (alone.any(True, CPU), alone.any(False, CPU)) == (True, False)
         assert alone.wait(CPU) is None
+        assert alone.together(lambda: 3, CPU) == 3
         model = nn.Linear(2, 2)
         assert alone.wrap(model, CPU) is model
     assert not torch.distributed.is_initialized()
@@ -126,6 +150,28 @@ def test_blocks_are_sharded_by_themselves_and_the_rest_together(alone, model, bl
 
 
 # Two processes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (("none.npz", "none.npz"), ("none.npz: ", "")),
+        (("images.npz", "none.npz"), ("", "rank 1: none.npz: ")),
+        (("none.npz", "images.npz"), ("none.npz: ", "")),
+        (("one.npz", "two.npz"), ("one.npz: ", "rank 1: two.npz: ")),
+    ],
+)
+def test_missing_data_are_told_once_and_every_process_exits_3(tmp_path, files, told):
+    write_arrays(tmp_path / "images.npz")
+    (tmp_path / "files.json").write_text(json.dumps(files))
+    (tmp_path / "speakers.py").write_text(SPEAKERS)
+    run_in_two(tmp_path / "speakers.py", tmp_path, timeout=120)
+    for rank, words in enumerate(told):
+        code, said = strict_json((tmp_path / f"end-{rank}.json").read_text())
+        assert code == 3
+        assert said.startswith(words)
+        assert said.count("there is no such file") == said.count("\n") == bool(words)
+    assert not (tmp_path / "run").exists()
 
 
 def torchrun(folder: Path, *overrides: str) -> Path:

@@ -224,12 +224,31 @@ def test_a_run_cut_within_an_epoch_is_tested_at_its_last_weights(tmp_path, netwo
 
 def test_the_terminal_shows_measurement_epochs_and_end(tmp_path, capsys):
     run(tmp_path, AUTO, "train.epochs=2")
-    first, limit, *epochs, end, record = capsys.readouterr().out.splitlines()
+    first, limit, peak, *epochs, end, record = capsys.readouterr().out.splitlines()
     assert first.startswith("measured: largest eigenvalue ")
     assert limit.startswith("largest stable rate at batch 400 with momentum 0.9: ")
+    assert peak.endswith("averaged by their errors: it may lie above the last one")
     assert [line[:11] for line in epochs] == ["epoch   1/2", "epoch   2/2"]
     assert end.startswith("test accuracy 0.")
     assert record.startswith(f"record in {tmp_path / 'out'}: ")
+
+
+def test_an_epoch_without_a_measurement_shows_of_which_step_its_limit_is(tmp_path, capsys):
+    out = run(tmp_path, AUTO, "curvature.every_epochs=2")
+    epochs = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    measured = [line for line in metrics(out) if "max_lr" in line]
+    assert [line["step"] for line in measured] == [0, 6]
+    for number, line in enumerate(epochs):
+        last = measured[number // 2]
+        assert f"  limit {last['max_lr']:.3g} [" in line
+        assert line.endswith(f"  (both of step {last['step']})") == (number % 2 == 1)
+
+
+def test_a_rate_given_follows_no_limits(tmp_path, capsys):
+    run(tmp_path, "curvature.measure=true", "train.max_steps=2")
+    printed = capsys.readouterr().out
+    assert "largest stable rate at batch 400" in printed
+    assert "follows all limits" not in printed
 
 
 def test_checkpoints_at_the_start_every_few_epochs_and_at_the_end(tmp_path):

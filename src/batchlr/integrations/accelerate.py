@@ -32,6 +32,7 @@ class CurvatureSteering:
     It sees to what Accelerate adds to a loop: accumulated batches (`Accelerator.accumulate`),
     several processes, autocast, steps that the gradient scaler skips, checkpoints
     (`Accelerator.save_state`). It steps its schedule itself; no other scheduler goes with it.
+    ``scheduler`` and ``controller`` are what steers.
 
     Args:
         accelerator: that has prepared the others.
@@ -78,7 +79,7 @@ class CurvatureSteering:
         self.model: nn.Module = accelerator.unwrap_model(model)
         passes = accelerator.gradient_accumulation_steps  # of a step, in each process
         batch_size = batch_size or passes * loader.total_batch_size
-        self.steering = Steering(
+        self._steering = Steering(
             getattr(optimizer, "optimizer", optimizer),
             loss_fn,
             shape=None if shape is None else lambda shadow: shape(shadow, total_steps or 0),
@@ -88,7 +89,9 @@ class CurvatureSteering:
             seed=seed,
             **options,
         )
-        accelerator.register_for_checkpointing(self.steering)
+        self.scheduler = self._steering.scheduler
+        self.controller = self._steering.controller
+        accelerator.register_for_checkpointing(self._steering)
         self._draw: Draw = (
             TrainingSamples(
                 loader.dataset,
@@ -109,7 +112,7 @@ class CurvatureSteering:
             return None
         self._first = False
         with without_autocast(self.model):
-            return self.steering.measure(self.model, self._moved)
+            return self._steering.measure(self.model, self._moved)
 
     def observe(self, loss: Tensor) -> None:
         """After each ``optimizer.step()``, before ``zero_grad()``: the schedule goes on.
@@ -122,8 +125,8 @@ class CurvatureSteering:
             return
         losses, self._losses, self._first = self._losses, [], True
         if not self.accelerator.optimizer_step_was_skipped:
-            self.steering.step()
-            self.steering.observe(torch.stack(losses).mean())
+            self._steering.step()
+            self._steering.observe(torch.stack(losses).mean())
 
     def _moved(self, generator: torch.Generator) -> list[Any]:
         return [send_to_device(batch, self.accelerator.device) for batch in self._draw(generator)]

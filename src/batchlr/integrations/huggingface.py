@@ -39,7 +39,8 @@ def steer(
     Call it before ``trainer.train()``. ``lr_scheduler_type`` and the warm-up of the arguments are
     the shape, the measured limit takes the place of ``learning_rate``. Loss (``compute_loss``),
     collator, number of steps, batch, clipping are the trainer's; limits go to its logs when
-    measured. The state is in its checkpoints (``scheduler.pt``), one device or DDP.
+    measured. The state is in its checkpoints (``scheduler.pt``), one device or DDP. While training,
+    ``scheduler`` and ``controller`` of ``trainer.lr_scheduler`` are what steers.
 
     Args:
         trainer: a `transformers.Trainer`, or of a class derived from it.

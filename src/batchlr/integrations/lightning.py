@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from batchlr import BatchAwareLR, CurvatureController
 from batchlr.integrations.steering import Draw, Steering
 from batchlr.integrations.training_samples import (
     MOST_SAMPLES,
@@ -50,7 +51,8 @@ class CurvatureCallback(_callback_class()):  # type: ignore[misc]
     For automatic optimization with one optimizer, on one device or with ``strategy="ddp"``.
     ``configure_optimizers`` returns the optimizer alone; of its rates only the ratios matter.
     Steps, batch and data set are the trainer's. Rate, largest eigenvalue and limit go to the
-    loggers when measured. Its state is in Lightning's checkpoints.
+    loggers when measured. Its state is in Lightning's checkpoints. From the start of training on
+    ``scheduler`` and ``controller`` are what steers.
 
     Args:
         shape: ``shape(optimizer, total_steps)`` makes the torch scheduler of the rate's shape, for
@@ -86,7 +88,9 @@ class CurvatureCallback(_callback_class()):  # type: ignore[misc]
         self.samples = samples
         self.seed = seed
         self.options = options
-        self.steering: Steering | None = None
+        self.scheduler: BatchAwareLR | None = None
+        self.controller: CurvatureController | None = None
+        self._steering: Steering | None = None
         self._rates: list[Any] = []
         self._restored: dict[str, Any] = {}
         self._losses: list[Tensor] = []
@@ -101,9 +105,11 @@ class CurvatureCallback(_callback_class()):  # type: ignore[misc]
         """Make what steers, or what a checkpoint says it was."""
         for group, rate in zip(trainer.optimizers[0].param_groups, self._rates, strict=True):
             group["lr"] = rate
-        self.steering = self._steering(trainer)
+        steering = self._make_steering(trainer)
         if self._restored:
-            self.steering.load_state_dict(self._restored)
+            steering.load_state_dict(self._restored)
+        self._steering = steering
+        self.scheduler, self.controller = steering.scheduler, steering.controller
         self._restored, self._losses, self._steps = {}, [], trainer.global_step
 
     def on_train_batch_start(
@@ -112,30 +118,30 @@ class CurvatureCallback(_callback_class()):  # type: ignore[misc]
         """Before the first batch of an optimizer step: measure and apply, if it is time."""
         if batch_idx % trainer.accumulate_grad_batches:
             return
-        assert self.steering is not None
-        update = self.steering.measure(pl_module, _moved(self._draw(trainer), trainer))
+        assert self._steering is not None
+        update = self._steering.measure(pl_module, _moved(self._draw(trainer), trainer))
         if update is not None:
             for logger in trainer.loggers:
-                logger.log_metrics(self.steering.figures(update), step=trainer.global_step)
+                logger.log_metrics(self._steering.figures(update), step=trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After an optimizer step: the schedule goes on, and the controller sees the loss."""
-        assert self.steering is not None
+        assert self._steering is not None
         if outputs and "loss" in outputs:  # over the number of accumulated batches
             self._losses.append(outputs["loss"] * trainer.accumulate_grad_batches)
         if trainer.global_step == self._steps:
             return
         self._steps = trainer.global_step
-        self.steering.step()
+        self._steering.step()
         if self._losses:
-            self.steering.observe(torch.stack(self._losses).mean())
+            self._steering.observe(torch.stack(self._losses).mean())
         self._losses = []
 
     def state_dict(self) -> dict[str, Any]:
         """Of scheduler, controller and samples."""
-        return {} if self.steering is None else self.steering.state_dict()
+        return {} if self._steering is None else self._steering.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state of a checkpoint until there is what to load it into."""
@@ -179,7 +185,7 @@ class CurvatureCallback(_callback_class()):  # type: ignore[misc]
             raise ValueError(msg)
         return size * _passes(trainer)
 
-    def _steering(self, trainer: Any) -> Steering:
+    def _make_steering(self, trainer: Any) -> Steering:
         steps, shape = trainer.estimated_stepping_batches, self.shape
         total_steps = int(steps) if 0 < steps < math.inf else None
         if shape is not None and total_steps is None:

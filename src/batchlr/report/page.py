@@ -148,14 +148,15 @@ def _measurements(record: RunRecord) -> Table:
 
 def _bounds(record: RunRecord) -> Table:
     heads = (
-        "optimizer", "momentum", "batch", "largest stable rate", "90 % interval", "exponent",
-        "limited by", "not reliable, because",
+        "optimizer", "momentum", "batch", "reliable", "largest stable rate", "90 % interval",
+        "exponent", "limited by", "not reliable, because",
     )  # fmt: skip
     rows = [
         (
             bound.optimizer,
             _shown(bound.momentum),
             _shown(bound.batch_size),
+            _yes(bound.reliable),
             _shown(bound.value),
             _interval(bound.low, bound.high),
             _shown(bound.exponent, digits=2),
@@ -168,15 +169,20 @@ def _bounds(record: RunRecord) -> Table:
 
 
 def _sweep(record: RunRecord) -> Table:
-    heads = ("optimizer", "batch", "predicted", "90 % interval", "survived", "the paper's rule")
+    heads = (
+        "optimizer", "batch", "reliable", "predicted", "90 % interval", "survived",
+        "the paper's rule", "not reliable, because",
+    )  # fmt: skip
     rows = [
         (
             cell["optimizer"],
             _shown(cell["batch_size"]),
+            _yes(not cell["reasons"]),
             _shown(cell["predicted"]),
             _interval(cell["low"], cell["high"]),
             _shown(cell["survived"]),
             _shown(cell["paper"]),
+            "; ".join(cell["reasons"]),
         )
         for cell in record.sweep
     ]
@@ -206,22 +212,37 @@ def _commands(record: RunRecord) -> list[str]:
         program = "torchrun --nproc-per-node N -m batchlr" if several else "batchlr"
         commands.append(f"{program} train {kept} --out {again}{fresh}")
     trained = bool(commands)  # then the settings are those of the training
-    measured = {
-        "lr": record.rates is not None or record.report is not None,
-        "spectrum": record.spectrum is not None or bool(record.grid),
-        "sweep": bool(record.sweep),
+    measured = {  # each with its options
+        "lr": "" if record.rates is not None or record.report is not None else None,
+        "spectrum": "" if record.spectrum is not None or record.grid else None,
+        "sweep": _swept(record.sweep) if record.sweep else None,
     }
     given = "CONFIG.yaml" if trained else kept
     found = [] if trained else (record.environment or {}).get("checkpoints") or []
     at = "".join(f" --checkpoint {shlex.quote(str(path))}" for path in found)
     commands += [
-        f"batchlr {name} {given} --out {again}{at}" for name, is_so in measured.items() if is_so
+        f"batchlr {name} {given} --out {again}{at}{options}"
+        for name, options in measured.items()
+        if options is not None
     ]
     return commands
 
 
+def _swept(cells: Sequence[Entry]) -> str:
+    """The options of ``batchlr sweep`` that ask for ``cells``."""
+    sizes, optimizers = (
+        ",".join(dict.fromkeys(str(cell[key]) for cell in cells))
+        for key in ("batch_size", "optimizer")
+    )
+    return f" --batch-sizes {sizes} --optimizers {optimizers} --steps {cells[-1]['steps']}"
+
+
 def _interval(low: float | None, high: float | None) -> str:
     return f"{_shown(low, digits=3)} to {_shown(high, digits=3)}"
+
+
+def _yes(holds: bool) -> str:
+    return "yes" if holds else "no"
 
 
 def _shown(value: Any, *, digits: int = 4) -> str:

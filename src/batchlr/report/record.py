@@ -24,7 +24,7 @@ _RESULTS = ["test_accuracy", "test_loss", "train_loss", "final_lr", "peak_lr"]
 _BOUND = ["value", "low", "high", "exponent"]
 _RATES = ["critical_batch_size", "largest_eigenvalue", "largest_eigenvalue_stderr"]
 _SPECTRUM = ["largest_eigenvalue", "smallest_eigenvalue", "num_products"]
-_CELL = ["batch_size", "predicted", "low", "high", "survived", "paper"]
+_CELL = ["batch_size", "predicted", "low", "high", "survived", "paper", "steps"]
 
 
 @dataclass(frozen=True)
@@ -257,6 +257,9 @@ def _sweep(path: Path) -> list[Entry]:
     for cell in cells:
         if cell.get("optimizer") not in ("sgd", "adam"):
             raise _corrupt(path, f"optimizer must be sgd or adam, got {cell.get('optimizer')!r}")
+        reasons = cell.get("reasons")
+        if not isinstance(reasons, list) or not all(isinstance(one, str) for one in reasons):
+            raise _corrupt(path, f"reasons must be a list of sentences, got {reasons!r}")
     return cells
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from batchlr.curvature import measure_curvature
 from batchlr.curvature_report import CurvatureReport
 from batchlr.lanczos import top_eigenpairs
-from batchlr.lr_bound import LRBound
+from batchlr.lr_bound import LRBound, marked_column, marked_reasons, reason_marks
 from batchlr.operators import DifferenceOperator, GGNOperator, HessianOperator, LinearOperator
 from batchlr.operators.curvature_matrix import CurvatureMatrix
 from batchlr.operators.isolation import normalises_over_batches
@@ -40,6 +40,11 @@ _COUPLED_BATCHES = 8  # assumed: likewise, where they do and the size is that of
 _MOST_PRODUCTS = 30  # assumed: of one search; the edge of a bulk may stay unconverged
 _BETA1 = 0.9  # torch's default, for the optimizer not configured
 _MOMENTUM = 0.9  # the default of optim.momentum, likewise
+_MATRICES = {  # in words, by spectrum.matrix
+    "hessian": "Hessian",
+    "ggn": "Gauss-Newton matrix",
+    "residual": "Hessian less the Gauss-Newton matrix",
+}
 
 
 def measure_rates(
@@ -157,11 +162,12 @@ def measure_spectrum(
     save_figure(plot_spectrum(measure), folder / "spectrum.png")
     console = Console(highlight=False, soft_wrap=True)
     console.print(
-        f"{operator.shape[0]} parameters, {sum(source.samples)} samples: eigenvalues from "
-        f"{ends.values[-1]:.4g} to {ends.values[0]:.4g} (one lies within {ends.bounds[-1]:.1g} and "
-        f"{ends.bounds[0]:.1g} of these), mean {measure.mean:.3g} +- "
-        f"{measure.mean_stderr:.1g}\n"
-        f"{operator.num_products} products in {content['seconds']:.1f} s; record in {folder}",
+        f"The {_MATRICES[config.spectrum.matrix]} of {sum(source.samples)} samples, in "
+        f"{operator.shape[0]} parameters, has eigenvalues from {ends.values[-1]:.4g} (to within "
+        f"{ends.bounds[-1]:.1g}) to {ends.values[0]:.4g} (to within {ends.bounds[0]:.1g}); their "
+        f"mean is {measure.mean:.3g} +- {measure.mean_stderr:.1g}.\n"
+        f"It took {operator.num_products} products in {content['seconds']:.1f} s; the record is in "
+        f"{folder}",
         markup=False,
     )
     return content
@@ -257,9 +263,13 @@ def _measure(experiment: Experiment) -> tuple[CurvatureReport, float]:
         size = max(1, min(size, total // _NOISE_BATCHES))
         count = total // size
     batches = experiment.measurement_batches((size, count))
-    Console(highlight=False, soft_wrap=True).print(
-        f"measuring {size * count} samples in {count} batches of {size} ...", markup=False
-    )
+    words = f"measuring {size * count} samples in {count} batches of {size}"
+    if size * count > config.curvature.samples:
+        words += (
+            f"; curvature.samples asks for {config.curvature.samples}, but with train-mode batch "
+            "norm the noise does not show in fewer batches"
+        )
+    Console(highlight=False, soft_wrap=True).print(f"{words} ...", markup=False)
     report = measure_curvature(
         experiment.model,
         experiment.loss_fn,
@@ -307,32 +317,48 @@ def _print_rates(
 ) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.width = max(console.width, _TABLE_WIDTH)
-    table = Table(box=SIMPLE, pad_edge=False)
-    for title in ("batch", "SGD", "90 % interval", "limited by", "Adam", "90 % interval"):
-        table.add_column(title, justify="right", no_wrap=True)
     half = len(bounds) // 2
-    for sgd, adam in zip(bounds[:half], bounds[half:], strict=True):
-        mark = "" if sgd.reliable and adam.reliable else " *"
-        table.add_row(
-            f"{sgd.batch_size}{mark}",
-            f"{sgd.value:.3g}",
-            f"{sgd.low:.2g} .. {sgd.high:.2g}",
-            sgd.regime,
-            f"{adam.value:.3g}",
-            f"{adam.low:.2g} .. {adam.high:.2g}",
-        )
+    sgd, adam = bounds[:half], bounds[half:]
+    marks = reason_marks(bound.reasons for bound in bounds)
+
+    def rates(title: str, bounds: list[LRBound]) -> list[str]:
+        return marked_column(title, [(bound.value, bound.reasons) for bound in bounds], marks)
+
+    def intervals(bounds: list[LRBound]) -> list[str]:
+        return ["90 % interval", *(f"{bound.low:.2g} .. {bound.high:.2g}" for bound in bounds)]
+
+    columns = [
+        ["batch", *(str(bound.batch_size) for bound in sgd)],
+        rates("SGD", sgd),
+        intervals(sgd),
+        ["limited by", *(bound.regime for bound in sgd)],
+        rates("Adam", adam),
+        intervals(adam),
+    ]
     console.print(
-        f"largest eigenvalue {report.largest}, critical batch size "
-        f"{report.critical_batch_size:.3g}; SGD momentum {bounds[0].momentum:g}, "
-        f"Adam beta1 {bounds[-1].momentum:g}",
+        f"The largest eigenvalue is {report.largest}, the critical batch size "
+        f"{report.critical_batch_size:.3g}. The largest stable rates of SGD with momentum "
+        f"{sgd[0].momentum:g} and of Adam with beta1 {adam[0].momentum:g}:",
         markup=False,
     )
-    console.print(table)
-    for reason in dict.fromkeys(reason for bound in bounds for reason in bound.reasons):
-        console.print(f"* {reason}", markup=False)
+    console.print(marked_table(columns))
+    for line in marked_reasons(marks):
+        console.print(line, markup=False)
     console.print(
-        f"{report.num_products} products of {report.num_samples} samples in "
+        f"Measured with {report.num_products} products over {report.num_samples} samples in "
         f"{report.seconds:.1f} s, as long as {report.seconds / gradient_seconds:.0f} gradients of "
-        f"them; record in {folder}",
+        f"them take; the record is in {folder}",
         markup=False,
     )
+
+
+def marked_table(columns: Sequence[Sequence[str]]) -> Table:
+    """Figures in ``columns``, titles first, right-aligned; marks of `marked_column` stay there."""
+    table = Table(box=SIMPLE, pad_edge=False)
+    for title, *words in columns:
+        width = max(map(len, (title, *words)))
+        table.add_column(title.rjust(width), no_wrap=True)
+    widths = [max(map(len, column)) for column in columns]
+    for row in list(zip(*columns, strict=True))[1:]:
+        table.add_row(*(word.rjust(width) for word, width in zip(row, widths, strict=True)))
+    return table

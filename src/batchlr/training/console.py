@@ -42,6 +42,7 @@ class RunConsole:
             disable=not (wanted and self._console.is_terminal),
         )
         self._task = self._bar.add_task("steps", total=total_steps, completed=first_step)
+        self._shown: CurvatureUpdate | None = None  # the measurement of the last epoch's line
         self._bar.start()
 
     def close(self) -> None:
@@ -61,8 +62,13 @@ class RunConsole:
         """The run has another number of steps than it seemed."""
         self._bar.update(self._task, total=total_steps)
 
-    def measurement(self, update: CurvatureUpdate) -> None:
-        """The first measurement, in words."""
+    def measurement(self, update: CurvatureUpdate, *, steers: bool) -> None:
+        """The first measurement, in words.
+
+        Args:
+            update: the measurement.
+            steers: the peak of the rate follows the limits, from this one on.
+        """
         report, bound, learned = update.report, update.bound, update.learned
         if learned is not None:
             self.say(
@@ -83,6 +89,11 @@ class RunConsole:
             f"{bound.value:.3g} (90 % interval {bound.low:.3g} to {bound.high:.3g}, "
             f"limited by {bound.regime})",
         )
+        if steers:
+            self.say(
+                "the peak rate follows all limits measured, averaged by their errors: it may lie "
+                "above the last one"
+            )
 
     def epoch(
         self,
@@ -93,16 +104,18 @@ class RunConsole:
         updates: Sequence[CurvatureUpdate],
         peak: float,
     ) -> None:
-        """One finished epoch."""
+        """One finished epoch; a measurement made in an earlier one is shown with its step."""
         line = (
             f"epoch {number:3d}/{total}  loss {train_loss:.4f}  test accuracy "
             f"{result.accuracy:.4f}  peak rate {peak:.3g}"
         )
-        good = [(u.bound, u.largest_eigenvalue) for u in updates if u.bound is not None]
-        if good:
-            bound, largest = good[-1]
+        last = next((update for update in reversed(updates) if update.bound is not None), None)
+        if last is not None and last.bound is not None:
+            bound = last.bound
             line += f"  limit {bound.value:.3g} [{bound.low:.3g}, {bound.high:.3g}]"
-            line += f"  largest eigenvalue {largest:.3g}"
+            line += f"  largest eigenvalue {last.largest_eigenvalue:.3g}"
+            line += f"  (both of step {last.step})" if last is self._shown else ""
+        self._shown = last
         self.say(line)
 
     def end(self, summary: dict[str, Any], out: Path) -> None:

@@ -20,13 +20,13 @@ from batchlr.lr_bound import LRBound
 _WIDTH = 100  # characters; narrower, hardly a word would fit beside the figures
 _BETA2 = 0.999  # torch's default
 _NOTES = (
-    "A batch is what one optimizer step sees: samples a device x devices x micro-batches.",
-    "Batch norm takes its statistics from one micro-batch on one device; more of them change "
-    "nothing there.",
+    "A batch is what one optimizer step sees: samples per device x devices x micro-batches.",
+    "Batch norm takes its statistics from one micro-batch on one device: more devices or "
+    "micro-batches change nothing there.",
 )
 _UNMEASURED = (
-    "How far the rules hold for your network, only a measurement tells: batchlr lr CONFIG, then "
-    "--report runs/NAME/curvature/report.json here."
+    "How far the rules hold for your network, only a measurement tells: run batchlr lr CONFIG, "
+    "then this with --report runs/NAME/curvature/report.json."
 )
 
 
@@ -97,30 +97,47 @@ def _measured(
     low, high = scaling_reach(report, here.batch_size, optimizer=kind, momentum=here.momentum)
     rule = "linear" if kind == "sgd" else "square-root"
     limits = " and ".join(
-        f"{bound.value:.3g} at {bound.batch_size} ({bound.low:.2g} .. {bound.high:.2g}, {name} "
+        f"{bound.value:.3g} at batch {bound.batch_size} (90 % interval {bound.interval}, {name} "
         f"{bound.momentum:.3g}, limited by {bound.regime})"
         for bound in (here, there)
     )
     reach = (
         f"at all batch sizes up to {high}, all samples"
         if (low, high) == (1, report.dataset_size)
-        else f"from {low} to {high}; beyond, its rate is a quarter above the limit or more"
+        else f"from batch {low} to {high}; beyond these its rate is a quarter above the limit or "
+        "more"
     )
+    ends = [report.max_lr(size, optimizer=kind, momentum=here.momentum) for size in (low, high)]
+    doubts = _doubts([here, there, *ends])
+    holds = "would hold" if doubts else "holds"
     lines = [
-        f"Measured: the largest stable rate is {limits}, x {there.value / here.value:.3g}.",
-        f"Carried over from {here.batch_size}, the {rule} rule holds {reach}.",
+        *doubts,
+        f"Measured: the largest stable rate is {limits}, {there.value / here.value:.3g} times as "
+        "large.",
+        f"Carried over from batch {here.batch_size}, the {rule} rule {holds} {reach}.",
     ]
     if lr is not None:
-        rates = ((lr, here), (changes[0].value or lr, there))
-        sides = [
-            f"{rate:.4g} at {bound.batch_size} is {rate / bound.value:.2g} times the limit"
-            for rate, bound in rates
-        ]
-        lines.append(f"Of your rate, {' and '.join(sides)}.")
+        carried = changes[0].value or lr
+        lines.append(
+            f"Your rate of {lr:.4g} is {lr / here.value:.2g} times the limit at batch "
+            f"{here.batch_size}; carried over to {carried:.4g} it is {carried / there.value:.2g} "
+            f"times that at {there.batch_size}."
+        )
     if new > report.dataset_size / 10:
         lines.append(
-            f"Noise goes with 1/B - 1/{report.dataset_size}: near all samples limits grow faster "
-            "than B."
+            f"Noise goes with 1/B - 1/{report.dataset_size}: as a batch of B nears all samples, "
+            "limits grow faster than B."
         )
-    reasons = dict.fromkeys(reason for bound in (here, there) for reason in bound.reasons)
-    return lines + [f"Not reliable: {reason}" for reason in reasons]
+    return lines
+
+
+def _doubts(bounds: Sequence[LRBound]) -> list[str]:
+    """A line for each reason not to rely on ``bounds``, with the batch sizes it is true of."""
+    sizes: dict[str, set[int]] = {}
+    for bound in bounds:
+        for reason in bound.reasons:
+            sizes.setdefault(reason, set()).add(bound.batch_size)
+    return [
+        f"Do not rely on limits at batch {', '.join(map(str, sorted(found)))}: {reason}."
+        for reason, found in sizes.items()
+    ]

@@ -1,10 +1,11 @@
 """The processes of one run, as torchrun starts them, and what they share of the network."""
 
 import os
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -12,9 +13,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from batchlr.training.config import TrainConfig
+from batchlr.training.data import DataError
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
+
+_Made = TypeVar("_Made")
+
+
+class ToldElsewhere(DataError):
+    """Data are missing or corrupt, as another process says."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,29 @@ class Processes:
         if self.world_size == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=device)) > 0)
+
+    def together(self, load: Callable[[], _Made], device: torch.device) -> _Made:
+        """What ``load`` returns, once no process has failed in it.
+
+        Raises:
+            DataError: or OSError; it failed here, and not in the first process with the same words.
+            ToldElsewhere: it failed so, or elsewhere only.
+        """
+        if self.world_size == 1:
+            return load()
+        failure: DataError | OSError | None = None
+        try:
+            loaded = load()
+        except (DataError, OSError) as error:
+            failure = error
+        words = float(zlib.crc32(str(failure).encode()))
+        repeated = self.same(words, device) == words and not self.is_first
+        if not self.any(failure is not None, device):
+            return loaded
+        if failure is None or repeated:
+            msg = "another process has failed to load the data, and says why"
+            raise ToldElsewhere(msg) from failure
+        raise failure
 
     def wait(self, device: torch.device) -> None:
         """Until all processes are here."""

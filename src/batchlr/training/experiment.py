@@ -180,7 +180,7 @@ def build_experiment(config: TrainConfig, processes: Processes | None = None) ->
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.seed)
-    data = build_data(config)
+    data = processes.together(partial(build_data, config), device)
     steps_per_epoch = batches_per_epoch(data, batch_size=config.batch.global_size)
     check_sharing(config, data, processes)
     total_steps = steps_per_epoch * config.train.epochs

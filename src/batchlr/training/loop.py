@@ -218,7 +218,7 @@ class _Run:
             momentum = get_momentum(experiment.optimizer)
             update = replace(update, peak=experiment.scheduler.peak, momentum=momentum)
         if not self.updates:
-            self.console.measurement(update)
+            self.console.measurement(update, steers=experiment.controller.apply)
         if update.failure is not None:
             self.console.say(f"step {update.step}: kept the rate: {update.failure}")
         if experiment.processes.is_first:

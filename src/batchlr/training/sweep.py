@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from batchlr.curvature import measure_curvature
 from batchlr.curvature_report import CurvatureReport
-from batchlr.lr_bound import LRBound
+from batchlr.lr_bound import LRBound, marked_column, marked_reasons, reason_marks
 from batchlr.operators.isolation import normalises_over_batches
 from batchlr.plotting import plot_sweep, save_figure
-from batchlr.training.analysis import build_at, common_settings
+from batchlr.training.analysis import build_at, common_settings, marked_table
 from batchlr.training.checkpoint import latest_checkpoint
 from batchlr.training.config import TrainConfig
 from batchlr.training.config.variants import SGDOptions
@@ -278,27 +276,28 @@ def _read(path: Path) -> list[SweepCell]:
 
 def _print(console: Console, cells: Sequence[SweepCell], folder: Path, *, normalised: bool) -> None:
     console.width = max(console.width, _TABLE_WIDTH)
-    table = Table(box=SIMPLE, pad_edge=False)
-    titles = ("optimizer", "batch", "predicted", "90 % interval", "survived", "ratio", "paper")
-    for title in titles:
-        table.add_column(title, justify="right", no_wrap=True)
-    for cell in cells:
-        table.add_row(
-            cell.optimizer,
-            f"{cell.batch_size}{'' if cell.reliable else ' *'}",
-            f"{cell.predicted:.3g}",
-            f"{cell.low:.2g} .. {cell.high:.2g}",
-            f"{cell.survived:.3g}{'+' if math.isinf(cell.diverged) else ''}",
-            f"{cell.survived / cell.predicted:.2f}",
-            f"{cell.paper:.3g}",
-        )
-    console.print(table)
-    for reason in dict.fromkeys(reason for cell in cells for reason in cell.reasons):
-        console.print(f"* {reason}", markup=False)
+    marks = reason_marks(cell.reasons for cell in cells)
+    columns = [
+        ["optimizer", *(cell.optimizer for cell in cells)],
+        ["batch", *(str(cell.batch_size) for cell in cells)],
+        marked_column("predicted", [(cell.predicted, cell.reasons) for cell in cells], marks),
+        ["90 % interval", *(f"{cell.low:.2g} .. {cell.high:.2g}" for cell in cells)],
+        ["survived", *map(_survived, cells)],
+        ["ratio", *(f"{cell.survived / cell.predicted:.2f}" for cell in cells)],
+        ["paper", *(f"{cell.paper:.3g}" for cell in cells)],
+    ]
+    console.print(marked_table(columns))
+    for line in marked_reasons(marks):
+        console.print(line, markup=False)
     if normalised:
         console.print(_NORMALISED, markup=False)
     console.print(
         "survived: the largest rate at which training from here does not diverge within "
-        f"{cells[0].steps} steps, to a factor 1.2; record in {folder}",
+        f"{cells[0].steps} steps, to a factor 1.2 (>= where none diverged); the record is in "
+        f"{folder}",
         markup=False,
     )
+
+
+def _survived(cell: SweepCell) -> str:
+    return f"{'>= ' if math.isinf(cell.diverged) else ''}{cell.survived:.3g}"
