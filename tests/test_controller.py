@@ -1313,7 +1313,7 @@ def test_an_optimizer_of_another_model_is_refused(kind):
 @pytest.mark.parametrize("max_overhead", [-0.1, math.nan, math.inf])
 def test_the_budget_is_a_finite_share(max_overhead):
     with pytest.raises(
-        ValueError, match=f"max_overhead must be finite and not neg.*{max_overhead}"
+        ValueError, match=f"max_overhead must be finite and at least 0.*{max_overhead}"
     ):
         controller_of(linear_problem()[2], MSE, max_overhead=max_overhead)
 

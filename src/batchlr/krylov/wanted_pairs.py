@@ -6,6 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from batchlr.argument_ranges import require_inner_fraction
 from batchlr.krylov.lanczos_process import LanczosProcess
 from batchlr.krylov.ritz_bounds import certified_bounds, likely_errors
 
@@ -56,9 +57,7 @@ class WantedPairs:
         if self.criterion not in get_args(Criterion):
             msg = f"criterion must be 'bound', 'residual' or 'error', got {self.criterion!r}"
             raise ValueError(msg)
-        if not 0 < self.tol < 1:
-            msg = f"tol must lie in (0, 1), got {self.tol}"
-            raise ValueError(msg)
+        require_inner_fraction(tol=self.tol)
 
     @property
     def count(self) -> int:
