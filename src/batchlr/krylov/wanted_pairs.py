@@ -87,7 +87,7 @@ class WantedPairs:
         """The pairs as the Krylov space has them, which must be as large as they are many."""
         values, vectors = process.eigh()  # ascending
         magnitude = values.abs().max()
-        # Residuals below rounding are rounding: claim no more than the arithmetic can give.
+        # What is below rounding is rounding: claim no more than the arithmetic can give.
         rounding = torch.finfo(process.operator.dtype).eps * magnitude
         residuals = (process.residual * vectors[-1].abs()).clamp(min=rounding)
         places = {end: self._places(end, values.numel()) for end in self.ends}
@@ -98,7 +98,8 @@ class WantedPairs:
                 for end in self.ends
             ]
         ).clamp(min=rounding)
-        errors = torch.minimum(likely_errors(values, residuals)[chosen], bounds)
+        likely = likely_errors(values, residuals)[chosen]
+        errors = torch.minimum(likely, bounds).clamp(min=rounding)
         judged = {"bound": bounds, "residual": residuals[chosen], "error": errors}[self.criterion]
         scale = values[-1].clamp(min=0) if self.settle == "largest" else magnitude
         settled = bool((self._settling(judged) <= self.tol * scale).all())
