@@ -36,6 +36,17 @@ def test_one_axis_alone_scatters_but_is_not_moved_on_average(end):
     assert error == pytest.approx(spread / math.sqrt(300), rel=0.15)
 
 
+@pytest.mark.parametrize(("inverse", "quantile"), [(1.0, 1.0), (1 / 16, 1.0), (1e-4, 1.2816)])
+def test_a_batch_is_the_sum_of_as_many_deviations_as_give_it_its_samples(inverse, quantile):
+    """One of 16 samples or fewer is one of them, here of one size; of many the sum is normal."""
+    deviations = np.array([[[1.0]], [[-1.0]]] * 100)
+    edges = ResampledEdges(np.array([5.0]), deviations, samples=16.0)
+    found, _ = edges.shift_quantile(inverse, "largest", 0.9)
+    spread = math.sqrt(200 * inverse)
+    # Three standard errors of that quantile of 400 draws; of two values, of their mean.
+    assert found == pytest.approx(quantile * spread, abs=(0.26 if quantile > 1 else 0.15) * spread)
+
+
 @pytest.mark.parametrize("inverse", [0.003, 0.1, 1.0])
 @pytest.mark.parametrize("end", ENDS)
 def test_two_coupled_axes_repel_each_other_by_the_closed_form(end, inverse):
@@ -66,6 +77,19 @@ def test_large_batches_move_by_the_second_order_in_proportion_to_1_over_b(end, s
     assert error < 0.1 * want
     tenth = edges.mean_shift(1e-10, end)
     assert tenth == pytest.approx((shift / 10, error / 10), rel=1e-9)
+
+
+def test_an_edge_at_zero_moves_by_the_second_order_while_the_noise_is_below_the_gap():
+    """And by the noise itself, ``|x|``, where that is above: the table must begin far below."""
+    deviations = coupled(np.random.default_rng(2).normal(size=200, scale=50.0))
+    edges = ResampledEdges(np.array([1.0, 0.0]), deviations, samples=1.0)
+    variance = float((deviations[:, 0, 1] ** 2).sum())  # of the coupling in a batch of one
+    small, error = edges.mean_shift(1e-9, "smallest")
+    assert abs(small - 1e-9 * variance) < 4 * error
+    assert error < 0.1 * small
+    large, error = edges.mean_shift(1.0, "smallest")
+    expected = math.sqrt(2 / math.pi * variance) - 0.5  # less half the gap
+    assert abs(large - expected) < 4 * error
 
 
 @pytest.mark.parametrize("seed", range(4))

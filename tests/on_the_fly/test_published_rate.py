@@ -111,11 +111,24 @@ def test_norms_are_measured_in_the_mode_asked_for(policy):
     assert rates[0] != pytest.approx(rates[1], rel=0.1)
 
 
-def test_without_a_rate_a_policy_says_so():
+@pytest.mark.parametrize(
+    ("policy", "products", "words"),
+    [
+        ("cdat", 1, "along the step the loss falls by 0 and curves by"),
+        ("paper_sgd", 5, "all Ritz values are 0"),
+    ],
+)
+def test_a_policy_without_a_rate_says_so_and_what_that_cost(policy, products, words):
     model, (x, _), _ = regression()
-    fitted = (x, model(x).detach())
-    with pytest.raises(ArithmeticError, match="along the step the loss falls by 0 and curves by"):
-        published(model).measure(model, MSE, [fitted])
     flat = (torch.zeros_like(x), torch.zeros(20, 1, dtype=torch.float64))
-    with pytest.raises(ArithmeticError, match="all Ritz values are 0"):
-        published(model, "paper_sgd").measure(model, MSE, [flat])
+    rate = published(model, policy)
+    with pytest.raises(ArithmeticError, match=words):
+        rate.measure(model, MSE, [flat])
+    assert rate.num_products == products
+
+
+def test_no_batches_are_refused():
+    model, _, _ = regression()
+    for policy in ("cdat", "paper_sgd"):
+        with pytest.raises(ValueError, match="at least one batch"):
+            published(model, policy).measure(model, MSE, [])
