@@ -111,12 +111,13 @@ def test_a_restart_keeps_the_wanted_pairs_and_leaves_room_for_new_ones(which):
     for k in range(1, 12):
         wanted = replace(LARGEST, k=k, which=which)
         assert wanted.count == (2 * k if which == "both" else k)
-        for capacity in range(least_basis(wanted.count, 10**6), 80):
+        for capacity in range(wanted.count + 2, 80):
             kept = wanted.kept(capacity)
             assert tuple(kept) == wanted.ends
             assert min(kept.values()) >= k
             assert sum(kept.values()) <= capacity - 2
-            assert sum(kept.values()) > wanted.count  # some more speed them up
+            if capacity >= least_basis(wanted.count, 10**6):
+                assert sum(kept.values()) > wanted.count  # some more speed them up
 
 
 def test_a_space_needs_no_more_vectors_than_steps():
