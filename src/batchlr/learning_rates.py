@@ -308,15 +308,6 @@ def shrinkage_from_weight_decay(weight_decay: float, target: float) -> float:
     return target / (target + weight_decay)
 
 
-def _require_curvature(*, largest: float) -> None:
-    if not 0.0 < largest < math.inf:
-        message = (
-            f"largest must be positive and finite, got {largest}: there is no stability limit "
-            "along non-positive curvature, so keep the present rate or measure again"
-        )
-        raise ValueError(message)
-
-
 def balanced_momentum(largest: float, noise: float, *, limit: float = 0.95) -> float:
     """Momentum at which curvature and batch noise limit SGD's rate alike.
 
@@ -342,3 +333,12 @@ def balanced_momentum(largest: float, noise: float, *, limit: float = 0.95) -> f
     require_non_negative(noise=noise)
     require_fraction(limit=limit)
     return max(0.0, min(limit, (largest - noise) / (largest + noise)))
+
+
+def _require_curvature(*, largest: float) -> None:
+    if not 0.0 < largest < math.inf:
+        message = (
+            f"largest must be positive and finite, got {largest}: there is no stability limit "
+            "along non-positive curvature, so keep the present rate or measure again"
+        )
+        raise ValueError(message)
