@@ -56,6 +56,16 @@ def test_an_eigenvalue_lies_within_every_bound(unit, seed):
         assert (pairs.bounds <= pairs.residuals * (1 + 1e-12)).all()
 
 
+def test_the_ends_are_each_other_s_mirror_image():
+    """Each is certified from its own side."""
+    largest, _, _ = process(5)
+    smallest, _, _ = process(5, unit=-1.0)
+    above, below = LARGEST.judge(largest), replace(LARGEST, which="smallest").judge(smallest)
+    for name in ("bounds", "residuals", "errors"):
+        torch.testing.assert_close(getattr(above, name), getattr(below, name).flip(0))
+    torch.testing.assert_close(above.values, -below.values.flip(0))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("steps", [2, 12])
 def test_nothing_is_claimed_below_rounding(dtype, steps):
