@@ -38,7 +38,12 @@ def batch_matrices(count=5):
     return with_spectrum(SPECTRUM) + draws + draws.transpose(1, 2)
 
 
-KEPT = [(), ({"largest": 3},), ({"largest": 2, "smallest": 2},) * 3]
+KEPT = [
+    (),
+    ({"largest": 3},),
+    ({"largest": 4}, {"largest": 2}),
+    ({"largest": 2, "smallest": 2},) * 3,
+]
 
 
 @pytest.mark.parametrize("restarts", KEPT)

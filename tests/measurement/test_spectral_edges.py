@@ -73,9 +73,10 @@ def test_the_shift_is_never_more_than_half_the_edge():
 
 def test_only_the_largest_costs_less_and_leaves_the_smallest_unknown():
     matrices, mean = batches(0.1)
-    both, dear = run(matrices, tol=1e-3)
-    largest, cheap = run(matrices, tol=1e-3, largest_only=True)
-    assert cheap.num_products < dear.num_products
+    start = torch.linalg.eigh(mean).eigenvectors[:, -1] + 1e-4  # settles the largest at once
+    both, dear = run(matrices, tol=1e-3, start=start)
+    largest, cheap = run(matrices, tol=1e-3, start=start, largest_only=True)
+    assert cheap.num_products < dear.num_products - 2  # two at most are of the noise
     assert float(largest.largest) == pytest.approx(float(both.largest), rel=1e-3)
     assert float(torch.linalg.eigvalsh(mean)[-1]) == pytest.approx(float(largest.largest), rel=1e-3)
     assert math.isnan(largest.projected.leak_smallest)
