@@ -432,7 +432,7 @@ def outcome(place, rows, runs, grid):
         place,
         difference=np.mean([accuracy(row) for row in found]) - best if found else np.nan,
         auto=np.mean([accuracy(row) for row in same]) - best if same else np.nan,
-        cost=np.median([cost(row, place, runs, grid) for row in rows]),
+        cost=np.median([cost(row, runs) for row in rows]),
         diverged=sum(row["diverged"] for row in rows),
         failed=len(rows) - len(found),
     )
@@ -460,7 +460,7 @@ def summary(outcomes):
     ]
 
 
-def cost(row, place, runs, grid):
+def cost(row, runs):
     """CPU time over that of a fixed run made the same way; nan for a run that was cut short."""
     if row["diverged"] or row.get("failure"):
         return np.nan

@@ -123,9 +123,9 @@ def followed(model: nn.Module, optimizer: Optimizer | None) -> list[float]:
 def probes(model: nn.Module, optimizer: Optimizer) -> list[float]:
     """Everything else that measures."""
     sharpness = batchlr.batch_sharpness(model, LOSS, batches())
-    along = update_curvature(model, LOSS, batches(), optimizer)
     with batchlr.unsharded(model):
         operator = batchlr.HessianOperator(model, LOSS, batches())
+        along = update_curvature(model, operator, optimizer)
         layers = batchlr.layer_eigenpairs(operator)
     return [
         float(sharpness.value),

@@ -147,7 +147,7 @@ def test_digits_at_eight_times_the_batch_with_the_small_ones_rate():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"base_batch_size": 0}, "base_batch_size must be positive, got 0"),
+        ({"base_batch_size": 0}, "base_batch_size must be at least 1, got 0"),
         ({"base_batch_size": 8, "smoothing": 1.0}, r"smoothing must lie in \[0, 1\), got 1.0"),
     ],
 )

@@ -319,7 +319,7 @@ def test_a_loop_grows_its_batch_and_its_rate_follows_the_measured_limit():
     ("options", "words"),
     [
         ({"tolerance": 0.0}, r"tolerance must be positive and finite, got 0\.0"),
-        ({"orthogonality": -1.0}, r"orthogonality must be positive, got -1\.0"),
+        ({"orthogonality": -1.0}, r"orthogonality must be positive and finite, got -1\.0"),
         ({"max_growth": 1.0}, r"max_growth must be above 1, got 1\.0"),
         ({"interval": 0}, "interval must be at least 1, got 0"),
         ({"smoothing": 1.0}, r"smoothing must lie in \[0, 1\), got 1\.0"),

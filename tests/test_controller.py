@@ -648,7 +648,10 @@ def test_a_published_step_size_is_applied_as_it_is(policy):
     assert controller.sets_momentum
     update = controller.maybe_update(model, batches)
     learned = learn_step_size(
-        model, MSE, batches, policy=policy, generator=torch.Generator().manual_seed(0)
+        model,
+        HessianOperator(model, MSE, batches),
+        policy=policy,
+        generator=torch.Generator().manual_seed(0),
     )
     step = learned.step_size
     assert update.learned.step_size == step
@@ -820,7 +823,9 @@ def test_cdat_applies_the_edge_along_the_step_at_one_product():
     controller = controller_of(scheduler, MSE, policy="cdat", every_steps=1)
     averages = CdatEdge()
     for k in range(3):
-        expected = averages.update(update_curvature(model, MSE, batches, optimizer))
+        expected = averages.update(
+            update_curvature(model, HessianOperator(model, MSE, batches), optimizer)
+        )
         update = controller.maybe_update(model, batches)
         assert update.peak == scheduler.peak == pytest.approx(expected, rel=1e-12)
         assert (update.momentum, update.num_products, controller.num_products) == (0.9, 1, k + 1)
@@ -1313,7 +1318,7 @@ def test_an_optimizer_of_another_model_is_refused(kind):
 @pytest.mark.parametrize("max_overhead", [-0.1, math.nan, math.inf])
 def test_the_budget_is_a_finite_share(max_overhead):
     with pytest.raises(
-        ValueError, match=f"max_overhead must be finite and not neg.*{max_overhead}"
+        ValueError, match=f"max_overhead must be finite and at least 0.*{max_overhead}"
     ):
         controller_of(linear_problem()[2], MSE, max_overhead=max_overhead)
 

@@ -13,7 +13,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src"
 LEVELS = [
-    {"sharded_tensors", "inner_products", "measured", "lr_bound"},
+    {"argument_ranges", "sharded_tensors", "inner_products", "measured", "lr_bound"},
     {"random_matrix", "learning_rates", "scaling_rules", "mean_square", "surge"}
     | {"averaging", "escape"},
     {"operators", "policies"},
@@ -35,7 +35,7 @@ LEVELS = [
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 THEORY = ["random_matrix", "learning_rates", "scaling_rules", "policies", "averaging", "escape"]
-THEORY += ["surge", "on_the_fly.usable_curvature"]
+THEORY += ["surge", "argument_ranges", "on_the_fly.usable_curvature"]
 HEAVY = ["torchvision", "matplotlib", "typer", "yaml", "pydantic", "sklearn", "batchlr.training"]
 HEAVY += ["lightning", "transformers", "accelerate", "batchlr.integrations"]
 HEAVY += ["jinja2", "filelock", "torch.distributed.fsdp", "torch.distributed.tensor"]

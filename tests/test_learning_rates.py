@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from batchlr.learning_rates import (
     StepSize,
+    balanced_momentum,
     heavy_ball,
     max_adam_lr,
     max_sgd_lr,
@@ -575,3 +576,39 @@ def test_shrinkage_s_other_arguments_are_finite_and_not_negative(value):
         ValueError, match=f"weight_decay must be finite and at least 0, got {value}"
     ):
         max_adam_lr(1.0, weight_decay=value)
+
+
+# Balanced momentum ---------------------------------------------------------------------------
+
+
+@given(curvatures, noise_ratios, momenta)
+def test_at_the_balanced_momentum_curvature_and_noise_limit_alike(largest, ratio, limit):
+    noise = ratio * largest
+    momentum = balanced_momentum(largest, noise, limit=limit)
+    assert 0 <= momentum <= limit
+    counted = (1 + momentum) / (1 - momentum) * noise
+    if 0 < momentum < limit:
+        assert counted == pytest.approx(largest, rel=1e-9)
+    elif momentum == 0:
+        assert counted >= largest * (1 - 1e-9) or limit == 0
+    else:  # more momentum is what it would take
+        assert counted <= largest * (1 + 1e-9)
+
+
+@given(curvatures, st.floats(0.06, 100.0), momenta)
+def test_no_other_momentum_makes_steps_more_than_twice_as_large(largest, ratio, other):
+    noise = ratio * largest
+    momentum = balanced_momentum(largest, noise, limit=0.99)
+    balanced, effective = (
+        max_sgd_lr(largest, noise, momentum=m) / (1 - m) for m in (momentum, other)
+    )
+    assert effective <= 2 * balanced * (1 + 1e-9)
+
+
+def test_balanced_momentum_s_arguments_are_checked():
+    with pytest.raises(ValueError, match=r"limit must lie in \[0, 1\), got 1\.0"):
+        balanced_momentum(1.0, 0.1, limit=1.0)
+    with pytest.raises(ValueError, match="noise must be finite and at least 0, got -1"):
+        balanced_momentum(1.0, -1)
+    with pytest.raises(ValueError, match="largest must be positive and finite, got 0: there is"):
+        balanced_momentum(0, 0.1)

@@ -350,11 +350,13 @@ def test_there_and_back_again_is_the_same_peak():
 
 @pytest.mark.parametrize("peak", [0.0, -1.0, math.inf, math.nan])
 def test_a_peak_must_be_positive_and_finite(peak):
-    with pytest.raises(ValueError, match=f"peak must be a positive, finite number, got {peak}"):
+    with pytest.raises(ValueError, match=f"peak must be positive and finite, got {peak}"):
         BatchAwareLR(make_optimizer(), peak=peak)
     scheduler = BatchAwareLR(make_optimizer(), peak=0.5)
-    with pytest.raises(ValueError, match=f"peak must be a positive, finite number, got {peak}"):
+    with pytest.raises(ValueError, match=f"peak must be positive and finite, got {peak}"):
         scheduler.set_peak(peak)
+    with pytest.raises(ValueError, match=f"factor must be positive and finite, got {peak}"):
+        scheduler.rescale(peak, batch_size=64)
     assert scheduler.peak == 0.5
 
 

@@ -415,7 +415,9 @@ class TestDensity:
     @pytest.mark.parametrize("bandwidth", [0.0, -1.0, math.nan])
     def test_refuses_bandwidths_that_are_not_positive(self, measure, bandwidth):
         for method in (measure.density, measure.density_stderr):
-            with pytest.raises(ValueError, match=f"bandwidth must be positive, got {bandwidth}"):
+            with pytest.raises(
+                ValueError, match=f"bandwidth must be positive and finite, got {bandwidth}"
+            ):
                 method(torch.zeros(1), bandwidth)
 
 

@@ -169,11 +169,6 @@ def pyhessian_hessian(case: Case) -> Product:
     return lambda v: multiply(measured.gradsH, measured.params, split_like(v, measured.params))
 
 
-def pyhessian_loader_hessian(case: Case) -> Product:
-    measured = pyhessian_object(case, loader=True)
-    return lambda v: measured.dataloader_hv_product(split_like(v, measured.params))
-
-
 @contextlib.contextmanager
 def eig_of_old() -> Iterator[None]:
     """`torch.eig`, which torch dropped and PyHessian 0.1 ends its density with."""

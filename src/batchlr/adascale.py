@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from typing import Any, final
 
+from batchlr.argument_ranges import require_count, require_fraction
 from batchlr.gradients.gradient_scatter import GradientScatter
 from batchlr.schedulers import BatchAwareLR
 
@@ -75,12 +76,9 @@ class AdaScale:
         total_steps: float = math.inf,
         smoothing: float | None = None,
     ) -> None:
-        if base_batch_size < 1:
-            msg = f"base_batch_size must be positive, got {base_batch_size}"
-            raise ValueError(msg)
-        if smoothing is not None and not 0 <= smoothing < 1:
-            msg = f"smoothing must lie in [0, 1), got {smoothing}"
-            raise ValueError(msg)
+        require_count(base_batch_size=base_batch_size)
+        if smoothing is not None:
+            require_fraction(smoothing=smoothing)
         self.scheduler = scheduler
         self.base_batch_size = base_batch_size
         self.base_peak = scheduler.peak

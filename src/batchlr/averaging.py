@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import final
 
+from batchlr.argument_ranges import require_count, require_fraction
+
 _ROUNDING = 1e-9  # assumed: what sums of weights and steps of a schedule may be off by
 
 
@@ -60,9 +62,7 @@ class ExponentialAverage(Averaging):
     decay: float
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.decay < 1.0:
-            message = f"decay must lie in [0, 1), got {self.decay}"
-            raise ValueError(message)
+        require_fraction(decay=self.decay)
 
     def variance(self, step: float) -> float:
         """See `Averaging.variance`."""
@@ -93,12 +93,7 @@ class UniformAverage(Averaging):
     spacing: int = 1
 
     def __post_init__(self) -> None:
-        if self.count < 1 or self.spacing < 1:
-            message = (
-                f"count and spacing must be at least 1, got {self.count} iterates "
-                f"{self.spacing} updates apart"
-            )
-            raise ValueError(message)
+        require_count(count=self.count, spacing=self.spacing)
 
     def variance(self, step: float) -> float:
         """See `Averaging.variance`."""

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
+from batchlr.argument_ranges import require_count, require_fraction, require_positive
 from batchlr.gradients.gradient_scatter import GradientScatter
 
 Test = Literal["norm", "inner_product", "augmented"]
@@ -95,12 +96,12 @@ class AdaptiveBatchSize:
         smoothing: float = 0.9,
         multiple_of: int = 1,
     ) -> None:
-        _require("tolerance must be positive and finite", tolerance, 0 < tolerance < math.inf)
-        _require("orthogonality must be positive", orthogonality, 0 < orthogonality < math.inf)
-        _require("max_growth must be above 1", max_growth, max_growth > 1)
-        _require("interval must be at least 1", interval, interval >= 1)
-        _require("smoothing must lie in [0, 1)", smoothing, 0 <= smoothing < 1)
-        _require("multiple_of must be at least 1", multiple_of, multiple_of >= 1)
+        require_positive(tolerance=tolerance, orthogonality=orthogonality)
+        require_count(interval=interval, multiple_of=multiple_of)
+        require_fraction(smoothing=smoothing)
+        if not max_growth > 1:
+            msg = f"max_growth must be above 1, got {max_growth}"
+            raise ValueError(msg)
         if test != "norm" and debias:
             msg = f"the {test} test has no unbiased form: pass debias=False"
             raise ValueError(msg)
@@ -295,9 +296,3 @@ class AdaptiveBatchSize:
         self._steps = state_dict["steps"]
         self._weight = state_dict["weight"]
         self._sums = list(state_dict["sums"])
-
-
-def _require(rule: str, value: float, fulfilled: bool) -> None:
-    if not fulfilled:
-        msg = f"{rule}, got {value}"
-        raise ValueError(msg)

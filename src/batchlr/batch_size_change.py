@@ -1,9 +1,9 @@
 """What to change when the batch size changes: one line a setting, with what it holds for."""
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from batchlr.argument_ranges import require_non_negative, require_positive
 from batchlr.curvature_report import CurvatureReport
 from batchlr.scaling_rules import rescale_adam, rescale_lr
 
@@ -72,12 +72,10 @@ def batch_size_change(
         msg = f"optimizer must be one of {', '.join(get_args(Optimizer))}, got {optimizer!r}"
         raise ValueError(msg)
     for name, value in (("lr", lr), ("steps", steps)):
-        if value is not None and not 0 < value < math.inf:
-            msg = f"{name} must be positive and finite, got {value}"
-            raise ValueError(msg)
-    if weight_decay is not None and not 0 <= weight_decay < math.inf:
-        msg = f"weight_decay must be finite and at least 0, got {weight_decay}"
-        raise ValueError(msg)
+        if value is not None:
+            require_positive(**{name: value})
+    if weight_decay is not None:
+        require_non_negative(weight_decay=weight_decay)
     ratio = rescale_lr(1.0, old, new)
     changes = (
         _sgd(ratio, lr, weight_decay)

@@ -10,6 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from batchlr.argument_ranges import require_non_negative
 from batchlr.lanczos import default_generator
 from batchlr.lr_bound import Rule
 from batchlr.measurement.optimizer_state import get_momentum, set_momentum
@@ -129,9 +130,7 @@ class CurvatureController:
             )
         self.bounds = PeakBounds(safety, start, growth, drop)
         check_policy(policy, scheduler.optimizer, safety=safety, adjust_momentum=adjust_momentum)
-        if not 0 <= max_overhead < math.inf:
-            msg = f"max_overhead must be finite and not negative, got {max_overhead}"
-            raise ValueError(msg)
+        require_non_negative(max_overhead=max_overhead)
         _check_total_steps(total_steps)
         if every_steps is not None and every_steps < 1:
             msg = f"every_steps must be at least 1, or None, got {every_steps}"

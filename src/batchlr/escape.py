@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+from batchlr.argument_ranges import require_fraction, require_positive
+
 
 @final
 @dataclass(frozen=True)
@@ -24,16 +26,14 @@ class SgdNoise:
     momentum: float = 0.0  # of heavy ball, which acts as a rate lr / (1 - momentum)
 
     def __post_init__(self) -> None:
-        _require_positive(lr=self.lr, batch_size=self.batch_size)
+        require_positive(lr=self.lr, batch_size=self.batch_size)
         if not self.batch_size < self.dataset_size:
             message = (
                 f"batch_size must be below dataset_size = {self.dataset_size}, got "
                 f"{self.batch_size}: a batch of everything has no noise"
             )
             raise ValueError(message)
-        if not 0.0 <= self.momentum < 1.0:
-            message = f"momentum must lie in [0, 1), got {self.momentum}"
-            raise ValueError(message)
+        require_fraction(momentum=self.momentum)
 
     @property
     def time_per_step(self) -> float:
@@ -70,7 +70,7 @@ class SgdNoise:
         Raises:
             ValueError: ``variance`` is not positive.
         """
-        _require_positive(variance=variance)
+        require_positive(variance=variance)
         return self.ratio * variance / 2.0
 
 
@@ -95,7 +95,7 @@ class IsotropicEscape(EscapeModel):
     assumes = "noise alike in all directions and everywhere, a barrier of many temperatures"
 
     def __post_init__(self) -> None:
-        _require_positive(barrier=self.barrier, variance=self.variance)
+        require_positive(barrier=self.barrier, variance=self.variance)
 
     def log_time(self, noise: SgdNoise) -> float:
         """``barrier / T``."""
@@ -120,7 +120,7 @@ class CurvatureShapedEscape(EscapeModel):
     assumes = "S = H along the way out, constant about the minimum and about the saddle"
 
     def __post_init__(self) -> None:
-        _require_positive(barrier=self.barrier, minimum=self.minimum)
+        require_positive(barrier=self.barrier, minimum=self.minimum)
         if not self.saddle < 0.0 < self.share < 1.0:
             message = (
                 "saddle must be negative and share lie in (0, 1), got "
@@ -153,7 +153,7 @@ class LogBarrierEscape(EscapeModel):
     assumes = "squared error: S = 2 L H, with n outlying eigenvalues about h all along the way"
 
     def __post_init__(self) -> None:
-        _require_positive(loss_minimum=self.loss_minimum, curvature=self.curvature)
+        require_positive(loss_minimum=self.loss_minimum, curvature=self.curvature)
         if not self.loss_saddle > self.loss_minimum or self.num_outliers < 1:
             message = (
                 f"loss_saddle must be above loss_minimum = {self.loss_minimum} and num_outliers "
@@ -233,15 +233,8 @@ def log_escape_steps(
             "eigenvalues only settings can be compared, by log_escape_ratio"
         )
         raise ValueError(message)
-    _require_positive(barrier=barrier)
+    require_positive(barrier=barrier)
     prefactor = math.log(2.0 * math.pi / -down[0])
     prefactor += 0.5 * math.fsum(math.log(abs(value)) for value in saddle)
     prefactor -= 0.5 * math.fsum(math.log(value) for value in minimum)
     return prefactor + barrier / noise.temperature(variance) - math.log(noise.time_per_step)
-
-
-def _require_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not 0.0 < value < math.inf:
-            message = f"{name} must be positive and finite, got {value}"
-            raise ValueError(message)

@@ -56,7 +56,7 @@ class Eigenpairs:
     vectors: Tensor = field(repr=False)  # (P, k) orthonormal columns; (P, 0) if not asked for
     residuals: Tensor  # (k,) norm of A v - value v
     bounds: Tensor  # (k,) certified: an eigenvalue lies within it; at most the residual
-    errors: Tensor  # (k,) residual^2 / gap, at most the bound: an estimate
+    errors: Tensor  # (k,) residual^2 / gap, no less than rounding: an estimate, at most the bound
     num_products: int
     converged: bool
     subspace: Subspace | None = field(default=None, repr=False)  # the whole Krylov space, if asked

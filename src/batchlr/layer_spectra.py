@@ -2,6 +2,7 @@
 
 import torch
 
+from batchlr.argument_ranges import require_count
 from batchlr.lanczos import Eigenpairs, Which, top_eigenpairs
 from batchlr.operators.curvature_matrix import CurvatureMatrix
 from batchlr.operators.restricted import layer_blocks
@@ -55,9 +56,7 @@ def layer_measures(
         ValueError: ``num_steps`` or ``num_probes`` < 1.
         ArithmeticError: a product is not finite.
     """
-    if num_steps < 1:
-        msg = f"num_steps must be at least 1, got {num_steps}"
-        raise ValueError(msg)
+    require_count(num_steps=num_steps)
     return {
         layer: stochastic_lanczos_quadrature(
             block,

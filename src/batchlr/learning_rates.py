@@ -9,6 +9,8 @@ inverse.
 import math
 from dataclasses import dataclass
 
+from batchlr.argument_ranges import require_fraction, require_non_negative
+
 
 def max_sgd_lr(
     largest: float,
@@ -61,8 +63,8 @@ def max_sgd_lr(
     0.375
     """
     _require_curvature(largest=largest)
-    _require_non_negative(noise=noise, weight_decay=weight_decay)
-    _require_fraction(momentum=momentum)
+    require_non_negative(noise=noise, weight_decay=weight_decay)
+    require_fraction(momentum=momentum)
     if nesterov:
         return _max_nesterov_lr(largest + weight_decay, largest * noise, momentum)
     amplified_noise = (1.0 + momentum) / (1.0 - momentum) * noise
@@ -104,8 +106,8 @@ def max_adam_lr(
     >>> max_adam_lr(3.0, beta1=0.0, weight_decay=1.0)
     0.5
     """
-    _require_fraction(beta1=beta1)
-    _require_non_negative(weight_decay=weight_decay)
+    require_fraction(beta1=beta1)
+    require_non_negative(weight_decay=weight_decay)
     undecayed = max_sgd_lr(largest, noise, momentum=beta1) / (1.0 - beta1)
     if weight_decay == 0.0:
         return undecayed
@@ -150,7 +152,7 @@ def paper_sgd_lr(largest: float, *, weight_decay: float = 0.0) -> float:
     0.25
     """
     _require_curvature(largest=largest)
-    _require_non_negative(weight_decay=weight_decay)
+    require_non_negative(weight_decay=weight_decay)
     return 2.0 / (largest + weight_decay)
 
 
@@ -173,7 +175,7 @@ def paper_adam_lr(largest: float, *, damping: float = 0.0) -> float:
     1.0
     """
     _require_curvature(largest=largest)
-    _require_non_negative(damping=damping)
+    require_non_negative(damping=damping)
     return 2.0 * (math.sqrt(largest) + damping) / largest
 
 
@@ -235,7 +237,7 @@ def min_damping(lr: float, noise: float) -> float:
     >>> min_damping(lr=0.5, noise=8.0)
     2.0
     """
-    _require_non_negative(lr=lr, noise=noise)
+    require_non_negative(lr=lr, noise=noise)
     return lr / 2.0 * noise
 
 
@@ -259,7 +261,7 @@ def shrinkage_damping(alpha: float, *, target: float = 1.0) -> float:
     if not 0.0 < alpha <= 1.0:
         message = f"alpha must lie in (0, 1], got {alpha}: 1 keeps the matrix as it is"
         raise ValueError(message)
-    _require_non_negative(target=target)
+    require_non_negative(target=target)
     return (1.0 - alpha) / alpha * target
 
 
@@ -299,34 +301,11 @@ def shrinkage_from_weight_decay(weight_decay: float, target: float) -> float:
     >>> shrinkage_from_weight_decay(1.0, 3.0)
     0.75
     """
-    _require_non_negative(weight_decay=weight_decay)
+    require_non_negative(weight_decay=weight_decay)
     if not 0.0 < target < math.inf:
         message = f"target must be positive and finite, got {target}: it sets the decay's scale"
         raise ValueError(message)
     return target / (target + weight_decay)
-
-
-def _require_curvature(*, largest: float) -> None:
-    if not 0.0 < largest < math.inf:
-        message = (
-            f"largest must be positive and finite, got {largest}: there is no stability limit "
-            "along non-positive curvature, so keep the present rate or measure again"
-        )
-        raise ValueError(message)
-
-
-def _require_non_negative(**values: float) -> None:
-    for name, value in values.items():
-        if not 0.0 <= value < math.inf:
-            message = f"{name} must be finite and at least 0, got {value}"
-            raise ValueError(message)
-
-
-def _require_fraction(**values: float) -> None:
-    for name, value in values.items():
-        if not 0.0 <= value < 1.0:
-            message = f"{name} must lie in [0, 1), got {value}"
-            raise ValueError(message)
 
 
 def balanced_momentum(largest: float, noise: float, *, limit: float = 0.95) -> float:
@@ -351,6 +330,15 @@ def balanced_momentum(largest: float, noise: float, *, limit: float = 0.95) -> f
     0.0
     """
     _require_curvature(largest=largest)
-    _require_non_negative(noise=noise)
-    _require_fraction(limit=limit)
+    require_non_negative(noise=noise)
+    require_fraction(limit=limit)
     return max(0.0, min(limit, (largest - noise) / (largest + noise)))
+
+
+def _require_curvature(*, largest: float) -> None:
+    if not 0.0 < largest < math.inf:
+        message = (
+            f"largest must be positive and finite, got {largest}: there is no stability limit "
+            "along non-positive curvature, so keep the present rate or measure again"
+        )
+        raise ValueError(message)

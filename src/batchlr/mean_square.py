@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from batchlr.argument_ranges import require_fraction, require_non_negative
+
 Array = npt.NDArray[np.float64]
 
 _STEP = 1e-4  # assumed: step of the difference quotients, over the distance to the noiseless limit
@@ -39,15 +41,8 @@ class Dynamics:
     decoupled_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.momentum < 1:
-            msg = f"momentum must lie in [0, 1), got {self.momentum}"
-            raise ValueError(msg)
-        if not (0 <= self.weight_decay < math.inf and 0 <= self.decoupled_decay < math.inf):
-            msg = (
-                "weight decays must be finite and at least 0, got "
-                f"{self.weight_decay} and {self.decoupled_decay}"
-            )
-            raise ValueError(msg)
+        require_fraction(momentum=self.momentum)
+        require_non_negative(weight_decay=self.weight_decay, decoupled_decay=self.decoupled_decay)
         if self.nesterov and self.averaged:
             msg = "Nesterov's step is defined for SGD's momentum, not for an average"
             raise ValueError(msg)

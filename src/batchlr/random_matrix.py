@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from batchlr.argument_ranges import require_finite, require_non_negative
+
 _BISECTIONS = 60  # halvings: more than the bits of a double
 
 
@@ -48,7 +50,7 @@ class SpikedWigner:
     noise_std: float
 
     def __post_init__(self) -> None:
-        _require_non_negative(noise_std=self.noise_std)
+        require_non_negative(noise_std=self.noise_std)
 
     @property
     def edges(self) -> tuple[float, float]:
@@ -69,7 +71,7 @@ class SpikedWigner:
         Raises:
             ValueError: ``spike`` is not finite.
         """
-        _require_finite(spike=spike)
+        require_finite(spike=spike)
         size = max(abs(spike), self.threshold)
         shift = self.noise_std * (self.noise_std / size) if size > 0.0 else 0.0
         return math.copysign(max(size + shift, self.edges[1]), spike)
@@ -80,7 +82,7 @@ class SpikedWigner:
         Raises:
             ValueError: ``outlier`` is not finite or lies inside the bulk.
         """
-        _require_finite(outlier=outlier)
+        require_finite(outlier=outlier)
         size, edge = abs(outlier), self.edges[1]
         if size < edge:
             message = (
@@ -100,7 +102,7 @@ class SpikedWigner:
         Raises:
             ValueError: ``spike`` is not finite.
         """
-        _require_finite(spike=spike)
+        require_finite(spike=spike)
         if abs(spike) <= self.threshold:
             return 0.0
         return 1.0 - (self.noise_std / spike) ** 2
@@ -156,7 +158,7 @@ class SpikedMarchenkoPastur:
     form: Literal["multiplicative", "additive"] = "multiplicative"
 
     def __post_init__(self) -> None:
-        _require_non_negative(noise_scale=self.noise_scale, ratio=self.ratio)
+        require_non_negative(noise_scale=self.noise_scale, ratio=self.ratio)
         if self.form not in ("multiplicative", "additive"):
             message = f"form must be 'multiplicative' or 'additive', got {self.form!r}"
             raise ValueError(message)
@@ -178,7 +180,7 @@ class SpikedMarchenkoPastur:
         Raises:
             ValueError: ``spike`` is negative or not finite.
         """
-        _require_non_negative(spike=spike)
+        require_non_negative(spike=spike)
         edge = self.edges[1]
         if spike <= self.threshold:
             return edge
@@ -192,7 +194,7 @@ class SpikedMarchenkoPastur:
         Raises:
             ValueError: ``outlier`` is not finite or lies below the upper bulk edge.
         """
-        _require_finite(outlier=outlier)
+        require_finite(outlier=outlier)
         low, high = self.edges
         if outlier < high:
             message = (
@@ -213,7 +215,7 @@ class SpikedMarchenkoPastur:
         Raises:
             ValueError: ``spike`` is negative or not finite.
         """
-        _require_non_negative(spike=spike)
+        require_non_negative(spike=spike)
         if spike <= self.threshold:
             return 0.0
         weakness = self._reach / (spike - self._anchor)  # 1 at the threshold
@@ -277,8 +279,8 @@ def subordinated_outlier(
     >>> subordinated_outlier(4.0, nodes=[0.0, 2.0], weights=[0.5, 0.5], noise_variance=1.0)
     4.375
     """
-    _require_finite(spike=spike)
-    _require_non_negative(noise_variance=noise_variance)
+    require_finite(spike=spike)
+    require_non_negative(noise_variance=noise_variance)
     bulk = _bulk(nodes, weights)
     low, high = min(bulk)[0], max(bulk)[0]
     if low <= spike <= high:
@@ -317,24 +319,10 @@ def _bulk(nodes: Sequence[float], weights: Sequence[float]) -> list[tuple[float,
         message = f"nodes and weights must pair up, got {len(nodes)} and {len(weights)} of them"
         raise ValueError(message)
     for node, weight in zip(nodes, weights, strict=True):
-        _require_finite(node=node)
-        _require_non_negative(weight=weight)
+        require_finite(node=node)
+        require_non_negative(weight=weight)
     total = sum(weights)
     if not 0.0 < total <= 1.0 + 1e-3:  # room for single-precision Gauss weights
         message = f"weights must sum to at most 1 and more than 0, got a sum of {total}"
         raise ValueError(message)
     return [(node, weight) for node, weight in zip(nodes, weights, strict=True) if weight > 0.0]
-
-
-def _require_finite(**values: float) -> None:
-    for name, value in values.items():
-        if not math.isfinite(value):
-            message = f"{name} must be finite, got {value}"
-            raise ValueError(message)
-
-
-def _require_non_negative(**values: float) -> None:
-    for name, value in values.items():
-        if not 0.0 <= value < math.inf:
-            message = f"{name} must be finite and at least 0, got {value}"
-            raise ValueError(message)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from batchlr.argument_ranges import require_inner_fraction
 from batchlr.lanczos import top_eigenpairs
 from batchlr.measured import Measured
 from batchlr.operators.base import BatchedOperator
@@ -79,9 +80,7 @@ def sampled_edge(
     if num_batches < 2:
         msg = f"sampling needs at least two batches, got {num_batches}"
         raise ValueError(msg)
-    if not 0 < tol < 1:
-        msg = f"tol must lie in (0, 1), got {tol}"
-        raise ValueError(msg)
+    require_inner_fraction(tol=tol)
     count, spent, history = min(_FIRST, num_batches), 0.0, []
     while True:
         operator = make_operator(count)

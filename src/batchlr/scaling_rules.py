@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from batchlr.argument_ranges import require_non_negative, require_positive
+
 
 def rescale_lr(
     lr: float,
@@ -53,7 +55,7 @@ def rescale_lr(
     >>> rescale_lr(0.5, old=128, new=384, rule="saturating", critical_batch_size=128)
     0.75
     """
-    _require_positive(lr=lr, old=old, new=new)
+    require_positive(lr=lr, old=old, new=new)
     critical = _critical(rule, critical_batch_size)
     ratio = new / old
     factors = {
@@ -109,13 +111,11 @@ def rescale_adam(
     >>> rescale_adam(1e-3, old=256, new=1024, betas=(0.5, 0.5), eps=1e-8)
     AdamSettings(lr=0.002, betas=(0.0625, 0.0625), eps=5e-09)
     """
-    _require_positive(lr=lr, old=old, new=new)
+    require_positive(lr=lr, old=old, new=new)
     if not all(0.0 <= beta < 1.0 for beta in betas):
         message = f"betas must lie in [0, 1), got {betas}"
         raise ValueError(message)
-    if not 0.0 <= eps < math.inf:
-        message = f"eps must be finite and at least 0, got {eps}"
-        raise ValueError(message)
+    require_non_negative(eps=eps)
     ratio = new / old
     beta1, beta2 = betas
     root = math.sqrt(ratio)
@@ -157,7 +157,7 @@ def batch_growth_for_decay(
     BatchStage(batch_size=640, lr_factor=1.0)
     BatchStage(batch_size=1024, lr_factor=0.32)
     """
-    _require_positive(batch_size=batch_size, multiple_of=multiple_of)
+    require_positive(batch_size=batch_size, multiple_of=multiple_of)
     if batch_size % multiple_of or max_batch_size < batch_size:
         message = (
             f"batch_size {batch_size} must be a multiple of {multiple_of} and not above "
@@ -166,7 +166,7 @@ def batch_growth_for_decay(
         raise ValueError(message)
     stages = []
     for factor in lr_factors:
-        _require_positive(lr_factor=factor)
+        require_positive(lr_factor=factor)
         wanted = min(max_batch_size, batch_size / min(factor, 1.0))
         # A hair's breadth, lest 128 / 0.2 be 639.
         size = max(batch_size, int(wanted / multiple_of + 1e-9) * multiple_of)
@@ -191,10 +191,3 @@ def _critical(rule: str, critical_batch_size: float | None) -> float:
         )
         raise ValueError(message)
     return critical_batch_size
-
-
-def _require_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not 0.0 < value < math.inf:
-            message = f"{name} must be positive and finite, got {value}"
-            raise ValueError(message)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from batchlr.argument_ranges import require_positive
 from batchlr.curvature_report import CurvatureReport
 from batchlr.scaling_rules import rescale_lr
 
@@ -68,7 +69,8 @@ class BatchAwareLR(LRScheduler):
             )
             raise TypeError(msg)
         self._ratios = [rate / max(rates) for rate in rates]
-        self._peak = _positive("peak", peak)
+        require_positive(peak=peak)
+        self._peak = float(peak)
         self._batch_size = batch_size
         # Each group needs a parameter; nothing is ever stepped with it.
         groups = [{"params": [torch.nn.Parameter(torch.zeros(()))]} for _ in rates]
@@ -117,7 +119,8 @@ class BatchAwareLR(LRScheduler):
         Raises:
             ValueError: ``peak`` is not a positive, finite number.
         """
-        self._peak = _positive("peak", peak)
+        require_positive(peak=peak)
+        self._peak = float(peak)
         self._apply()
 
     def set_batch_size(
@@ -163,7 +166,8 @@ class BatchAwareLR(LRScheduler):
         Raises:
             ValueError: ``factor`` is not a positive, finite number.
         """
-        self.set_peak(self._peak * _positive("factor", factor))
+        require_positive(factor=factor)
+        self.set_peak(self._peak * factor)
         self._batch_size = batch_size
 
     def state_dict(self) -> dict[str, Any]:
@@ -218,13 +222,6 @@ class BatchAwareLR(LRScheduler):
         self.base_lrs = [self._peak * ratio for ratio in self._ratios]
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self._last_lr = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
-
-
-def _positive(name: str, value: float) -> float:
-    if not 0 < value < float("inf"):
-        msg = f"{name} must be a positive, finite number, got {value}"
-        raise ValueError(msg)
-    return float(value)
 
 
 def _kind(optimizer: Optimizer) -> Literal["sgd", "adam", "rmsprop"]:

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from batchlr.argument_ranges import require_count, require_positive
 from batchlr.krylov.krylov_basis import BasisForm
 from batchlr.lanczos import Tridiagonal, default_generator, gaussian, lanczos
 from batchlr.measured import Measured
@@ -163,9 +164,7 @@ class SpectralMeasure:
         return replace(self, weights=weights)
 
     def _densities(self, grid: Tensor, bandwidth: float) -> Tensor:
-        if not bandwidth > 0:
-            msg = f"bandwidth must be positive, got {bandwidth}"
-            raise ValueError(msg)
+        require_positive(bandwidth=bandwidth)
         distance = (grid.to(self.nodes).unsqueeze(0) - self.nodes.unsqueeze(1)) / bandwidth
         kernel = torch.exp(-0.5 * distance**2) / (bandwidth * math.sqrt(2 * math.pi))
         return self._per_probe(self.weights.unsqueeze(1) * kernel)  # (num_probes, g)
@@ -214,9 +213,7 @@ def stochastic_lanczos_quadrature(
         BasisMemoryError: a MemoryError, before any product: the basis does not fit.
         ArithmeticError: a product is not finite.
     """
-    if num_probes < 1:
-        msg = f"num_probes must be at least 1, got {num_probes}"
-        raise ValueError(msg)
+    require_count(num_probes=num_probes)
     generator = default_generator(generator)
     before = operator.num_products
     nodes, weights, probes, residuals = [], [], [], []

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+from batchlr.argument_ranges import require_fraction, require_positive
 from batchlr.measured import Measured, ratio_of_means
 
 _BLOCKS = 20  # assumed: as many stretches give an error bar good to 16 %
@@ -40,9 +41,8 @@ def fluctuation_dissipation(
             f"and {len(squares)}"
         )
         raise ValueError(message)
-    if not (0.0 < lr < math.inf and 0.0 <= momentum < 1.0):
-        message = f"lr must be positive and momentum lie in [0, 1), got {lr} and {momentum}"
-        raise ValueError(message)
+    require_positive(lr=lr)
+    require_fraction(momentum=momentum)
     if not math.fsum(squares) > 0.0:
         message = "squares must not all be zero: nothing moved, which says nothing of the rate"
         raise ValueError(message)

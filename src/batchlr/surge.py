@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+from batchlr.argument_ranges import require_positive
+
 
 @final
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class SurgeLaw:
         >>> round(law.lr(256), 6), law.lr(1024), round(law.lr(4096), 6)
         (0.008, 0.01, 0.008)
         """
-        _require_positive("batch_size", batch_size)
+        require_positive(batch_size=batch_size)
         root = math.sqrt(batch_size / self.peak_batch_size)
         return 2 * self.max_lr / (root + 1 / root)
 
@@ -43,7 +45,7 @@ class SurgeLaw:
         >>> SurgeLaw(max_lr=0.01, peak_batch_size=1024).exponent(1024)
         0.0
         """
-        _require_positive("batch_size", batch_size)
+        require_positive(batch_size=batch_size)
         ratio = batch_size / self.peak_batch_size
         return (1 - ratio) / (1 + ratio) / 2
 
@@ -72,8 +74,7 @@ def fit_surge_law(batch_sizes: Sequence[float], rates: Sequence[float]) -> Surge
         message = f"got {len(batch_sizes)} batch sizes and {len(rates)} rates"
         raise ValueError(message)
     for size, rate in zip(batch_sizes, rates, strict=True):
-        _require_positive("batch_size", size)
-        _require_positive("rate", rate)
+        require_positive(batch_size=size, rate=rate)
     if len(set(batch_sizes)) < 2:
         message = f"a peak needs rates at two or more batch sizes, got {sorted(set(batch_sizes))}"
         raise ValueError(message)
@@ -116,7 +117,7 @@ def surge_law_of_moments(
     314.159
     """
     for std in stds:
-        _require_positive("std", std)
+        require_positive(std=std)
     ratios = [mean / std for mean, std in zip(means, stds, strict=True)]
     trace = sum(row[i] for i, row in enumerate(hessian))
     together = _quadratic(hessian, ratios) - sum(
@@ -156,9 +157,9 @@ def sign_descent_lr(
     >>> round(sign_descent_lr(1e9, [0.1, -0.1], [1.0, 1.0], [[1.0, 0.0], [0.0, 1.0]]), 6)
     0.1
     """
-    _require_positive("batch_size", batch_size)
+    require_positive(batch_size=batch_size)
     for std in stds:
-        _require_positive("std", std)
+        require_positive(std=std)
     signs = [
         math.erf(math.sqrt(batch_size / 2) * mean / std)
         for mean, std in zip(means, stds, strict=True)
@@ -177,9 +178,3 @@ def _dot(left: Sequence[float], right: Sequence[float]) -> float:
 
 def _quadratic(matrix: Sequence[Sequence[float]], vector: Sequence[float]) -> float:
     return _dot(vector, [_dot(row, vector) for row in matrix])
-
-
-def _require_positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        message = f"{name} must be positive and finite, got {value}"
-        raise ValueError(message)

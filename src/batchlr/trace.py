@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from batchlr.argument_ranges import require_count
 from batchlr.lanczos import default_generator, gaussian
 from batchlr.measured import Measured
 from batchlr.operators import LinearOperator
@@ -53,9 +54,7 @@ def estimate_trace(
         ValueError: ``num_probes`` < 1, or ``vectors`` or ``values`` do not fit.
         ArithmeticError: a product is not finite.
     """
-    if num_probes < 1:
-        msg = f"num_probes must be at least 1, got {num_probes}"
-        raise ValueError(msg)
+    require_count(num_probes=num_probes)
     generator = default_generator(generator)
     before = operator.num_products
     size = operator.shape[0]

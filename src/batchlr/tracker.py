@@ -7,6 +7,7 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
+from batchlr.argument_ranges import require_count, require_inner_fraction
 from batchlr.curvature_noise import DirectionalNoise, directional_noise, noise_of_products
 from batchlr.gradients.gradient_noise import mean_gradient
 from batchlr.krylov.edge_trail import EdgeLook, EdgeTrail, End
@@ -88,18 +89,14 @@ class CurvatureTracker:
         if ends not in ("largest", "both"):
             msg = f"ends must be 'largest' or 'both', got {ends!r}"
             raise ValueError(msg)
-        if not 0 < tol < 1:
-            msg = f"tol must lie in (0, 1), got {tol}"
-            raise ValueError(msg)
+        require_inner_fraction(tol=tol)
         if not 1 <= max_products <= max_run:
             msg = (
                 f"max_products must lie between 1 and max_run, got {max_products} and a "
                 f"max_run of {max_run}"
             )
             raise ValueError(msg)
-        if explore_every < 1:
-            msg = f"explore_every must be at least 1, got {explore_every}"
-            raise ValueError(msg)
+        require_count(explore_every=explore_every)
         self.ends: Ends = ends
         self.tol = tol
         self.max_products = max_products

@@ -6,12 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from batchlr.on_the_fly.learned_step_size import learn_step_size
+from batchlr.on_the_fly import learned_step_size
 from batchlr.operators import HessianOperator, supervised
 from batchlr.policies import POLICIES, paper_sgd
 
 MSE = supervised(nn.MSELoss())
 CROSS_ENTROPY = supervised(nn.CrossEntropyLoss())
+
+
+def learn_step_size(model, loss_fn, batches, *, norm_mode="train", **options):
+    operator = HessianOperator(model, loss_fn, batches, norm_mode=norm_mode)
+    return learned_step_size.learn_step_size(model, operator, **options)
 
 
 def regression(size=6):

@@ -13,7 +13,7 @@ from batchlr.on_the_fly.update_curvature import (
     trial_step,
     update_curvature,
 )
-from batchlr.operators import supervised
+from batchlr.operators import HessianOperator, supervised
 
 MSE = supervised(nn.MSELoss())
 OPTIMIZERS = {
@@ -82,7 +82,7 @@ def test_the_trial_step_is_the_next_step_and_touches_nothing(name, steps, ratio)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_slope_and_curvature_are_derivatives_along_the_step(name):
     model, optimizer, batches, whole = problem(name, 3)
-    found = update_curvature(model, MSE, batches, optimizer)
+    found = update_curvature(model, HessianOperator(model, MSE, batches), optimizer)
     loss = MSE(model, whole)
     gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, model.parameters())])
     step = trial_step(model, optimizer, gradient)
@@ -107,7 +107,9 @@ def test_the_edge_leaves_a_quadratic_loss_where_it_was():
     y = torch.randn(64, 1, generator=generator, dtype=torch.float64)
     model = nn.Linear(6, 1, dtype=torch.float64)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    rate = CdatEdge().update(update_curvature(model, MSE, [(x, y)], optimizer))
+    rate = CdatEdge().update(
+        update_curvature(model, HessianOperator(model, MSE, [(x, y)]), optimizer)
+    )
     before = float(MSE(model, (x, y)).detach())
     optimizer.param_groups[0]["lr"] = rate
     descend(model, optimizer, (x, y))
@@ -138,4 +140,4 @@ def test_figures_that_are_not_finite_are_refused():
     with torch.no_grad():
         model[0].weight.fill_(math.inf)
     with pytest.raises(ArithmeticError, match="finite"):
-        update_curvature(model, MSE, batches, optimizer)
+        update_curvature(model, HessianOperator(model, MSE, batches), optimizer)

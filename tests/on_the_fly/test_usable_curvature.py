@@ -84,7 +84,7 @@ def test_edges_scale_with_the_matrix_and_know_no_order(rows, factor, random):
         ([math.nan], [1.0], 0.0, "must be finite"),
         ([1.0], [-1.0], 0.0, "must not be negative"),
         ([1.0], [0.0], 0.0, "nor all zero"),
-        ([1.0], [1.0], -1.0, "floor must be finite and not negative, got -1.0"),
+        ([1.0], [1.0], -1.0, "floor must be finite and at least 0, got -1.0"),
     ],
 )
 def test_illegal_arguments(values, weights, floor, words):

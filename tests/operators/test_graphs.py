@@ -148,7 +148,7 @@ class TestRefuses:
             ({"memory_budget": -1}, "memory_budget must be a number of bytes.*got -1"),
             ({"memory_budget": 1, "keep_graph": True}, "for keep_graph='auto' only"),
             ({"expected_products": 0}, "expected_products must be at least 1, got 0"),
-            ({"micro_batch": 0}, "micro_batch must be at least 1 sample, got 0"),
+            ({"micro_batch": 0}, "micro_batch must be at least 1, got 0"),
         ],
     )
     def test_illegal_options(self, options, words):

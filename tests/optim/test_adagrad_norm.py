@@ -109,8 +109,8 @@ def test_no_limit_is_known_for_it():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"lr": -1.0}, r"lr must be finite and not negative, got -1\.0"),
-        ({"weight_decay": math.inf}, "weight_decay must be finite and not negative, got inf"),
+        ({"lr": -1.0}, r"lr must be finite and at least 0, got -1\.0"),
+        ({"weight_decay": math.inf}, "weight_decay must be finite and at least 0, got inf"),
         ({"initial_accumulator": 0.0}, r"initial_accumulator must be positive .* got 0\.0"),
     ],
 )

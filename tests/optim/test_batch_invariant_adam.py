@@ -203,9 +203,9 @@ def test_a_closure_is_run_and_its_loss_returned():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"lr": -1.0}, "lr must be finite and not negative, got -1.0"),
-        ({"eps": float("inf")}, "eps must be finite and not negative, got inf"),
-        ({"weight_decay": float("nan")}, "weight_decay must be finite and not negative, got nan"),
+        ({"lr": -1.0}, "lr must be finite and at least 0, got -1.0"),
+        ({"eps": float("inf")}, "eps must be finite and at least 0, got inf"),
+        ({"weight_decay": float("nan")}, "weight_decay must be finite and at least 0, got nan"),
         ({"betas": (0.9, 1.0)}, r"betas must lie in \[0, 1\), got \(0.9, 1.0\)"),
     ],
 )

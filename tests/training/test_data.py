@@ -364,8 +364,8 @@ def test_every_data_set_can_be_asked_for_by_name():
         ("imagenet", {"workers": -1}, "workers must not be negative, got -1"),
         ("synthetic", {"num_samples": 0}, "num_samples must be at least 1, got 0"),
         ("synthetic", {"channels": 0}, "channels must be at least 1, got 0"),
-        ("synthetic", {"noise": -1.0}, "noise must be finite and not negative, got -1.0"),
-        ("synthetic", {"noise": float("nan")}, "noise must be finite and not negative, got nan"),
+        ("synthetic", {"noise": -1.0}, "noise must be finite and at least 0, got -1.0"),
+        ("synthetic", {"noise": float("nan")}, "noise must be finite and at least 0, got nan"),
     ],
 )
 def test_illegal_names_and_options_are_refused(name, options, words):

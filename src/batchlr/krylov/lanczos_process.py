@@ -219,8 +219,8 @@ class LanczosProcess:
     def subspace(self) -> Subspace:
         """What the batches' products said on the way; needs ``by_batch``.
 
-        It ends the process, whose basis becomes the axes. After a restart the weights sum to less
-        than 1: part of the start has been dropped.
+        It ends the process, whose basis becomes the axes. After a restart the weights are those of
+        what is left of the start, its part along the vectors kept, and sum to less than 1.
         """
         values, vectors = self.eigh()
         values, vectors = values.flip(0), vectors.flip(1)

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from batchlr.argument_ranges import require_inner_fraction
 from batchlr.krylov.lanczos_process import LanczosProcess
 from batchlr.krylov.ritz_bounds import certified_bounds, likely_errors
 
@@ -56,9 +57,7 @@ class WantedPairs:
         if self.criterion not in get_args(Criterion):
             msg = f"criterion must be 'bound', 'residual' or 'error', got {self.criterion!r}"
             raise ValueError(msg)
-        if not 0 < self.tol < 1:
-            msg = f"tol must lie in (0, 1), got {self.tol}"
-            raise ValueError(msg)
+        require_inner_fraction(tol=self.tol)
 
     @property
     def count(self) -> int:
@@ -88,7 +87,7 @@ class WantedPairs:
         """The pairs as the Krylov space has them, which must be as large as they are many."""
         values, vectors = process.eigh()  # ascending
         magnitude = values.abs().max()
-        # Residuals below rounding are rounding: claim no more than the arithmetic can give.
+        # What is below rounding is rounding: claim no more than the arithmetic can give.
         rounding = torch.finfo(process.operator.dtype).eps * magnitude
         residuals = (process.residual * vectors[-1].abs()).clamp(min=rounding)
         places = {end: self._places(end, values.numel()) for end in self.ends}
@@ -99,7 +98,8 @@ class WantedPairs:
                 for end in self.ends
             ]
         ).clamp(min=rounding)
-        errors = torch.minimum(likely_errors(values, residuals)[chosen], bounds)
+        likely = likely_errors(values, residuals)[chosen]
+        errors = torch.minimum(likely, bounds).clamp(min=rounding)
         judged = {"bound": bounds, "residual": residuals[chosen], "error": errors}[self.criterion]
         scale = values[-1].clamp(min=0) if self.settle == "largest" else magnitude
         settled = bool((self._settling(judged) <= self.tol * scale).all())

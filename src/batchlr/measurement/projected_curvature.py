@@ -9,6 +9,7 @@ from typing import NamedTuple, final
 import numpy as np
 import numpy.typing as npt
 
+from batchlr.argument_ranges import require_inner_fraction
 from batchlr.mean_square import (
     CurvatureSpread,
     Dynamics,
@@ -139,9 +140,8 @@ class ProjectedCurvature:
         Raises:
             ValueError: the quantile is out of range.
         """
-        if quantile is not None and not 0 < quantile < 1:
-            msg = f"quantile must lie in (0, 1), got {quantile}"
-            raise ValueError(msg)
+        if quantile is not None:
+            require_inner_fraction(quantile=quantile)
         edge = abs(float(self.values[0 if end == "largest" else -1]))
         if inverse <= 0 or edge == 0:
             return Measured(0.0, 0.0)

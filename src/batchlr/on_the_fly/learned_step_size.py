@@ -2,10 +2,9 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,8 +12,6 @@ from torch import nn
 from batchlr.learning_rates import StepSize
 from batchlr.operators import HessianOperator
 from batchlr.operators.curvature_matrix import NormMode
-from batchlr.operators.supervised import LossFunction
-from batchlr.operators.unsharded import unsharding
 from batchlr.policies import POLICIES, PolicyName
 from batchlr.slq import stochastic_lanczos_quadrature
 
@@ -30,7 +27,7 @@ class LearnedStepSize:
     loss: float  # mean over the samples
     num_samples: int
     num_products: int
-    norm_mode: NormMode
+    norm_mode: NormMode | None  # None: it has no layers that know modes
     seconds: float
 
     @property
@@ -44,18 +41,15 @@ class LearnedStepSize:
         return self.ritz_values[0]
 
 
-@unsharding
 def learn_step_size(
     model: nn.Module,
-    loss_fn: LossFunction,
-    batches: Sequence[Any],
+    operator: HessianOperator,
     *,
     policy: PolicyName,
     num_steps: int = 20,
-    norm_mode: NormMode = "train",
     generator: torch.Generator | None = None,
 ) -> LearnedStepSize:
-    """The policy's step size from one Lanczos run on the Hessian of ``batches``.
+    """The policy's step size from one Lanczos run on ``operator``.
 
     As the paper's public code measures: a Gaussian start vector, full reorthogonalisation, dropout
     off, no weight decay in the matrix. There all samples are one batch. Ratios between the rates
@@ -63,11 +57,10 @@ def learn_step_size(
 
     Args:
         model: at the weights to measure at.
-        loss_fn: ``loss_fn(model, batch)``, the scalar mean loss.
-        batches: batches of training data.
+        operator: its Hessian, which counts the products, on a failure, too; norms are in train
+            mode in the paper.
         policy: a key of `POLICIES`.
         num_steps: of Lanczos, at most P are made; 20 in the paper.
-        norm_mode: of the normalisation layers; ``"train"`` in the paper.
         generator: for the start vector; without one the seed is 0.
 
     Raises:
@@ -78,7 +71,7 @@ def learn_step_size(
         msg = f"policy must be one of {', '.join(POLICIES)}, got {policy!r}"
         raise ValueError(msg)
     began = time.perf_counter()
-    operator = HessianOperator(model, loss_fn, batches, norm_mode=norm_mode)
+    before = operator.num_products
     with _eval_mode(model):
         loss = float(operator.loss())
         if not math.isfinite(loss):
@@ -98,8 +91,8 @@ def learn_step_size(
         weights=tuple(weights),
         loss=loss,
         num_samples=sum(operator.samples),
-        num_products=operator.num_products,
-        norm_mode=norm_mode,
+        num_products=operator.num_products - before,
+        norm_mode=operator.norm_mode,
         seconds=time.perf_counter() - began,
     )
 

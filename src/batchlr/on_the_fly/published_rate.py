@@ -10,9 +10,11 @@ from torch import nn
 from batchlr.on_the_fly.learned_step_size import LearnedStepSize, learn_step_size
 from batchlr.on_the_fly.policy_choice import Policy
 from batchlr.on_the_fly.update_curvature import CdatEdge, UpdateCurvature, update_curvature
+from batchlr.operators import HessianOperator
 from batchlr.operators.curvature_matrix import NormMode
 from batchlr.operators.supervised import LossFunction
-from batchlr.policies import POLICIES
+from batchlr.operators.unsharded import unsharding
+from batchlr.policies import POLICIES, PolicyName
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class PublishedRate:
         self._generator = generator
         self._cdat = CdatEdge()
 
+    @unsharding
     def measure(self, model: nn.Module, loss_fn: LossFunction, batches: Sequence[Any]) -> FoundRate:
         """The rate at the present weights.
 
@@ -66,24 +69,25 @@ class PublishedRate:
         Raises:
             ArithmeticError: the policy finds no rate, or a figure is not finite.
         """
-        if self._policy in POLICIES:
-            learned = learn_step_size(
-                model,
-                loss_fn,
-                batches,
-                policy=self._policy,
-                num_steps=self._num_steps,
-                norm_mode=self._norm_mode,
-                generator=self._generator,
-            )
-            self.num_products += learned.num_products
-            return FoundRate(learned.step_size.lr, learned.step_size.momentum, learned=learned)
-        assert self._policy == "cdat"
-        along = update_curvature(
-            model, loss_fn, batches, self._optimizer, norm_mode=self._norm_mode
+        operator = HessianOperator(model, loss_fn, batches, norm_mode=self._norm_mode)
+        try:
+            if self._policy in POLICIES:
+                return self._learn(model, operator, self._policy)
+            assert self._policy == "cdat"
+            along = update_curvature(model, operator, self._optimizer)
+            return FoundRate(self._cdat.update(along), momentum=None, along=along)
+        finally:  # a failure has cost them, too
+            self.num_products += operator.num_products
+
+    def _learn(self, model: nn.Module, operator: HessianOperator, policy: PolicyName) -> FoundRate:
+        learned = learn_step_size(
+            model,
+            operator,
+            policy=policy,
+            num_steps=self._num_steps,
+            generator=self._generator,
         )
-        self.num_products += along.num_products
-        return FoundRate(self._cdat.update(along), momentum=None, along=along)
+        return FoundRate(learned.step_size.lr, learned.step_size.momentum, learned=learned)
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers only; the generator is its owner's."""

@@ -3,7 +3,6 @@
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, final
 
@@ -12,11 +11,8 @@ from torch import Tensor, nn
 
 from batchlr.gradients.gradient_noise import mean_gradient
 from batchlr.operators import HessianOperator
-from batchlr.operators.batches import check_batches
-from batchlr.operators.curvature_matrix import NormMode
 from batchlr.operators.parameters import trainable_parameters
-from batchlr.operators.supervised import LossFunction
-from batchlr.operators.unsharded import original, unsharding
+from batchlr.operators.unsharded import original
 from batchlr.sharded_tensors import gathered
 
 _SCALING = 2.0  # cited: Roulet et al. (2024), the edge; 1 is the least loss on the quadratic
@@ -74,35 +70,26 @@ class CdatEdge:
         self.slope, self.curvature = state_dict["slope"], state_dict["curvature"]
 
 
-@unsharding
 def update_curvature(
-    model: nn.Module,
-    loss_fn: LossFunction,
-    batches: Sequence[Any],
-    optimizer: torch.optim.Optimizer,
-    *,
-    norm_mode: NormMode = "train",
+    model: nn.Module, operator: HessianOperator, optimizer: torch.optim.Optimizer
 ) -> UpdateCurvature:
     """Slope and curvature along the next step of ``optimizer``, whichever it is.
 
-    The step is what the optimizer itself makes of the mean gradient of ``batches``, from its own
+    The step is what the optimizer itself makes of the operator's mean gradient, from its own
     state, tried on copies at the ratios between its groups' rates. Weight decay is part of the step
     where the optimizer has it, and not of slope and curvature. One gradient and one product, and
     the memory of the copies; nothing of model and optimizer changes.
 
     Args:
         model: at the weights to measure at.
-        loss_fn: ``loss_fn(model, batch)``, the scalar mean loss.
-        batches: together as large as the batch trained with, best: the edge is that of one such
-            batch.
+        operator: its Hessian, on batches that are together as large as the batch trained with,
+            best: the edge is that of one such batch.
         optimizer: of the model's parameters.
-        norm_mode: of the normalisation layers.
 
     Raises:
-        ValueError: there are no batches, or the model or the loss is unfit (`HessianOperator`).
         ArithmeticError: loss, gradient or product are not finite.
     """
-    operator = HessianOperator(model, loss_fn, check_batches(batches), norm_mode=norm_mode)
+    before = operator.num_products
     gradient = mean_gradient(operator)
     step = trial_step(model, optimizer, gradient)
     product = operator @ step
@@ -116,7 +103,7 @@ def update_curvature(
         )
         raise ArithmeticError(msg)
     samples = sum(operator.samples)
-    return UpdateCurvature(slope, curvature, square, loss, samples, operator.num_products)
+    return UpdateCurvature(slope, curvature, square, loss, samples, operator.num_products - before)
 
 
 def trial_step(model: nn.Module, optimizer: torch.optim.Optimizer, gradient: Tensor) -> Tensor:

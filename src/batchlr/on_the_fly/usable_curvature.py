@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 
+from batchlr.argument_ranges import require_non_negative
+
 _WIDTHS = 3.0  # assumed: standard deviations of its mass that the bulk reaches to
 
 
@@ -71,6 +73,4 @@ def _check(values: Sequence[float], weights: Sequence[float], floor: float) -> N
     if min(weights) < 0 or sum(weights) == 0:
         msg = f"weights must not be negative, nor all zero, got {list(weights)}"
         raise ValueError(msg)
-    if not 0 <= floor < math.inf:
-        msg = f"floor must be finite and not negative, got {floor}"
-        raise ValueError(msg)
+    require_non_negative(floor=floor)

@@ -8,6 +8,7 @@ from typing import Any, TypedDict, final
 import torch
 from torch import Tensor, nn
 
+from batchlr.argument_ranges import require_count
 from batchlr.operators.base import BatchedOperator
 from batchlr.operators.batch_parts import BatchParts
 from batchlr.operators.batches import check_batches
@@ -359,9 +360,7 @@ class _ComputedAnew(Exception):
 
 def check_micro_batch(model: nn.Module, norm_mode: NormMode | None, micro_batch: int) -> None:
     """Raise ValueError unless batches of ``model`` may be cut to ``micro_batch`` samples."""
-    if micro_batch < 1:
-        msg = f"micro_batch must be at least 1 sample, got {micro_batch}"
-        raise ValueError(msg)
+    require_count(micro_batch=micro_batch)
     if norm_mode == "train" and normalises_over_batches(model):
         msg = (
             "micro_batch would change the matrix: in train mode norms make the samples of a batch "

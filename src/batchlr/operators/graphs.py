@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from batchlr.argument_ranges import require_count
+
 logger = logging.getLogger("batchlr")
 
 KeepGraph = bool | Literal["auto"]
@@ -61,9 +63,8 @@ class GraphStore:
         if budget is not None and keep != "auto":
             msg = f"memory_budget decides for keep_graph='auto' only, got keep_graph={keep}"
             raise ValueError(msg)
-        if expected is not None and expected < 1:
-            msg = f"expected_products must be at least 1, got {expected}"
-            raise ValueError(msg)
+        if expected is not None:
+            require_count(expected_products=expected)
         self._keep = keep
         self._budget = budget
         self._owned = list(owned)

@@ -1,12 +1,12 @@
 """AdaGrad-Norm: one rate for all weights, divided by the norm of all gradients so far."""
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any, final, overload
 
 import torch
 from torch import Tensor, nn
 
+from batchlr.argument_ranges import require_non_negative, require_positive
 from batchlr.inner_products import norm
 from batchlr.sharded_tensors import local_part, norms_of_whole
 
@@ -49,13 +49,8 @@ class AdaGradNorm(torch.optim.Optimizer):
         initial_accumulator: float = 1e-2,
         weight_decay: float = 0.0,
     ) -> None:
-        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-            if not 0 <= value < math.inf:
-                msg = f"{name} must be finite and not negative, got {value}"
-                raise ValueError(msg)
-        if not 0 < initial_accumulator < math.inf:
-            msg = f"initial_accumulator must be positive and finite, got {initial_accumulator}"
-            raise ValueError(msg)
+        require_non_negative(lr=lr, weight_decay=weight_decay)
+        require_positive(initial_accumulator=initial_accumulator)
         accumulator = torch.tensor(initial_accumulator, dtype=torch.float64)
         super().__init__(
             params, {"lr": lr, "weight_decay": weight_decay, "accumulator": accumulator}

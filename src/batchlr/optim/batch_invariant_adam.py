@@ -1,11 +1,12 @@
 """Adam whose second moment is that of micro-batches, so that it does not see the batch size."""
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any, final, overload
 
 import torch
 from torch import Tensor, nn
+
+from batchlr.argument_ranges import require_non_negative
 
 
 @final
@@ -68,10 +69,7 @@ class BatchInvariantAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if not 0 <= value < math.inf:
-                msg = f"{name} must be finite and not negative, got {value}"
-                raise ValueError(msg)
+        require_non_negative(lr=lr, eps=eps, weight_decay=weight_decay)
         if not all(0 <= beta < 1 for beta in betas):
             msg = f"betas must lie in [0, 1), got {betas}"
             raise ValueError(msg)

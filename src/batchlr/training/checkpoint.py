@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from batchlr.argument_ranges import require_count
+
 MANIFEST = "manifest.json"
 _FORMAT = 1
 _PLAIN = (bool, int, float, str, bytes, type(None))
@@ -48,9 +50,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: 
         ValueError: ``keep`` is below 1.
         CheckpointError: The manifest in ``folder`` is damaged.
     """
-    if keep < 1:
-        msg = f"keep must be at least 1, got {keep}"
-        raise ValueError(msg)
+    require_count(keep=keep)
     _check_plain(state, "state")
     folder.mkdir(parents=True, exist_ok=True)
     for unfinished in folder.glob("step-*.pt.tmp"):  # left by a kill

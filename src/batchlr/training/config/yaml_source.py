@@ -9,7 +9,6 @@ import yaml
 from batchlr.training.config.problems import Keys, Place, Problem, dotted
 
 _TEXT = "tag:yaml.org,2002:str"
-_MERGE = "tag:yaml.org,2002:merge"
 
 
 @dataclass(frozen=True)

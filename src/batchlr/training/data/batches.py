@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from batchlr.argument_ranges import require_count
 from batchlr.training.data.images import Batch, ImageData
 from batchlr.training.data.randomness import EpochKey, permutation
 
@@ -17,7 +18,7 @@ def batches_per_epoch(data: ImageData, *, batch_size: int, drop_last: bool = Tru
         ValueError: The batch is not between 1 and the number of training samples.
     """
     num_samples = len(data.train)
-    _check_batch_size(batch_size)
+    require_count(batch_size=batch_size)
     if batch_size > num_samples:
         msg = f"batch_size {batch_size} is larger than the {num_samples} samples of {data.name}"
         raise ValueError(msg)
@@ -100,7 +101,7 @@ def test_batches(
     Raises:
         ValueError: A size is illegal.
     """
-    _check_batch_size(batch_size)
+    require_count(batch_size=batch_size)
     _check_rank(rank, world_size)
     own = torch.arange(len(data.test))[rank::world_size]
     largest_share = -(-len(data.test) // world_size)
@@ -132,10 +133,7 @@ def measurement_batches(
     Raises:
         ValueError: A size is below 1, or there are too few training samples.
     """
-    _check_batch_size(batch_size)
-    if num_batches < 1:
-        msg = f"num_batches must be at least 1, got {num_batches}"
-        raise ValueError(msg)
+    require_count(batch_size=batch_size, num_batches=num_batches)
     num_samples = len(data.train)
     if batch_size * num_batches > num_samples:
         msg = (
@@ -146,12 +144,6 @@ def measurement_batches(
     order = torch.randperm(num_samples, generator=generator, device=generator.device).cpu()
     index_batches = torch.split(order[: batch_size * num_batches], batch_size)
     return list(data.train.batches(index_batches, device=torch.device(device)))
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        msg = f"batch_size must be at least 1, got {batch_size}"
-        raise ValueError(msg)
 
 
 def _check_rank(rank: int, world_size: int) -> None:

@@ -3,6 +3,7 @@
 import torch
 from torch.nn import functional
 
+from batchlr.argument_ranges import require_count
 from batchlr.training.data.images import ImageData, TensorImages
 from batchlr.training.data.transforms import Augment, CropAndFlip, Normalization, augments
 
@@ -26,9 +27,7 @@ def load_digits(*, image_size: int = 32, augment: Augment = "none") -> ImageData
     """
     from sklearn import datasets  # lazy: takes a second to import
 
-    if image_size < 1:
-        msg = f"image_size must be at least 1, got {image_size}"
-        raise ValueError(msg)
+    require_count(image_size=image_size)
     augmentation = CropAndFlip(image_size // 8, mirror=False) if augments(augment) else None
     digits = datasets.load_digits()
     originals = torch.from_numpy(digits.images).float()[:, None] / 16  # (1797, 1, 8, 8) in [0, 1]

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from batchlr.argument_ranges import require_count
 from batchlr.training.data.errors import DataError
 from batchlr.training.data.images import FolderImages, ImageData
 from batchlr.training.data.transforms import IMAGENET_NORMALIZATION, Augment, augments
@@ -37,9 +38,7 @@ def load_imagefolder(
     """
     from torchvision.datasets import ImageFolder  # lazy: the library must import without it
 
-    if image_size < 1:
-        msg = f"image_size must be at least 1, got {image_size}"
-        raise ValueError(msg)
+    require_count(image_size=image_size)
     if workers < 0:
         msg = f"workers must not be negative, got {workers}"
         raise ValueError(msg)

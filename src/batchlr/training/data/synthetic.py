@@ -1,11 +1,10 @@
 """Images made on the spot: a smooth prototype for each class, plus pixel noise."""
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from batchlr.argument_ranges import require_count, require_non_negative
 from batchlr.training.data.images import ImageData, TensorImages
 
 PROTOTYPE_SIZE = 4  # pixels; coarse, so that convolutions and pooling keep what tells classes apart
@@ -35,7 +34,9 @@ def load_synthetic(
     Raises:
         ValueError: A number is out of range.
     """
-    _check(num_samples, num_test_samples, num_classes, image_size, channels, noise)
+    require_count(num_samples=num_samples, num_test_samples=num_test_samples)
+    require_count(num_classes=num_classes, image_size=image_size, channels=channels)
+    require_non_negative(noise=noise)
     generator = torch.Generator().manual_seed(seed)
     coarse_shape = (num_classes, channels, PROTOTYPE_SIZE, PROTOTYPE_SIZE)
     coarse = torch.randn(coarse_shape, generator=generator)
@@ -44,30 +45,6 @@ def load_synthetic(
     train = _draw(prototypes, num_samples, noise, generator)
     test = _draw(prototypes, num_test_samples, noise, generator)
     return ImageData("synthetic", train, test, num_classes, channels, image_size)
-
-
-def _check(
-    num_samples: int,
-    num_test_samples: int,
-    num_classes: int,
-    image_size: int,
-    channels: int,
-    noise: float,
-) -> None:
-    sizes = {
-        "num_samples": num_samples,
-        "num_test_samples": num_test_samples,
-        "num_classes": num_classes,
-        "image_size": image_size,
-        "channels": channels,
-    }
-    for what, size in sizes.items():
-        if size < 1:
-            msg = f"{what} must be at least 1, got {size}"
-            raise ValueError(msg)
-    if not 0 <= noise < math.inf:
-        msg = f"noise must be finite and not negative, got {noise}"
-        raise ValueError(msg)
 
 
 def _draw(

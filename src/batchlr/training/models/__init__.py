@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from batchlr.argument_ranges import require_count
 from batchlr.training.models.from_torchvision import torchvision_model
 from batchlr.training.models.mlp import MLP, mlp_for_images
 from batchlr.training.models.preresnet import PreResNet
@@ -46,10 +47,7 @@ def build_model(
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         msg = f"model must be one of {', '.join(MODELS)}, got {name!r}{hint}"
         raise ValueError(msg)
-    for what, value in {"num_classes": num_classes, "in_channels": in_channels}.items():
-        if value < 1:
-            msg = f"{what} must be at least 1, got {value}"
-            raise ValueError(msg)
+    require_count(num_classes=num_classes, in_channels=in_channels)
     smallest = SMALLEST_IMAGE.get(name, 1)
     if image_size < smallest:
         msg = f"{name} needs images of at least {smallest} pixels, got {image_size}"

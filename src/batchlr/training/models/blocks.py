@@ -1,10 +1,11 @@
 """What the convolutional networks share: residual blocks, widths and initial weights."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 from torch import Tensor, nn
+
+from batchlr.argument_ranges import require_fraction, require_positive
 
 Shortcut = Literal["raw", "preactivated"]
 
@@ -151,9 +152,7 @@ def scaled(channels: int, width: float) -> int:
     Raises:
         ValueError: ``width`` is not positive and finite.
     """
-    if not 0 < width < math.inf:
-        msg = f"width must be positive and finite, got {width}"
-        raise ValueError(msg)
+    require_positive(width=width)
     return max(1, round(channels * width))
 
 
@@ -163,9 +162,7 @@ def check_dropout(dropout: float) -> float:
     Raises:
         ValueError: It is not.
     """
-    if not 0 <= dropout < 1:
-        msg = f"dropout must lie in [0, 1), got {dropout}"
-        raise ValueError(msg)
+    require_fraction(dropout=dropout)
     return dropout
 
 

@@ -3,6 +3,7 @@
 from functools import partial
 from typing import get_args
 
+from batchlr.argument_ranges import require_count
 from batchlr.training.models.blocks import (
     BasicBlock,
     PreactivatedNetwork,
@@ -51,9 +52,7 @@ class WideResNet(PreactivatedNetwork):
         if rest or num_blocks < 1:
             msg = f"WideResNet depth must be 6 n + 4 with n >= 1, got {depth}"
             raise ValueError(msg)
-        if widen_factor < 1:
-            msg = f"widen_factor must be at least 1, got {widen_factor}"
-            raise ValueError(msg)
+        require_count(widen_factor=widen_factor)
         if shortcut not in get_args(Shortcut):
             legal = ", ".join(get_args(Shortcut))
             msg = f"shortcut must be one of {legal}, got {shortcut!r}"
