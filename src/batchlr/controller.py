@@ -388,12 +388,21 @@ class CurvatureController:
             if self._has_rate:
                 self._filter.scale(change)
         doubt = self._filter.doubt
+        before = self._filter.rate if self._filter.known else None
         rate = self._filter.update(self._step, bound.value, relative_error(bound))
         if self.apply:
             bounds = replace(self.bounds, start=_ANEW) if self._anew else self.bounds
             last = self._guard.free * change if self._has_rate and not self._anew else None
             self._anew = False
-            peak = bounds.peak(self._guard.factor * rate, last, doubt)
+            factor = self._guard.factor
+            # Adam's steps do not shrink with the gradient: one that was too long costs for good.
+            peak = bounds.peak(
+                factor * rate,
+                last,
+                doubt,
+                None if before is None else factor * before,
+                confirmed=report.adam is not None,
+            )
             self.scheduler.set_peak(self._guard.limited(peak))
             if self.limit.sets_momentum:
                 set_momentum(optimizer, bound.momentum)

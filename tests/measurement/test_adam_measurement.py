@@ -49,3 +49,25 @@ def test_a_single_direction_that_curves_upwards_is_the_start():
     start = AdamMeasurement(point).start(edges)
     assert start.norm() == pytest.approx(1.0)
     assert start[-6].abs() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_parameters_that_never_had_a_gradient_are_left_out():
+    """A head of zeros lets no gradient through: the layers before it do not move yet."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    nn.init.zeros_(model[2].weight)
+    x = torch.randn(40, 3, dtype=torch.float64)
+    batches = [(part, part[:, 0].gt(0).long()) for part in x.split(10)]
+    point = CurvaturePoint.at(model, supervised(nn.CrossEntropyLoss()), batches)
+    measured = AdamMeasurement(point)
+    assert measured.matrix.scale[:12].eq(0).all()  # weights and biases before the head
+    assert measured.matrix.scale[12:].gt(0).all()
+    # Beside the head's own block the Hessian has blocks that couple it to what does not move.
+    hessian = point.matrix @ torch.eye(20).double()
+    assert hessian[:12, 12:].abs().max() > 1e-3
+    scale = measured.matrix.scale[12:]
+    head = scale.unsqueeze(1) * hessian[12:, 12:] * scale
+    whole = measured.matrix @ torch.eye(20).double()
+    assert torch.linalg.eigvalsh(whole)[-1].item() == pytest.approx(
+        torch.linalg.eigvalsh(head)[-1].item(), rel=1e-12
+    )

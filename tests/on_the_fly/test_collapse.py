@@ -209,6 +209,15 @@ def test_a_network_silent_from_the_start_is_meant_to_be():
     assert show(detector, [2.3] * 6, silent=3) == [False] * 3
 
 
+def test_behind_weights_that_begin_at_zero_the_first_step_is_silent():
+    """And it is again when the network has been taken back to where it began."""
+    detector = CollapseDetector()
+    detector.observe(torch.tensor(2.3), gradients(1.0, silent=3))
+    assert not detector.observe(torch.tensor(2.3), gradients(1.0)).lost
+    detector.restart()
+    assert show(detector, [2.3, 2.3], silent=3) == [False]
+
+
 def test_without_gradients_losses_are_enough():
     detector = CollapseDetector()
     looks = [detector.observe(torch.tensor(loss), []) for loss in (2.3, 2.3, 2.3, math.nan)]

@@ -44,6 +44,29 @@ def test_a_steady_limit_is_reached(bounds, limit):
     assert peak == pytest.approx(bounds.safety * limit, rel=1e-12)
 
 
+@given(bounds=BOUNDS, limit=POSITIVE, last=POSITIVE, before=POSITIVE, doubt=st.floats(0, 2))
+def test_two_limits_lift_a_peak_that_is_far_below_both(bounds, limit, last, before, doubt):
+    """To a quarter of the lower one, if that is more than growth allows."""
+    alone = bounds.peak(limit, last, doubt)
+    quarter = 0.25 * min(bounds.safety * limit, bounds.safety * before)
+    assert bounds.peak(limit, last, doubt, before) == max(alone, quarter)
+
+
+@given(bounds=BOUNDS, limit=POSITIVE, last=POSITIVE, before=POSITIVE, doubt=st.floats(0, 2))
+def test_a_rise_to_be_confirmed_goes_as_far_as_both_limits(bounds, limit, last, before, doubt):
+    """A fall needs no confirmation."""
+    free = bounds.peak(limit, last, doubt, before)
+    confirmed = bounds.peak(limit, last, doubt, before, confirmed=True)
+    if free <= last:
+        assert confirmed == free
+    else:
+        assert confirmed == min(free, max(last, bounds.safety * before))
+
+
+def test_before_the_first_peak_there_is_no_limit():
+    assert PeakBounds().peak(1.0, None, before=0.1) == PeakBounds().peak(1.0, None)
+
+
 def test_without_a_lower_bound_it_falls_at_once():
     assert PeakBounds(drop=0.0).peak(1e-6, 1.0) == pytest.approx(1e-6)
     assert PeakBounds().peak(1e-6, 1.0) == 0.5

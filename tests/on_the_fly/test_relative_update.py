@@ -107,8 +107,8 @@ def test_a_layer_begun_at_zero_counts_by_the_norm_it_needs():
     nn.init.zeros_(model[0].weight)
     update.take(model)
     with torch.no_grad():
-        model[0].weight[0, 0] = 0.05  # the norm of LeCun's initialisation is 4
-    assert update.measure(model).item() == pytest.approx(0.25)
+        model[0].weight[0, 0] = 0.05  # half the norm of LeCun's initialisation is 2
+    assert update.measure(model).item() == pytest.approx(0.025)
 
 
 def test_other_layers_are_not_compared():

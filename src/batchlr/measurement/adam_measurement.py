@@ -34,7 +34,8 @@ _APART = 4.0  # derived: D is tabulated at noises so far apart; 1.5 % off at mos
 class AdamMeasurement:
     """``D = sqrt(v) + eps`` of Adam or RMSprop at a point of training, and the matrix it makes.
 
-    ``v`` is the optimizer's own, or, without an optimizer, that of the batches' gradients.
+    ``v`` is the optimizer's own, or, without an optimizer, that of the batches' gradients. Where
+    all of these are zero, as behind weights that begin at zero, a parameter is left out.
     """
 
     def __init__(self, point: CurvaturePoint) -> None:
@@ -54,7 +55,8 @@ class AdamMeasurement:
             self._second_moment = fraction * (age * averaged + count * self._here) / (age + count)
             self._known = age / (age + count)
         self._metric = self._second_moment.sqrt() + self._eps
-        scale = self._metric.rsqrt()
+        # A parameter without gradients does not move; v = 0 does not say how it will.
+        scale = self._metric.rsqrt().masked_fill(self._second_moment == 0, 0)
         self.matrix = PreconditionedOperator(point.matrix, scale)
         self.gradient = scale * point.gradient
 

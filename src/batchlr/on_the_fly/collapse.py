@@ -70,7 +70,7 @@ class CollapseDetector:
     freedom: int = 0  # degrees of freedom of that sum
     first: float | None = None  # mean loss of the first look
     largest: float = 0.0  # norm of a gradient up to the last look that was quiet
-    sparse: bool = False  # most tensors had no gradient from the start
+    sparse: bool = False  # most tensors had no gradient at the first step, as behind zero weights
     learnt: int = 0  # steps after which the loss had come down; 0 is not yet
     before: list[float] = field(default_factory=list)  # mean loss and steps of the last quiet look
     sunk: int = 0  # looks since it is back at the first
@@ -116,7 +116,8 @@ class CollapseDetector:
         loss = sum(row[0] for row in rows) / len(rows)
         norm = rows[-1][1]
         largest = max((row[1] for row in rows if math.isfinite(row[1])), default=0.0)
-        silent = all(row[2] > _SILENT for row in rows)
+        starting = self.first is None
+        silent = all(row[2] > _SILENT for row in rows[: 1 if starting else None])
         losses = [row[0] for row in rows]
         squares = _squares(losses, loss, slope=0.0)
         self.sunk = self.sunk + 1 if self.learnt and self._back(loss, squares, len(rows)) else 0

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import final
 
+_SURE = 0.25  # assumed, as ``start`` is: share of two limits in a row that a peak may rise to
+
 
 @final
 @dataclass(frozen=True)
@@ -41,15 +43,32 @@ class PeakBounds:
             msg = f"drop must lie in [0, 1), got {self.drop}; 0 is no bound"
             raise ValueError(msg)
 
-    def peak(self, limit: float, last: float | None, doubt: float = 0.0) -> float:
+    def peak(
+        self,
+        limit: float,
+        last: float | None,
+        doubt: float = 0.0,
+        before: float | None = None,
+        *,
+        confirmed: bool = False,
+    ) -> float:
         """The next peak.
 
         Args:
             limit: on the rate, positive.
             last: the peak before; None at the first measurement.
             doubt: standard error of the logarithm of the limit that ``last`` came from.
+            before: the limit that ``last`` came from; the peak may rise to a quarter of both limits
+                at once, however far that is.
+            confirmed: rise no further than both limits show.
         """
         aim = self.safety * limit
         if last is None:
             return self.start * aim
-        return min(max(aim, self.drop * last), self.growth * math.exp(doubt) * last)
+        highest = self.growth * math.exp(doubt) * last
+        if before is not None:
+            both = min(aim, self.safety * before)
+            highest = max(highest, _SURE * both)
+            if confirmed:
+                aim = min(aim, max(last, both))
+        return min(max(aim, self.drop * last), highest)

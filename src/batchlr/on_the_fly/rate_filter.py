@@ -28,9 +28,14 @@ class RateFilter:
         return math.exp(self.log_rate)
 
     @property
+    def known(self) -> bool:
+        """Whether there is an estimate that the next measurement is weighed against."""
+        return math.isfinite(self.variance)
+
+    @property
     def doubt(self) -> float:
         """Standard error of `log_rate`; 0 while there is no estimate to doubt."""
-        return self.variance**0.5 if math.isfinite(self.variance) else 0.0
+        return self.variance**0.5 if self.known else 0.0
 
     def update(self, step: int, rate: float, error: float) -> float:
         """The estimate after a measurement before ``step``.
@@ -41,7 +46,7 @@ class RateFilter:
             error: its relative standard error.
         """
         noise = min(max(error, _FLOOR), _CEILING) ** 2
-        if math.isinf(self.variance):
+        if not self.known:
             self.log_rate, self.variance = math.log(rate), noise
         else:
             prior = self.variance + _DRIFT**2 * math.log((step + 1) / (self.step + 1))
