@@ -388,7 +388,7 @@ class CurvatureController:
             if self._has_rate:
                 self._filter.scale(change)
         doubt = self._filter.doubt
-        before = self._filter.rate if self._filter.known else None
+        seen = self._filter.rate if self._filter.known else None
         rate = self._filter.update(self._step, bound.value, relative_error(bound))
         if self.apply:
             bounds = replace(self.bounds, start=_ANEW) if self._anew else self.bounds
@@ -400,7 +400,7 @@ class CurvatureController:
                 factor * rate,
                 last,
                 doubt,
-                None if before is None else factor * before,
+                None if seen is None else factor * seen,
                 confirmed=report.adam is not None,
             )
             self.scheduler.set_peak(self._guard.limited(peak))

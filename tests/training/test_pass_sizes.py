@@ -4,8 +4,13 @@ import pytest
 from runs import tiny
 
 from batchlr.training.distributed import Processes
-from batchlr.training.experiment import build_experiment
-from batchlr.training.pass_sizes import measurement_sizes, micro_size, tracking_sizes
+from batchlr.training.experiment import build_data, build_experiment
+from batchlr.training.pass_sizes import (
+    check_sharing,
+    measurement_sizes,
+    micro_size,
+    tracking_sizes,
+)
 
 
 @pytest.mark.parametrize(
@@ -63,8 +68,9 @@ def test_the_share_of_a_process_decides_the_size_measured(tmp_path):
     ],
 )
 def test_batches_that_processes_cannot_share_are_refused(tmp_path, batch, world_size, words):
+    config = tiny(tmp_path, f"batch={batch}")
     with pytest.raises(ValueError, match=f"batch.global_size .* cannot be shared {words}"):
-        build_experiment(tiny(tmp_path, f"batch={batch}"), Processes(0, world_size))
+        check_sharing(config, build_data(config), Processes(0, world_size))
 
 
 def test_sharded_runs_need_a_test_image_in_each_process(tmp_path):
@@ -75,7 +81,7 @@ def test_sharded_runs_need_a_test_image_in_each_process(tmp_path):
         "batch.global_size=32",
     )
     with pytest.raises(ValueError, match=r"test image in each of its 4 processes, .* has 3"):
-        build_experiment(config, Processes(world_size=4, shards=True))
+        check_sharing(config, build_data(config), Processes(world_size=4, shards=True))
 
 
 def test_a_micro_batch_larger_than_a_share_is_the_share(tmp_path):
