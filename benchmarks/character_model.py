@@ -132,7 +132,9 @@ def table(rows):
 
     def mean(batch, rate):
         losses = [row["loss"] for row in at(batch, rate)]
-        return "diverged" if None in losses else f"{sum(losses) / max(1, len(losses)):.3f}"
+        if not losses:
+            return ""
+        return "diverged" if None in losses else f"{sum(losses) / len(losses):.3f}"
 
     rates = " | ".join(f"{rate:g}" for rate in RATES)
     print(f"| batch | steps | auto | peaks | {rates} |")
