@@ -282,7 +282,10 @@ def test_peaks_follow_the_filtered_limit_as_fast_as_allowed(safety, growth):
         assert peak == pytest.approx(want, rel=1e-9)
 
 
-@pytest.mark.parametrize(("kind", "at_once"), [(torch.optim.Adam, 1.0), (torch.optim.SGD, 2.0)])
+@pytest.mark.parametrize(
+    ("kind", "at_once"),
+    [(torch.optim.Adam, 1.0), (torch.optim.RMSprop, 1.0), (torch.optim.SGD, 2.0)],
+)
 def test_adam_s_peak_rises_as_far_as_two_limits_in_a_row_show(kind, at_once):
     """Adam's limit goes with the gradient over the curvature, SGD's with one over the curvature."""
     model = Stretched()

@@ -71,3 +71,16 @@ def test_parameters_that_never_had_a_gradient_are_left_out():
     assert torch.linalg.eigvalsh(whole)[-1].item() == pytest.approx(
         torch.linalg.eigvalsh(head)[-1].item(), rel=1e-12
     )
+
+
+def test_without_eps_nothing_may_be_divided_by_zero():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    nn.init.zeros_(model[2].weight)
+    x = torch.randn(40, 3, dtype=torch.float64)
+    batches = [(part, part[:, 0].gt(0).long()) for part in x.split(10)]
+    optimizer = torch.optim.Adam(model.parameters(), eps=0.0)
+    loss_fn = supervised(nn.CrossEntropyLoss())
+    point = CurvaturePoint.at(model, loss_fn, batches, optimizer=optimizer)
+    with pytest.raises(ValueError, match="eps must be positive where parameters had no gradient"):
+        AdamMeasurement(point)

@@ -215,7 +215,19 @@ def test_behind_weights_that_begin_at_zero_the_first_step_is_silent():
     detector.observe(torch.tensor(2.3), gradients(1.0, silent=3))
     assert not detector.observe(torch.tensor(2.3), gradients(1.0)).lost
     detector.restart()
-    assert show(detector, [2.3, 2.3], silent=3) == [False]
+    detector.observe(torch.tensor(2.3), gradients(1.0, silent=3))
+    assert not detector.observe(torch.tensor(2.3), gradients(1.0)).lost
+    assert show(detector, [2.3, 2.3], silent=3) == [True]  # it has died
+
+
+def test_a_single_step_behind_a_return_is_not_silent():
+    detector = CollapseDetector()
+    detector.observe(torch.tensor(2.3), gradients(1.0, silent=3))
+    assert not detector.observe(torch.tensor(2.3), gradients(1.0)).lost
+    detector.within = 1
+    detector.restart()
+    assert show(detector, [2.3], silent=3) == [False]
+    assert show(detector, [2.3], silent=3) == [True]
 
 
 def test_without_gradients_losses_are_enough():

@@ -46,10 +46,11 @@ def test_a_steady_limit_is_reached(bounds, limit):
 
 @given(bounds=BOUNDS, limit=POSITIVE, last=POSITIVE, before=POSITIVE, doubt=st.floats(0, 2))
 def test_two_limits_lift_a_peak_that_is_far_below_both(bounds, limit, last, before, doubt):
-    """To a quarter of the lower one, if that is more than growth allows."""
+    """To a quarter of the lower one, or the share to start at, if that is more than growth."""
     alone = bounds.peak(limit, last, doubt)
-    quarter = 0.25 * min(bounds.safety * limit, bounds.safety * before)
-    assert bounds.peak(limit, last, doubt, before) == max(alone, quarter)
+    lower = min(bounds.safety * limit, bounds.safety * before)
+    lifted = min(0.25, bounds.start) * lower
+    assert bounds.peak(limit, last, doubt, before) == max(alone, lifted)
 
 
 @given(bounds=BOUNDS, limit=POSITIVE, last=POSITIVE, before=POSITIVE, doubt=st.floats(0, 2))

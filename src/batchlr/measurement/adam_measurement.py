@@ -55,6 +55,12 @@ class AdamMeasurement:
             self._second_moment = fraction * (age * averaged + count * self._here) / (age + count)
             self._known = age / (age + count)
         self._metric = self._second_moment.sqrt() + self._eps
+        if self._eps == 0 and bool((self._second_moment == 0).any()):
+            msg = (
+                "eps must be positive where parameters had no gradient yet, got 0: the optimizer "
+                "divides 0 by 0 there"
+            )
+            raise ValueError(msg)
         # A parameter without gradients does not move; v = 0 does not say how it will.
         scale = self._metric.rsqrt().masked_fill(self._second_moment == 0, 0)
         self.matrix = PreconditionedOperator(point.matrix, scale)

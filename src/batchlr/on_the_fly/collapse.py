@@ -70,7 +70,8 @@ class CollapseDetector:
     freedom: int = 0  # degrees of freedom of that sum
     first: float | None = None  # mean loss of the first look
     largest: float = 0.0  # norm of a gradient up to the last look that was quiet
-    sparse: bool = False  # most tensors had no gradient at the first step, as behind zero weights
+    sparse: bool = False  # most tensors had no gradient from the start
+    fresh: bool = False  # the next step is the first behind a return
     learnt: int = 0  # steps after which the loss had come down; 0 is not yet
     before: list[float] = field(default_factory=list)  # mean loss and steps of the last quiet look
     sunk: int = 0  # looks since it is back at the first
@@ -116,8 +117,7 @@ class CollapseDetector:
         loss = sum(row[0] for row in rows) / len(rows)
         norm = rows[-1][1]
         largest = max((row[1] for row in rows if math.isfinite(row[1])), default=0.0)
-        starting = self.first is None
-        silent = all(row[2] > _SILENT for row in rows[: 1 if starting else None])
+        silent = self._silent(rows)
         losses = [row[0] for row in rows]
         squares = _squares(losses, loss, slope=0.0)
         self.sunk = self.sunk + 1 if self.learnt and self._back(loss, squares, len(rows)) else 0
@@ -136,6 +136,15 @@ class CollapseDetector:
             self.before = [loss, count]
         sound = self.sunk == 0 and not risen
         return Look(loss, norm, lost or leapt, sound=sound, settled=self._settled(loss))
+
+    def _silent(self, rows: list[list[float]]) -> bool:
+        """Whether most tensors had no gradient in all steps but the first behind a return.
+
+        Behind weights that begin at zero no gradient passes in that one.
+        """
+        later = rows[1:] if self.fresh and self.first is not None else rows
+        self.fresh = False
+        return bool(later) and all(row[2] > _SILENT for row in later)
 
     def _risen(self, mean: float, count: int) -> bool:
         """Whether the mean has risen since the last look by more than noise: then it is none."""
@@ -218,7 +227,7 @@ class CollapseDetector:
     def _settle(self, loss: float, largest: float, silent: bool, count: int) -> None:
         """Keep what a quiet look tells."""
         if self.first is None:
-            self.first, self.sparse = loss, silent
+            self.first, self.sparse = loss, silent and count > 1
         self.largest = max(self.largest, largest)
         down = _LEARNT * abs(self.first) + self._noise / math.sqrt(count)
         if not self.learnt and loss < self.first - down:
@@ -226,7 +235,7 @@ class CollapseDetector:
 
     def restart(self) -> None:
         """The next step does not go on from the last."""
-        self.pending, self.before = [], []
+        self.pending, self.before, self.fresh = [], [], True
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and the signs not yet looked at."""

@@ -4,20 +4,21 @@ import math
 from dataclasses import dataclass
 from typing import final
 
-_SURE = 0.25  # assumed, as ``start`` is: share of two limits in a row that a peak may rise to
+_SURE = 0.25  # assumed: share of two limits in a row that a peak may rise to at once
 
 
 @final
 @dataclass(frozen=True)
 class PeakBounds:
-    """A peak between last one's neighbours, at a share of the limit.
+    """A peak that comes to a share of the limit in bounded steps.
 
     Args:
         safety: share of the limit that is aimed at, in (0, 1].
         start: share of that at the first measurement, in (0, 1]; curvature rises most in the first
             steps (measured against 1: docs/log.md).
         growth: largest factor a measurement, above 1 (measured: 3 overshoots), beyond the error of
-            the limit before.
+            the limit before; a peak further below two limits in a row may rise to a quarter of the
+            lower one, or to ``start`` of it if that is less.
         drop: smallest factor a measurement, in [0, 1). A rate that falls at once with every rise of
             the curvature lets it rise further (measured: it starved a VGG, docs/log.md).
 
@@ -58,9 +59,8 @@ class PeakBounds:
             limit: on the rate, positive.
             last: the peak before; None at the first measurement.
             doubt: standard error of the logarithm of the limit that ``last`` came from.
-            before: the limit that ``last`` came from; the peak may rise to a quarter of both limits
-                at once, however far that is.
-            confirmed: rise no further than both limits show.
+            before: the limit that ``last`` came from, if it is known.
+            confirmed: rise no further than to the lower of the two limits.
         """
         aim = self.safety * limit
         if last is None:
@@ -68,7 +68,7 @@ class PeakBounds:
         highest = self.growth * math.exp(doubt) * last
         if before is not None:
             both = min(aim, self.safety * before)
-            highest = max(highest, _SURE * both)
+            highest = max(highest, min(_SURE, self.start) * both)
             if confirmed:
                 aim = min(aim, max(last, both))
         return min(max(aim, self.drop * last), highest)

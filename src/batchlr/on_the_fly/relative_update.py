@@ -8,7 +8,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from batchlr.sharded_tensors import local_part, norms_of_whole
 
-_LEAST = 0.5  # assumed: of the norm of LeCun's initialisation, which a layer has at least
+_LEAST = (
+    0.5  # measured (docs/log.md): of the norm of LeCun's initialisation, which a layer has at least
+)
 
 
 @final
@@ -21,13 +23,13 @@ class RelativeUpdate:
     knows nothing of where it leads when that is above 1.
 
     A layer of a small norm, or zero, counts as if it had half the norm of LeCun's initialisation:
-    what begins at zero changes without bound relative to itself, and does no harm. Of a single
-    layer nothing is measured: what it makes of its input is as curved after a step as before. Nor
-    where the network normalises (a module with "norm" in the name of its class), so that sums of
-    2.5 do no harm (measured, docs/log.md); nor where some layers are frozen: adapters change much
-    beside their own norm and little beside that of the layers they are added to. Holds a copy of
-    the weights, of sharded ones this process's parts; a step costs five passes over them, and no
-    synchronisation.
+    what begins at zero changes without bound relative to itself, which alone does no harm. Of a
+    single layer nothing is measured: what it makes of its input is as curved after a step as
+    before. Nor where the network normalises (a module with "norm" in the name of its class), so
+    that sums of 2.5 do no harm (measured, docs/log.md); nor where some layers are frozen: adapters
+    change much beside their own norm and little beside that of the layers they are added to. Holds
+    a copy of the weights, of sharded ones this process's parts; a step costs five passes over them,
+    and no synchronisation.
     """
 
     def __init__(self) -> None:

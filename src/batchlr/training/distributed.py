@@ -69,18 +69,20 @@ class Processes:
         """What ``load`` returns, once no process has failed in it.
 
         Raises:
-            DataError: or OSError; it failed here, and not in the first process with the same words.
-            ToldElsewhere: it failed so, or elsewhere only.
+            Exception: what ``load`` raised here. Of data that cannot be read (DataError, OSError)
+                only if the first process did not raise the same.
+            ToldElsewhere: it did, or ``load`` failed elsewhere only.
         """
         if self.world_size == 1:
             return load()
-        failure: DataError | OSError | None = None
+        failure: Exception | None = None
         try:
             loaded = load()
-        except (DataError, OSError) as error:
+        except Exception as error:  # the others wait to hear of it, whatever it is
             failure = error
-        words = float(zlib.crc32(str(failure).encode()))
+        words = float(zlib.crc32(str(failure).encode(errors="backslashreplace")))
         repeated = self.same(words, device) == words and not self.is_first
+        repeated = repeated and isinstance(failure, DataError | OSError)
         if not self.any(failure is not None, device):
             return loaded
         if failure is None or repeated:

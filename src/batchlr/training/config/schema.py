@@ -161,7 +161,7 @@ class CurvatureOptions(Options):
     growth: AboveOne = Field(
         default=1.5,
         description="largest factor by which one measurement may raise the rate, beyond the error "
-        "of the last limit (measured: docs/log.md)",
+        "of the last limit, or to a quarter of the last two (measured: docs/log.md)",
     )
     drop: Fraction = Field(
         default=0.5,
