@@ -390,7 +390,7 @@ class CurvatureReport:
                 self.clip_norm is not None and self.gradient_norm > self.clip_norm,
                 f"gradient clipping at {self.clip_norm} is active: batch gradients have norm "
                 f"{self.gradient_norm:.3g}; clipped steps are shorter than the limit assumes, so "
-                "it is on the safe side",
+                "larger rates may be stable",
             ),
             (
                 self.kinked is not None,

@@ -56,7 +56,7 @@ def learn_step_size(
     of parameter groups are not seen. Costs ``num_steps`` products; nothing of the model changes.
 
     Args:
-        model: at the weights to measure at.
+        model: at the weights to measure at, whole (`unsharded`).
         operator: its Hessian, which counts the products, on a failure, too; norms are in train
             mode in the paper.
         policy: a key of `POLICIES`.

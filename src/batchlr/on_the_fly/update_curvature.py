@@ -81,7 +81,7 @@ def update_curvature(
     the memory of the copies; nothing of model and optimizer changes.
 
     Args:
-        model: at the weights to measure at.
+        model: at the weights to measure at, whole (`unsharded`).
         operator: its Hessian, on batches that are together as large as the batch trained with,
             best: the edge is that of one such batch.
         optimizer: of the model's parameters.
