@@ -51,13 +51,19 @@ def test_a_single_direction_that_curves_upwards_is_the_start():
     assert start[-6].abs() == pytest.approx(1.0, abs=1e-6)
 
 
-def test_parameters_that_never_had_a_gradient_are_left_out():
-    """A head of zeros lets no gradient through: the layers before it do not move yet."""
+def behind_zeros():
+    """A network whose head begins at zero, in 20 dimensions, and four batches."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).double()
     nn.init.zeros_(model[2].weight)
     x = torch.randn(40, 3, dtype=torch.float64)
     batches = [(part, part[:, 0].gt(0).long()) for part in x.split(10)]
+    return model, batches
+
+
+def test_parameters_that_never_had_a_gradient_are_left_out():
+    """A head of zeros lets no gradient through: the layers before it do not move yet."""
+    model, batches = behind_zeros()
     point = CurvaturePoint.at(model, supervised(nn.CrossEntropyLoss()), batches)
     measured = AdamMeasurement(point)
     assert measured.matrix.scale[:12].eq(0).all()  # weights and biases before the head
@@ -74,11 +80,7 @@ def test_parameters_that_never_had_a_gradient_are_left_out():
 
 
 def test_without_eps_nothing_may_be_divided_by_zero():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).double()
-    nn.init.zeros_(model[2].weight)
-    x = torch.randn(40, 3, dtype=torch.float64)
-    batches = [(part, part[:, 0].gt(0).long()) for part in x.split(10)]
+    model, batches = behind_zeros()
     optimizer = torch.optim.Adam(model.parameters(), eps=0.0)
     loss_fn = supervised(nn.CrossEntropyLoss())
     point = CurvaturePoint.at(model, loss_fn, batches, optimizer=optimizer)
