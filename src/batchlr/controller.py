@@ -43,9 +43,9 @@ class CurvatureController:
     It measures where curvature moves (`Cadence`), each time starting from the last eigenvector;
     averages what it finds (`RateFilter`); moves the peak from a share of the first limit on in
     bounded steps (`PeakBounds`), with Adam and RMSprop up only as far as two limits in a row show,
-    since their steps do not shrink with the gradient; and, if it is shown the losses (`observe`), slows down when they
-    jump and goes back when the network is lost (`Safeguard`). When a measurement fails the last
-    good rate is kept and the failure reported.
+    since their steps do not shrink with the gradient; and, if it is shown the losses (`observe`),
+    slows down when they jump and goes back when the network is lost (`Safeguard`). When a
+    measurement fails the last good rate is kept and the failure reported.
 
     With one of the paper's policies a measurement is instead one Lanczos run of ``max_products``
     steps on the Hessian, and rate and momentum of the policy are applied as they are: no limit, no
