@@ -185,11 +185,13 @@ def test_a_limit_of_an_earlier_epoch_is_told_with_its_step(console, lines):
     failed = CurvatureUpdate(6, 0.25, 0.95, failure="the loss is nan")
     later = replace(MEASURED, step=9)
     endings = []
-    for updates in ([MEASURED], [MEASURED], [MEASURED, failed], [MEASURED, failed, later]):
+    until = [MEASURED, failed, later]
+    for updates in ([MEASURED], [MEASURED], [MEASURED, failed], until, until):
         console.epoch(1, 4, 0.5, RESULT, updates, 0.25)
         (line,) = lines()
         endings.append(line.partition("largest eigenvalue 2")[2])
-    assert endings == ["", "  (both of step 3)", "  (both of step 3)", ""]
+    three, nine = "  (both of step 3)", "  (both of step 9)"
+    assert endings == ["", three, three, "", nine]
 
 
 # The end ---------------------------------------------------------------------------------------

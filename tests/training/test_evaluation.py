@@ -9,6 +9,7 @@ from runs import NETWORKS, tiny
 from torch import nn
 
 from batchlr.training.data import ImageData, TensorImages
+from batchlr.training.distributed import Processes
 from batchlr.training.evaluation import evaluate
 from batchlr.training.experiment import build_experiment
 
@@ -65,6 +66,17 @@ def test_every_sample_counts_alike_whatever_the_batches(experiment, count):
     assert result.accuracy == pytest.approx(right / count, rel=1e-12)
     total = math.log(math.exp(3.0) + CLASSES - 1)
     assert result.loss == pytest.approx(total - 3.0 * right / count, rel=1e-5)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(("rank", "accuracy"), [(0, 3 / 4), (1, 1 / 3)])
+def test_of_two_processes_each_looks_at_its_own_samples(experiment, rank, accuracy):
+    """Every second one; the sums of both are the whole, of which here is only one part."""
+    made = experiment()
+    made.model = Reader(1.5)
+    made.data = written([0, 1, 2, 3, 4, 0, 1], [0, 2, 2, 2, 4, 0, 2])
+    made.processes = Processes(rank, world_size=2)
+    assert evaluate(made).accuracy == pytest.approx(accuracy, rel=1e-12)
 
 
 def test_it_is_that_of_eval_mode_without_smoothing(experiment):
