@@ -86,9 +86,7 @@ def test_the_matrix_is_the_one_asked_for_in_the_mode_asked_for(case, kind):
     problem = CASES[case]()
     loss_fn = supervised(problem.criterion)
     mode = problem.norm_mode or "train"
-    point = CurvaturePoint.at(
-        problem.model, loss_fn, problem.batches, norm_mode=mode, matrix=kind
-    )
+    point = CurvaturePoint.at(problem.model, loss_fn, problem.batches, norm_mode=mode, matrix=kind)
     same(matrix(point.matrix), dense(case, kind))
     same(point.gradient, mean(gradients(problem)))
     assert (point.kind, point.norm_mode) == (kind, mode)
@@ -200,7 +198,10 @@ def test_a_batch_that_may_be_counted_wrongly_is_told_of():
     with pytest.warns(UserWarning, match=words) as caught:
         assert len(disjoint(batches, None)) == 2
     assert len(caught) == 1
-    with pytest.warns(UserWarning), pytest.raises(TypeError, match="cannot cut a batch"):
+    with (
+        pytest.warns(UserWarning, match=words),
+        pytest.raises(TypeError, match="cannot cut a batch"),
+    ):
         disjoint(batches[:1], None)
 
 
@@ -224,7 +225,9 @@ def test_a_loss_that_is_not_finite_says_whether_the_weights_are_to_blame(value):
     batches[1][1][0, 0] = 0.0
     with torch.no_grad():
         model[0].bias[1] = math.nan
-    with pytest.raises(ArithmeticError, match="loss is nan .* some weights are not finite, either"):
+    with pytest.raises(
+        ArithmeticError, match=r"loss is nan .* some weights are not finite, either"
+    ):
         CurvaturePoint.at(model, LOSS, batches)
 
 

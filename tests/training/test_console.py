@@ -38,11 +38,11 @@ PEAK = (
 
 
 @pytest.fixture
-def console(request):
+def console():
     """One that no terminal is behind."""
     made = RunConsole(10, 0, progress=True, enabled=True)
-    request.addfinalizer(made.close)
-    return made
+    yield made
+    made.close()
 
 
 @pytest.fixture

@@ -123,5 +123,3 @@ def test_a_network_that_is_lost_has_a_loss_that_says_so(experiment):
     made.model = Reader(math.nan)
     made.data = written([1, 2], [1, 2])
     assert math.isnan(evaluate(made).loss)
-
-
