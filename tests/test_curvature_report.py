@@ -407,6 +407,17 @@ def test_quantiles_of_an_extreme_that_noise_moves_alone_are_normal(end, quantile
     assert function(1000, quantile=quantile) == pytest.approx(wanted, abs=0.23 * spread)
 
 
+@pytest.mark.parametrize("quantile", [0.1, 0.5, 0.9, None])
+def test_where_the_wigner_edge_sets_in_quantiles_do_not_jump(quantile):
+    along = projected_curvature([2.0, -0.5], {(1, 1): 4.0}, leak_smallest=Measured(5.0, 0.5))
+    report = make_report(projected=along, kappa_smallest=-10.0)
+    join = 1 / (0.05 + 1e-4)
+    below, above = (
+        report.smallest_at(join * factor, quantile=quantile) for factor in (1 - 1e-9, 1 + 1e-9)
+    )
+    assert below == pytest.approx(above, rel=1e-7)
+
+
 @settings(max_examples=40, deadline=None)
 @given(report=reports(), size=st.integers(1, 10_000))
 def test_quantiles_rise(report, size):

@@ -1,6 +1,7 @@
 """One of two processes whose measured samples and losses differ; see `test_steering.py`."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -19,12 +20,18 @@ if __name__ == "__main__":
         """The second process measures four times the curvature."""
         return [((1 + rank) * x, (1 + rank) * y) for x, y in draw(generator)]
 
+    shown = []
     for made in range(10):
-        # What is lost in the second process only is lost.
-        rate, update = run.step(scaled, lost=rank == 1 and made >= 4)
+        if made == 4:
+            shown = run.shown
+        factor = 1.0 + 2 * rank
+        if rank == 1 and made >= 4:
+            factor = math.nan  # what is lost in the second process only is lost
+        rate, update = run.step(scaled, factor=factor)
         rates.append(rate)
         peaks.append(None if update is None else update.peak)
     answer = {"rates": rates, "peaks": peaks, "end": run.steering.scheduler.peak}
+    answer["shown"] = shown
     answer["weights"] = run.model.weight.tolist()
     (folder / f"{rank}.json").write_text(json.dumps(answer))
     dist.destroy_process_group()
