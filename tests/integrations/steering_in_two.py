@@ -13,7 +13,8 @@ from test_steering import Run, draw  # noqa: E402
 
 if __name__ == "__main__":
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
-    dist.init_process_group("gloo")
+    meeting = f"file://{folder / 'meeting'}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     run, rates, peaks = Run(), [], []
 
     def scaled(generator):
@@ -34,4 +35,5 @@ if __name__ == "__main__":
     answer["shown"] = shown
     answer["weights"] = run.model.weight.tolist()
     (folder / f"{rank}.json").write_text(json.dumps(answer))
+    dist.barrier()  # neither leaves while the other one is still there
     dist.destroy_process_group()

@@ -53,7 +53,7 @@ class Run:
         self.made = 0
 
     def step(self, samples=draw, *, factor=1.0):
-        """One step: its rate, and what was measured before it. The loss is shown ``factor`` times."""
+        """One step, whose loss is shown ``factor`` times: its rate, and what was measured."""
         x, y = data()
         rows = torch.arange(self.made * SIZE, (self.made + 1) * SIZE) % COUNT
         update = self.steering.measure(self.model, samples)
@@ -63,7 +63,9 @@ class Run:
         loss.backward()
         self.optimizer.step()
         self.steering.step()
-        self.steering.observe(factor * loss.detach())
+        shown = factor * loss.detach()
+        self.steering.observe(shown)
+        assert shown.isnan() or shown == factor * loss  # the loop's own stays as it is
         self.made += 1
         return rate, update
 
@@ -226,6 +228,13 @@ def test_nothing_is_drawn_where_nothing_is_due():
         update = run.steering.measure(run.model, counted)
         assert (update is None) == (run.made % 3 != 0)
     assert calls == [0, 3, 6]
+
+
+@pytest.mark.parametrize("seed", [0, 4])
+def test_searches_and_samples_have_seeds_of_their_own(seed):
+    state = Run(seed=seed).steering.state_dict()
+    for generator, own in ((state["controller"]["generator"], seed), (state["samples"], seed + 1)):
+        assert torch.equal(generator, torch.Generator().manual_seed(own).get_state())
 
 
 # What is known ---------------------------------------------------------------------------------
