@@ -138,6 +138,20 @@ def test_the_published_test_never_grows_from_a_tolerance_of_one_on(tolerance):
     assert last_size(adaptive) == 8
 
 
+@pytest.mark.parametrize("test", ["norm", "inner_product", "augmented"])
+def test_the_published_tests_have_one_tolerance(test):
+    """Of the inner products' two conditions the second is the stricter one, by far."""
+    square = gold12.SQUARE_NORM
+    targets = {
+        "norm": gold12.TRACE / 0.1**2 / square,
+        "inner_product": gold12.ALONG / 0.1**2 / square**2,
+        "augmented": gold12.ACROSS / 0.1**2 / square,
+    }
+    adaptive = AdaptiveBatchSize.paper(12, max_batch_size=10**6, test=test)
+    adaptive.observe(GOLD)
+    assert adaptive.step().target == pytest.approx(targets[test], rel=1e-12)
+
+
 @pytest.mark.parametrize(("tolerance", "fixed_point"), [(1.0, 100), (0.5, 400), (0.1, 10_000)])
 def test_unbiased_it_ends_at_the_noise_scale_over_the_tolerance_squared(tolerance, fixed_point):
     adaptive = AdaptiveBatchSize(8, max_batch_size=10**6, tolerance=tolerance, interval=1)
@@ -180,6 +194,35 @@ def test_a_size_saved_that_cannot_be_shared_out_is_refused():
     with pytest.raises(ValueError, match="batch size saved, 20, is no multiple of 8"):
         adaptive.load_state_dict(saved)
     assert adaptive.batch_size == 8
+
+
+@pytest.mark.parametrize(
+    ("bounds", "largest"),
+    [
+        ({"max_batch_size": 199}, 199),
+        ({"max_batch_size": 1000, "dataset_size": 150}, 150),
+        ({"max_batch_size": 199, "multiple_of": 8}, 192),
+    ],
+)
+def test_a_size_saved_above_the_bound_is_refused_and_changes_nothing(bounds, largest):
+    """What fits the device now is exceeded by no batch, and no batch shrinks."""
+    grown = AdaptiveBatchSize(200, max_batch_size=1000)
+    grown.observe(stationary(200))
+    adaptive = AdaptiveBatchSize(8, **bounds)
+    before = adaptive.state_dict()
+    words = rf"saved, 200, is above the largest allowed now, {largest}, .* allow 200, or begin anew"
+    with pytest.raises(ValueError, match=words):
+        adaptive.load_state_dict(grown.state_dict())
+    assert adaptive.state_dict() == before
+
+
+def test_a_size_saved_at_the_bound_stays():
+    grown = AdaptiveBatchSize(200, max_batch_size=1000)
+    grown.observe(stationary(200, mean_square=0.0))
+    adaptive = AdaptiveBatchSize(8, max_batch_size=207, multiple_of=8)
+    adaptive.load_state_dict(grown.state_dict())
+    assert (adaptive.batch_size, adaptive.may_grow) == (200, False)
+    assert adaptive.test().next_batch_size == 200
 
 
 def test_in_pure_noise_the_published_test_multiplies_by_one_over_its_tolerance_squared():

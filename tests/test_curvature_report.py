@@ -393,6 +393,40 @@ def test_far_below_its_critical_size_the_lower_end_follows_the_wigner_edge():
     assert convex.smallest_at(1) == 0.25
 
 
+@pytest.mark.parametrize(("quantile", "deviations"), [(0.1587, -1), (0.5, 0), (0.8413, 1)])
+@pytest.mark.parametrize("end", ["largest", "smallest"])
+def test_quantiles_of_an_extreme_that_noise_moves_alone_are_normal(end, quantile, deviations):
+    """Noise of one axis, which neither neighbours repel nor other axes mix with."""
+    axis = {"largest": 0, "smallest": 1}[end]
+    flat = projected_curvature([2.0, -0.5], {(axis, axis): 16.0}, num_batches=50)
+    report = make_report(projected=flat, kappa=0.0, kappa_smallest=0.0)
+    function = report.largest_at if end == "largest" else report.smallest_at
+    spread = math.sqrt(16.0 * (1 / 1000 - 1e-4))
+    wanted = [2.0, -0.5][axis] + deviations * spread
+    # Three standard errors of a quantile of 400 normal draws: 1.5 / sqrt(400).
+    assert function(1000, quantile=quantile) == pytest.approx(wanted, abs=0.23 * spread)
+
+
+@pytest.mark.parametrize("quantile", [0.1, 0.5, 0.9, None])
+def test_where_the_wigner_edge_sets_in_quantiles_do_not_jump(quantile):
+    along = projected_curvature([2.0, -0.5], {(1, 1): 4.0}, leak_smallest=Measured(5.0, 0.5))
+    report = make_report(projected=along, kappa_smallest=-10.0)
+    join = 1 / (0.05 + 1e-4)
+    below, above = (
+        report.smallest_at(join * factor, quantile=quantile) for factor in (1 - 1e-9, 1 + 1e-9)
+    )
+    assert below == pytest.approx(above, rel=1e-7)
+
+
+@settings(max_examples=40, deadline=None)
+@given(report=reports(), size=st.integers(1, 10_000))
+def test_quantiles_rise(report, size):
+    for function in (report.largest_at, report.smallest_at):
+        values = [function(size, quantile=q) for q in (0.1, 0.25, 0.5, 0.75, 0.9)]
+        slack = 1e-12 * max(abs(value) for value in values)
+        assert all(a <= b + slack for a, b in itertools.pairwise(values))
+
+
 @pytest.mark.parametrize("quantile", [0.0, 1.0, -0.5, math.nan])
 def test_a_quantile_outside_zero_to_one_is_refused(quantile):
     for function in (make_report().largest_at, make_report().smallest_at):

@@ -37,6 +37,46 @@ def test_both_ends_of_every_layer(case, kind):
     assert operator.num_products == 0
 
 
+def starts(matrices: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    """Unit vectors that one generator draws for the layers in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {
+        layer: torch.randn(len(matrix), dtype=matrix.dtype, generator=generator)
+        for layer, matrix in matrices.items()
+    }
+    return {layer: vector / vector.norm() for layer, vector in drawn.items()}
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_one_step_is_the_rayleigh_quotient_of_what_the_generator_draws(seed):
+    matrices = blocks("mlp-tanh", "hessian")
+    operator = CASES["mlp-tanh"]().operator("hessian")
+    generator = torch.Generator().manual_seed(seed)
+    found = layer_eigenpairs(operator, max_steps=1, generator=generator)
+    generator = torch.Generator().manual_seed(seed)
+    measures = layer_measures(operator, num_steps=1, num_probes=1, generator=generator)
+    for layer, v in starts(matrices, seed).items():
+        pairs = found[layer]
+        quotient = v @ matrices[layer] @ v
+        residual = (matrices[layer] @ v - quotient * v).norm()
+        assert (pairs.num_products, pairs.converged) == (1, False)
+        torch.testing.assert_close(pairs.values, quotient[None], rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(pairs.residuals, residual[None], rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(measures[layer].nodes, quotient[None], rtol=1e-10, atol=1e-13)
+
+
+def test_steps_are_at_most_those_allowed_and_no_more_than_a_layer_has_parameters():
+    operator = CASES["mlp-tanh"]().operator("hessian")
+    matrices = blocks("mlp-tanh", "hessian")
+    for most in (3, 1000):
+        found = layer_eigenpairs(operator, tol=1e-12, max_steps=most)
+        for layer, pairs in found.items():
+            assert pairs.num_products <= min(most, len(matrices[layer]))
+            assert pairs.converged == (most == 1000)
+    with pytest.raises(ValueError, match="max_steps must be at least the 2 pairs asked for, got 1"):
+        layer_eigenpairs(operator, k=2, max_steps=1)
+
+
 def test_layers_smaller_than_asked_give_what_they_have():
     operator = CASES["mlp-tanh"]().operator("hessian")
     found = layer_eigenpairs(operator, k=10, tol=1e-6)

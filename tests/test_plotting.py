@@ -258,6 +258,15 @@ def test_a_grid_that_is_not_positive_has_a_linear_axis():
     assert axis.get_yscale() == "linear"
 
 
+def test_a_grid_is_drawn_where_it_is_told_to_be():
+    own = Figure()
+    left, right = own.subplots(1, 2)
+    assert plot_batch_spectra([cell(8, 4.0), cell(2, 9.0)], ax=right) is own
+    assert [len(axis.lines) for axis in own.axes] == [0, 3]
+    assert points(right.lines[0]) == [(2, 9), (8, 4)]
+    assert (left.get_xscale(), right.get_xscale()) == ("linear", "log")
+
+
 def test_a_grid_without_cells_is_refused():
     with pytest.raises(ValueError, match=r"no spectra to draw: spectra\.jsonl is empty"):
         plot_batch_spectra([])

@@ -61,6 +61,52 @@ class TestSampledEdge:
         spent = sum(len(o.samples) * o.num_products for o in operators)
         assert found.num_products == spent
 
+    def test_with_one_step_it_is_the_rayleigh_quotient_of_the_start(self):
+        """Each search begins where the last one ended: here at the start itself."""
+        every = matrices(4.0)
+        start = torch.randn(SIZE, dtype=torch.float64, generator=generator(1))
+        unit = start / start.norm()
+        found = sampled_edge(family(every), COUNT, tol=0.02, max_steps=1, start=start)
+        along = torch.einsum("i,kij,j->k", unit, every, unit)
+        for count, value, relative in found.history:
+            mean = float(along[:count].mean())
+            error = float(along[:count].std()) * math.sqrt(1 / count - 1 / COUNT)
+            assert value == pytest.approx(mean, rel=1e-10)
+            assert relative == pytest.approx(error / abs(mean), rel=1e-8)
+        assert len(found.history) > 1
+        assert found.num_products == sum(count for count, _, _ in found.history)
+        assert not found.converged
+        torch.testing.assert_close(found.vector.abs(), unit.abs(), rtol=1e-10, atol=1e-12)
+
+    def test_from_near_the_top_eigenvector_a_search_takes_fewer_products(self):
+        every = matrices(0.05)
+        top = torch.linalg.eigh(every[:4].mean(0)).eigenvectors[:, -1]
+        anywhere = torch.randn(SIZE, dtype=torch.float64, generator=generator(1))
+        cold, warm = (
+            sampled_edge(family(every), COUNT, tol=0.02, start=start)
+            for start in (anywhere, top + 0.02 * anywhere)
+        )
+        assert warm.largest == pytest.approx(cold.largest, rel=0.01)
+        assert warm.num_products < cold.num_products
+
+    @pytest.mark.parametrize("most", [2, 5])
+    def test_a_search_that_does_not_converge_takes_the_steps_allowed(self, most):
+        operators = []
+
+        def make(n):
+            operators.append(BatchMatrices(matrices(3.0)[:n], (2,) * n))
+            return operators[-1]
+
+        found = sampled_edge(make, COUNT, tol=1e-12, max_steps=most)
+        assert {operator.num_products for operator in operators} == {most}
+        assert found.num_batches == COUNT
+        assert not found.converged
+
+    def test_a_start_that_is_no_direction_is_refused(self):
+        for start in (torch.zeros(SIZE).double(), torch.full((SIZE,), math.nan).double()):
+            with pytest.raises(ValueError, match="start must be a finite, non-zero vector"):
+                sampled_edge(family(matrices(1.0)), COUNT, start=start)
+
     def test_all_batches_have_no_sampling_error(self):
         found = sampled_edge(family(matrices(30.0)), COUNT, tol=0.001)
         assert found.num_batches == COUNT

@@ -284,15 +284,23 @@ class AdaptiveBatchSize:
         """Restore what `state_dict` returned.
 
         Raises:
-            ValueError: the batch size saved is no multiple of ``multiple_of``.
+            ValueError: the batch size saved is no multiple of ``multiple_of``, or above
+                `max_batch_size`; nothing has changed then.
         """
-        if state_dict["batch_size"] % self.multiple_of:
+        size = state_dict["batch_size"]
+        if size % self.multiple_of:
             msg = (
-                f"the batch size saved, {state_dict['batch_size']}, is no multiple of "
-                f"{self.multiple_of}, and cannot be shared out as configured now"
+                f"the batch size saved, {size}, is no multiple of {self.multiple_of}, and cannot "
+                "be shared out as configured now"
             )
             raise ValueError(msg)
-        self.batch_size = state_dict["batch_size"]
+        if size > self.max_batch_size:
+            msg = (
+                f"the batch size saved, {size}, is above the largest allowed now, "
+                f"{self.max_batch_size}, and batches never shrink: allow {size}, or begin anew"
+            )
+            raise ValueError(msg)
+        self.batch_size = size
         self._steps = state_dict["steps"]
         self._weight = state_dict["weight"]
         self._sums = list(state_dict["sums"])

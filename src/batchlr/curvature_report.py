@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from batchlr.argument_ranges import require_inner_fraction
 from batchlr.curvature_noise import CurvatureNoise
 from batchlr.dataclass_files import load_dataclass, save_dataclass
 from batchlr.learning_rates import max_adam_lr, max_sgd_lr, paper_adam_lr, paper_sgd_lr
@@ -156,9 +157,13 @@ class CurvatureReport:
         """Expected smallest eigenvalue of a batch Hessian; as `largest_at`, without a cap.
 
         Below the size where the second order doubles ``lambda_P`` the Wigner edge, a root of
-        ``1/b`` which joins it there, bounds it.
+        ``1/b`` which joins it there, bounds it. A ``quantile`` is one of the eigenvalue: below that
+        of 0.1 it lies in a tenth of the batches.
         """
         inverse = self.inverse_effective_batch_size(batch_size)
+        if quantile is not None:
+            require_inner_fraction(quantile=quantile)
+            quantile = 1 - quantile  # of its distance downwards
         shift = self.projected.edge_at(inverse, "smallest", quantile=quantile)
         edge = self.smallest - shift
         if self.kappa_smallest * inverse < self.smallest < 0:

@@ -14,7 +14,7 @@ from batchlr.training.config import ConfigError
 from batchlr.training.data import train_batches
 from batchlr.training.distributed import Processes
 from batchlr.training.experiment import build_experiment
-from batchlr.training.resumption import Progress, _in_samples
+from batchlr.training.resumption import Progress
 from batchlr.training.shapes import _share
 
 SAMPLES = 1437  # of the digits to train on
@@ -317,19 +317,6 @@ def test_what_was_seen_of_a_network_that_is_undone_is_forgotten(tmp_path):
     one.console.close()
     with pytest.raises(ValueError, match="nothing was observed yet"):
         experiment.adaptive.test()
-
-
-def test_a_checkpoint_that_counted_batches_is_read_in_samples():
-    old = {"step": 17, "epoch": 1, "batch": 3, "last_lr": 0.1}
-    assert _in_samples(old, 400) == {
-        "step": 17,
-        "epoch": 1,
-        "last_lr": 0.1,
-        "samples": 1200,
-        "trained": 6800,
-    }
-    today = {"step": 17, "samples": 5}
-    assert _in_samples(today, 400) is today
 
 
 # Refusals --------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from typer.testing import CliRunner
 
 from batchlr.cli import app
 from batchlr.training.distributed import Processes
-from batchlr.training.evaluation import evaluate
 from batchlr.training.experiment import (
     build_experiment,
     find_device,
@@ -205,28 +204,3 @@ def test_saved_state_goes_into_a_fresh_experiment(tmp_path):
     ):
         assert x.shape == y.shape
     assert torch.equal(first.sampler.get_state(), second.sampler.get_state())
-
-
-# Evaluation ------------------------------------------------------------------------------------
-
-
-def test_evaluation_is_in_eval_mode_without_smoothing_and_leaves_no_trace(tmp_path):
-    experiment = built(tmp_path, *NETWORKS["batch norm"], "train.label_smoothing=0.3")
-    model = experiment.model.train()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    result = evaluate(experiment)
-    assert model.training
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    images, labels = next(experiment.data.test.batches([torch.arange(50)]))
-    with torch.no_grad():
-        outputs = model.eval()(images)
-    assert result.accuracy == pytest.approx(float((outputs.argmax(1) == labels).double().mean()))
-    assert result.loss == pytest.approx(float(F.cross_entropy(outputs, labels)), rel=1e-5)
-
-
-def test_evaluation_weights_samples_not_batches(tmp_path):
-    """360 test images make batches of 256 and 104."""
-    experiment = built(tmp_path)
-    images, labels = next(experiment.data.test.batches([torch.arange(360)]))
-    expected = F.cross_entropy(experiment.model(images), labels).item()
-    assert evaluate(experiment).loss == pytest.approx(expected, rel=1e-5)

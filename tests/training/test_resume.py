@@ -27,7 +27,6 @@ from batchlr.training import loop
 from batchlr.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from batchlr.training.config import load_config
 from batchlr.training.distributed import Processes
-from batchlr.training.interruption import stop_request
 from batchlr.training.loop import InterruptedRun
 
 _ADAPTIVE = (  # from 96 to 192, 384, 400 after steps 3, 6, 9
@@ -182,14 +181,6 @@ def test_a_termination_is_an_interruption(tmp_path, stop_at):
     stop_at(1, sent=signal.SIGTERM)
     with pytest.raises(InterruptedRun, match="at step 2;"):
         run(tmp_path)
-
-
-def test_asked_twice_it_stops_at_once():
-    with stop_request() as request:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert request.requested
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_the_handlers_of_the_program_come_back(tmp_path, stop_at):

@@ -201,3 +201,9 @@ def test_there_is_a_picture(grid, tmp_path):
     grid(*SMALL, "spectrum={batch_sizes: [2, 4], steps: 3}")
     picture = tmp_path / "out" / "curvature" / "spectra.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_folder_is_named_as_it_is(grid, tmp_path):
+    out = tmp_path / ":x:"
+    result = grid(*SMALL, "spectrum={batch_sizes: [2], draws: 1, steps: 2}", "--out", out)
+    assert result.stdout.splitlines()[-1] == f"1 spectra; record in {out / 'curvature'}"

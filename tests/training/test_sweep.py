@@ -277,3 +277,9 @@ def test_the_table_marks_what_is_not_reliable_and_what_did_not_diverge(capsys, t
     assert "Marked rates are not reliable:\n* because\n" in text
     assert text.count("because") == 1
     assert "within 200 steps, to a factor 1.2 (>= where none diverged)" in " ".join(text.split())
+
+
+def test_the_folder_is_named_as_it_is(tmp_path, training, capsys):
+    out = tmp_path / ":x:"
+    sweep(tiny(tmp_path), out=out, **FEW | {"batch_sizes": (16,)})
+    assert capsys.readouterr().out.rstrip().endswith(f"the record is in {out / 'curvature'}")

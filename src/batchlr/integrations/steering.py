@@ -50,7 +50,7 @@ class Steering:
         size = batch_size if dataset_size is None else min(batch_size, dataset_size)
         # Kept with ``apply=False``; else the first measurement replaces it before the first step.
         rate = max(float(group["lr"]) for group in optimizer.param_groups)
-        self.scheduler = BatchAwareLR(optimizer, rate or 1.0, shape, batch_size=size)
+        self.scheduler = BatchAwareLR(optimizer, rate, shape, batch_size=size)
         self.controller = CurvatureController(
             self.scheduler,
             loss_fn,

@@ -30,7 +30,7 @@ class RunConsole:
     """
 
     def __init__(self, total_steps: int, first_step: int, *, progress: bool, enabled: bool) -> None:
-        self._console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
+        self._console = Console(quiet=not enabled, emoji=False, highlight=False, soft_wrap=True)
         wanted = progress and enabled and os.environ.get("BATCHLR_PROGRESS", "1") != "0"
         self._bar = Progress(
             TextColumn("{task.description}"),

@@ -83,7 +83,7 @@ def measure_spectra(
     record = out / "curvature" / "spectra.jsonl"
     finished = _finished(record)
     lines = []
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(emoji=False, highlight=False, soft_wrap=True)
     for source in sources:
         cells = _cells(config, source)
         missing = [cell for cell in cells if cell not in finished]

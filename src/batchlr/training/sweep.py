@@ -119,7 +119,7 @@ def sweep(
     samples = _all_samples(experiment)
     worst = math.log(experiment.data.num_classes)
     measured: dict[int, CurvatureReport] = {}
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(emoji=False, highlight=False, soft_wrap=True)
     for kind, size in itertools.product(optimizers, batch_sizes):
         if (kind, size) in done:
             continue
