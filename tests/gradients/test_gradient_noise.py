@@ -9,7 +9,12 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from batchlr.gradients.gradient_noise import GradientMoments, gradient_moments, mean_gradient
+from batchlr.gradients.gradient_noise import (
+    GradientMoments,
+    gradient_moments,
+    mean_gradient,
+    rarely_moved,
+)
 from batchlr.operators import (
     HessianOperator,
     PreconditionedOperator,
@@ -131,6 +136,39 @@ def test_one_batch_is_refused():
     model, x, y, _ = problem(num_samples=6)
     with pytest.raises(ValueError, match="noise of the gradient needs at least two disjoint"):
         gradient_moments(HessianOperator(model, LOSS, [(x, y)]))
+
+
+def test_coordinates_are_rarely_moved_where_few_batches_have_a_gradient():
+    """A weight of a linear layer moves with the batches whose inputs are not all zero there."""
+    torch.manual_seed(0)
+    x, y = torch.zeros(64, 5), torch.randn(64, 1)
+    for column, rows in enumerate([[], [3], range(16), range(0, 64, 8), range(64)]):
+        x[list(rows), column] = 1.0
+    operator = HessianOperator(
+        nn.Linear(5, 1, bias=False),
+        supervised(nn.MSELoss()),
+        list(zip(x.split(8), y.split(8), strict=True)),
+    )
+    # Of eight batches 0, 1, 2, 8 and 8 have a gradient; those of a twentieth would be 2.7,
+    # of a hundredth 0.6.
+    assert rarely_moved(operator, share=0.05).tolist() == [True, True, True, False, False]
+    assert rarely_moved(operator, share=0.01).tolist() == [True, False, False, False, False]
+    assert rarely_moved(operator, share=0.0).tolist() == [True, False, False, False, False]
+
+
+def test_of_unlike_batches_the_larger_are_the_more_likely_to_have_a_gradient():
+    x = torch.zeros(64, 2)
+    x[0, 0] = x[63, 1] = 1.0
+    y = torch.ones(64, 1)
+    sizes = (2, 2, 60)
+    operator = HessianOperator(
+        nn.Linear(2, 1, bias=False),
+        supervised(nn.MSELoss()),
+        list(zip(x.split(sizes), y.split(sizes), strict=True)),
+    )
+    # One batch of three each; of a fiftieth of the samples 0.04 + 0.04 + 0.70 = 0.78 would have.
+    assert rarely_moved(operator, share=0.02).tolist() == [False, False]
+    assert rarely_moved(operator, share=0.05).tolist() == [True, True]  # 0.10 + 0.10 + 0.95
 
 
 def test_the_mean_gradient_is_that_of_the_operator_s_coordinates():

@@ -79,6 +79,40 @@ def test_parameters_that_never_had_a_gradient_are_left_out():
     )
 
 
+def test_parameters_that_few_samples_move_are_left_out():
+    """As if the feature that one sample of 64 has were not there."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 3, dtype=torch.float64)
+    x[:, 2] = 0.0
+    x[5, 2] = 1.0
+    y = torch.randint(2, (64,))
+
+    def measured(columns):
+        torch.manual_seed(1)
+        model = nn.Linear(3, 2).double()
+        weight = model.weight.detach().clone()
+        weight[:, 2] = 0.0  # the feature is not used yet
+        model.weight = nn.Parameter(weight[:, :columns])
+        batches = list(zip(x[:, :columns].split(16), y.split(16), strict=True))
+        point = CurvaturePoint.at(model, supervised(nn.CrossEntropyLoss()), batches)
+        matrix = AdamMeasurement(point).matrix
+        return matrix.scale, torch.linalg.eigvalsh(matrix @ torch.eye(2 * columns + 2).double())
+
+    scale, values = measured(3)
+    assert scale.eq(0).tolist() == [False, False, True, False, False, True, False, False]
+    scale, expected = measured(2)
+    assert scale.gt(0).all()
+    torch.testing.assert_close(values[-3:], expected[-3:])
+
+
+def test_where_every_parameter_is_moved_by_few_all_count():
+    x, y = torch.eye(40, dtype=torch.float64), torch.arange(40) % 2
+    model = nn.Linear(40, 2, bias=False).double()
+    batches = list(zip(x.split(4), y.split(4), strict=True))
+    point = CurvaturePoint.at(model, supervised(nn.CrossEntropyLoss()), batches)
+    assert AdamMeasurement(point).matrix.scale.gt(0).all()
+
+
 def test_without_eps_nothing_may_be_divided_by_zero():
     model, batches = behind_zeros()
     optimizer = torch.optim.Adam(model.parameters(), eps=0.0)

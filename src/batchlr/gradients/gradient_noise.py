@@ -73,6 +73,24 @@ def gradient_moments(
     return GradientMoments(mean**2 - variance * sampling, variance)
 
 
+def rarely_moved(operator: CurvatureMatrix, *, share: float) -> Tensor:
+    """Which coordinates ``(P,)`` fewer than ``share`` of the samples give a gradient.
+
+    Told from how many batches' gradients are exactly zero there, as behind a rectified unit that
+    is off, or a token that is not in the text: a sample that moves nothing leaves no trace in its
+    batch, and a batch of ``n`` is without trace ``(1 - share)^n`` of the time. At no product.
+
+    Args:
+        operator: of batches of any size.
+        share: in [0, 1).
+    """
+    moved = torch.zeros(operator.shape[0], dtype=torch.int32, device=operator.device)
+    for gradient in operator.batch_gradients():
+        moved += gradient != 0
+    expected = sum(1 - (1 - share) ** count for count in operator.samples)
+    return moved <= expected
+
+
 def mean_gradient(operator: BatchedOperator) -> Tensor:
     """Gradient ``(P,)`` of the mean loss over the operator's batches, in its coordinates.
 

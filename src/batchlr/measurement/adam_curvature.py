@@ -1,7 +1,7 @@
 """The curvature Adam sees, ``D^-1/2 H D^-1/2``, at any batch size."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -43,21 +43,6 @@ class AdamCurvature:
     def total(self) -> float:
         """``r1 + c1`` of the preconditioned matrix."""
         return self.parallel + self.orthogonal
-
-    def with_noise_up_to(self, ratio: float) -> "AdamCurvature":
-        """The same, `total` being at most ``ratio`` times the largest eigenvalue's square.
-
-        A direction in which one sample in ``n`` curves, and the others do not, has ``n`` times.
-        The matrices of `projected` stay as they are.
-        """
-        most = ratio * self.largest**2
-        if self.total <= most:
-            return self
-        share = most / self.total
-        parallel, orthogonal = (
-            Measured(share * part, share * part.stderr) for part in (self.parallel, self.orthogonal)
-        )
-        return replace(self, parallel=parallel, orthogonal=orthogonal)
 
     def stretch_at(self, batch_size: float) -> float:
         """``D(B)/D(batch_size)`` along the top eigenvector, its Rayleigh quotient."""

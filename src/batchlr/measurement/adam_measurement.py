@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchlr.gradients.gradient_noise import GradientMoments, gradient_moments
+from batchlr.gradients.gradient_noise import GradientMoments, gradient_moments, rarely_moved
 from batchlr.krylov.krylov_basis import KrylovBasis
 from batchlr.measurement.adam_curvature import AdamCurvature
 from batchlr.measurement.curvature_point import CurvaturePoint
@@ -25,6 +25,7 @@ from batchlr.measurement.spectral_edges import SpectralEdges
 from batchlr.operators import PreconditionedOperator
 
 _ADAM_EPS = 1e-8  # torch's default, for when there is no optimizer to ask
+_RARE = 0.05  # measured (docs/log.md): a share of the samples, 0.02 to 0.1 do as well
 _ROUNDING = 1e-6  # assumed: an eigenvalue this small beside the largest is none
 _LEADING = 3  # measured (docs/log.md): eigenvectors that a search starts from
 _APART = 4.0  # derived: D is tabulated at noises so far apart; 1.5 % off at most, below N/2
@@ -34,8 +35,12 @@ _APART = 4.0  # derived: D is tabulated at noises so far apart; 1.5 % off at mos
 class AdamMeasurement:
     """``D = sqrt(v) + eps`` of Adam or RMSprop at a point of training, and the matrix it makes.
 
-    ``v`` is the optimizer's own, or, without an optimizer, that of the batches' gradients. Where
-    all of these are zero, as behind weights that begin at zero, a parameter is left out.
+    ``v`` is the optimizer's own, or, without an optimizer, that of the batches' gradients.
+
+    A parameter that fewer than one sample in twenty moves is left out. There ``v`` is of those few
+    gradients, so that a step which is too long for them raises it at once and ends shorter; to hold
+    ``D`` for frozen would limit the rate by what no run is limited by. Nor is a parameter counted
+    that no sample moves, as behind weights that begin at zero.
     """
 
     def __init__(self, point: CurvaturePoint) -> None:
@@ -61,8 +66,11 @@ class AdamMeasurement:
                 "divides 0 by 0 there"
             )
             raise ValueError(msg)
-        # A parameter without gradients does not move; v = 0 does not say how it will.
-        scale = self._metric.rsqrt().masked_fill(self._second_moment == 0, 0)
+        still = self._second_moment == 0
+        rare = still | rarely_moved(point.operator, share=_RARE)
+        if bool(rare.all()):
+            rare = still
+        scale = self._metric.rsqrt().masked_fill(rare, 0)
         self.matrix = PreconditionedOperator(point.matrix, scale)
         self.gradient = scale * point.gradient
 

@@ -30,9 +30,6 @@ _FINENESS = 0.5  # measured (docs/log.md): tolerance of a search over the error 
 _COARSEST = 0.3  # assumed: no search is coarser
 _FIRST = 3  # measured (docs/log.md): the first search is that much coarser, its limit counts little
 _EDGE = 2  # measured against 1, 4 and 16: docs/log.md
-# Measured (docs/log.md): Adam's noise counts up to so many times the curvature's square a sample,
-# before the loss has settled and after. What few samples curve Adam tames: v grows with the step.
-_MOST_NOISE = 10, 60
 _MOST_MOMENTUM = 0.95  # assumed: above it the noise counts more than 39 times
 
 
@@ -45,8 +42,8 @@ class StabilityLimit:
         batch_size: trained with; None is that of the first batch measured on.
         dataset_size: what batches are drawn from without replacement.
         policy: ``"mean_square"`` is the limit in the mean square; ``"edge"`` that of a batch twice
-            as large, once the loss has settled, and with Adam as if no direction were but a few
-            samples'; ``"heavy_ball"`` the lesser of Polyak's rate and the limit at his momentum.
+            as large, once the loss has settled; ``"heavy_ball"`` the lesser of Polyak's rate and
+            the limit at his momentum.
         adjust_momentum: take the limit at `balanced_momentum`, not at the optimizer's own.
         norm_mode: of the measurements.
         tol: of the search, see `CurvatureController`.
@@ -139,7 +136,7 @@ class StabilityLimit:
             batch_size: trained with.
             momentum: another than the policy's.
             settled: the loss has come down, and does not leave a plateau any more, where curvature
-                rises; before, ``"edge"`` keeps to the batch's own limit.
+                rises; before, ``"edge"`` keeps to the limit in the mean square.
 
         Raises:
             ArithmeticError: nothing limits the rate.
@@ -149,12 +146,7 @@ class StabilityLimit:
         if largest <= 0:
             msg = f"largest must be positive and finite, got {largest}: nothing limits the rate"
             raise ArithmeticError(msg)
-        size = batch_size
-        if self._policy == "edge":
-            size *= _EDGE if settled else 1
-            if report.adam is not None:
-                tamed = report.adam.with_noise_up_to(_MOST_NOISE[settled])
-                report = replace(report, adam=tamed)
+        size = _EDGE * batch_size if settled and self._policy == "edge" else batch_size
         bound = report.max_lr(
             min(size, report.dataset_size),
             optimizer=kind,

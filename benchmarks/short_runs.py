@@ -1,13 +1,13 @@
-"""`lr: auto` on networks with weights that begin at zero, beside fixed rates, in short runs.
+"""`lr: auto` in a loop of one's own, in short runs, beside fixed rates.
 
-Behind such weights no gradient passes at first: what Adam divides by is zero there, and the first
-limits say little of those that follow a few steps later. Two networks on the digits: residual
-branches and a head that begin at zero, and low-rank adapters (Hu et al. 2021) of a trained network
-whose pixels were shuffled since. 120 steps under a cosine with warm-up; the loss over all images
-after them.
+Small networks on the digits: a rectified one of two hidden layers, one of two convolutions, one
+with layer norm; residual branches and a head that begin at zero, and low-rank adapters (Hu et al.
+2021) of a trained network whose pixels were shuffled since. Behind a unit that is off, a pixel that
+is dark or a weight that is zero no gradient passes, and what Adam divides by is next to nothing or
+nothing there. 120 steps under a cosine with warm-up; the loss over all images after them.
 
-    python benchmarks/begun_at_zero.py                   # a few minutes
-    python benchmarks/begun_at_zero.py --table
+    python benchmarks/short_runs.py                      # about ten minutes
+    python benchmarks/short_runs.py --table
 """
 
 import argparse
@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import batchlr
 
-RESULTS = Path(__file__).parent / "results" / "begun_at_zero.jsonl"
+RESULTS = Path(__file__).parent / "results" / "short_runs.jsonl"
 STEPS, MEASURED, SEEDS = 120, 64, range(1, 7)
 BATCHES = 16, 64
 RATES = {
@@ -81,6 +81,22 @@ class Adapted(nn.Module):
         return x
 
 
+NETWORKS = {
+    "rectified": lambda: nn.Sequential(
+        nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
+    ),
+    "convolutions": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10),
+    ),
+    "layer norm": lambda: nn.Sequential(
+        nn.Linear(64, WIDTH), nn.LayerNorm(WIDTH), nn.GELU(),
+        nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.GELU(), nn.Linear(WIDTH, 10),
+    ),
+    "residual": Residual,
+}  # fmt: skip
+
+
 def trained(pixels, labels):
     layers = [nn.Linear(64, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.GELU()]
     model = nn.Sequential(*layers, nn.Linear(WIDTH, 10))
@@ -97,8 +113,8 @@ def problem(network):
     """The network, its images and labels."""
     pixels, labels = (torch.tensor(array) for array in load_digits(return_X_y=True))
     pixels = pixels.float() / 16
-    if network == "residual":
-        return Residual(), pixels, labels
+    if network in NETWORKS:
+        return NETWORKS[network](), pixels, labels
     model = Adapted(trained(pixels, labels))
     shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     return model, pixels[:, shuffled], labels
@@ -196,7 +212,7 @@ def main():
     torch.set_num_threads(1)
     logging.getLogger("batchlr").setLevel(logging.ERROR)
     rows = load(options.out)
-    places = itertools.product(("residual", "adapters"), RATES, BATCHES)
+    places = itertools.product((*NETWORKS, "adapters"), RATES, BATCHES)
     for network, optimizer, batch in [] if options.table else places:
         for rate, seed in itertools.product(["auto", *RATES[optimizer]], SEEDS):
             cell = {"network": network, "optimizer": optimizer, "batch": batch}
