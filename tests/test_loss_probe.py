@@ -13,6 +13,7 @@ from torch.func import functional_call
 from batchlr import HessianOperator, supervised
 from batchlr.loss_probe import LossProbe, mean_vertex
 from cases import conv_net
+from two_processes import needs_fully_shard
 
 CROSS_ENTROPY = supervised(nn.CrossEntropyLoss())
 DOUBLE = torch.float64
@@ -285,6 +286,7 @@ def test_the_mean_vertex_is_that_of_the_mean_losses():
         mean_vertex([])
 
 
+@needs_fully_shard
 def test_sharded_and_wrapped_models_are_measured_as_ordinary_ones(alone):
     batch, held_out = points(0), points(1)
 
