@@ -215,7 +215,8 @@ def graph_bytes(
         _count(tensor, sizes)
     if computed_anew and not _TELLS:
         outputs = (output for node in _nodes(roots) for output in node._input_metadata)
-        return sum(sizes.values()) + sum(math.prod(o.shape) * o.dtype.itemsize for o in outputs)
+        held: int = sum(math.prod(o.shape) * o.dtype.itemsize for o in outputs)
+        return sum(sizes.values()) + held
     for node in _nodes(roots):
         for tensor in _saved(node):
             _count(tensor, sizes)

@@ -189,7 +189,7 @@ def processes(config: TrainConfig) -> Iterator[Processes]:
         yield Processes()
         return
     on_gpu = torch.cuda.is_available() and config.train.device in ("auto", "cuda")
-    if strategy == "fsdp" and not on_gpu and torch.__version__ < (2, 7):
+    if strategy == "fsdp" and not on_gpu and torch.__version__ < "2.7":
         msg = (
             f"dist.strategy is fsdp, which torch {torch.__version__} can do on GPUs only: take "
             "ddp, or torch 2.7 or newer"
