@@ -13,6 +13,7 @@ from torch.func import functional_call
 from batchlr import HessianOperator, supervised
 from batchlr.loss_probe import LossProbe, mean_vertex
 from cases import conv_net
+from two_processes import needs_fully_shard
 
 CROSS_ENTROPY = supervised(nn.CrossEntropyLoss())
 DOUBLE = torch.float64
@@ -207,6 +208,13 @@ def test_norms_take_each_batchs_statistics_or_the_running_ones():
     assert lines["train"][2] != pytest.approx(lines["eval"][2], rel=1e-3)
 
 
+ROUNDING = 1e-12  # float64; older torch adds up in an order that depends on where tensors lie
+
+
+def losses_of(found):
+    return *found.own.losses, *found.held_out.losses
+
+
 def test_dropout_draws_one_mask_for_all_losses_of_a_batch():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 1)).double()
@@ -228,9 +236,10 @@ def test_dropout_draws_one_mask_for_all_losses_of_a_batch():
     assert found.held_out.r_squared == pytest.approx(1.0, abs=1e-10)
     assert found.own.losses != found.held_out.losses  # the same batch under two masks
     torch.manual_seed(1)
-    assert measured()[0] == found
+    assert losses_of(measured()[0]) == pytest.approx(losses_of(found), rel=ROUNDING)
     torch.manual_seed(1)
-    assert measured(torch.Generator().manual_seed(5))[0] != found
+    other = measured(torch.Generator().manual_seed(5))[0]
+    assert losses_of(other) != pytest.approx(losses_of(found), rel=1e-3)
 
 
 def cubic(model, batch):
@@ -285,6 +294,7 @@ def test_the_mean_vertex_is_that_of_the_mean_losses():
         mean_vertex([])
 
 
+@needs_fully_shard
 def test_sharded_and_wrapped_models_are_measured_as_ordinary_ones(alone):
     batch, held_out = points(0), points(1)
 
@@ -295,9 +305,9 @@ def test_sharded_and_wrapped_models_are_measured_as_ordinary_ones(alone):
             LossProbe(CROSS_ENTROPY), model, optimizer, batch, held_out, CROSS_ENTROPY
         )
 
-    plain = probed(lambda model: model)
-    assert probed(fully_shard) == plain
-    assert probed(nn.parallel.DistributedDataParallel) == plain
+    plain = pytest.approx(losses_of(probed(lambda model: model)), rel=ROUNDING)
+    assert losses_of(probed(fully_shard)) == plain
+    assert losses_of(probed(nn.parallel.DistributedDataParallel)) == plain
 
 
 # --- the caller's mistakes -----------------------------------------------------------------------

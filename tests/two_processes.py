@@ -6,6 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+needs_fully_shard = pytest.mark.skipif(
+    torch.__version__ < (2, 7), reason="fully_shard of torch 2.6 needs GPUs"
+)
+
 
 def run_in_two(script: Path, folder: Path, *, timeout: float) -> None:
     """Run ``script FOLDER RANK`` in both; warnings are errors, and a failure shows its words."""

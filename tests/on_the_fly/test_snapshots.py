@@ -10,6 +10,7 @@ from torch.distributed.fsdp import fully_shard
 
 from batchlr.on_the_fly.snapshots import Snapshot
 from batchlr.sharded_tensors import gathered, gathered_state, is_sharded
+from two_processes import needs_fully_shard
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -160,6 +161,7 @@ def test_another_network_is_refused():
         snapshot.restore(model, optimizer)
 
 
+@needs_fully_shard
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_a_gathered_state_is_sharded_again_and_restored(alone, kind):
     model = fully_shard(network())

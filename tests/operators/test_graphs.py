@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from batchlr import GGNOperator, HessianOperator, supervised
-from batchlr.operators.graphs import default_budget, survey
+from batchlr.operators.graphs import ComputedAnew, default_budget, graph_bytes, holding_all
 from cases import CASES, seeded
 
 each_kind = pytest.mark.parametrize("kind", ["hessian", "ggn"])
@@ -20,20 +20,19 @@ def count_runs(model: nn.Module) -> list[None]:
     return runs
 
 
-class TestSurvey:
+class TestGraphBytes:
     def test_counts_what_is_saved_once(self):
         x = torch.randn(10, 20, requires_grad=True)  # 800 bytes
         y = x.exp()  # saved by exp and by the product
         z = (y * y).sum()
-        assert survey([z]).num_bytes == 800 + 4  # y, and z itself
-        assert not survey([z]).hooked
+        assert graph_bytes([z]) == 800 + 4  # y, and z itself
 
     def test_weights_are_there_anyway(self):
         w = torch.randn(30, 30, requires_grad=True)
         x = torch.randn(5, 30)
         z = (x @ w).sum()
-        assert survey([z]).num_bytes == 4 * 5 * 30 + 4  # x
-        assert survey([z], owned=[x, w]).num_bytes == 4
+        assert graph_bytes([z]) == 4 * 5 * 30 + 4  # x
+        assert graph_bytes([z], owned=[x, w]) == 4
 
     def test_sees_what_layers_of_python_save(self):
         class Twice(torch.autograd.Function):
@@ -47,9 +46,9 @@ class TestSurvey:
                 return 2 * cotangent
 
         z = Twice.apply(torch.ones(1, requires_grad=True))
-        assert survey([z]).num_bytes == 4 + 400
+        assert graph_bytes([z]) == 4 + 400
 
-    def test_sees_checkpoints_without_running_them(self):
+    def test_checkpoints_are_not_run(self):
         runs = []
 
         def block(x):
@@ -57,9 +56,11 @@ class TestSurvey:
             return x.exp().sin()
 
         z = checkpoint(block, torch.ones(50, requires_grad=True), use_reentrant=False).sum()
-        graph = survey([z])
-        assert graph.hooked
-        assert graph.num_bytes < 400
+        held = graph_bytes([z], computed_anew=True)
+        if torch.__version__ >= (2, 14):  # torch tells what is held
+            assert held < 400
+        else:  # as if all was, and the input
+            assert held == 4 + 4 + 3 * 200
         assert len(runs) == 1
 
     def test_a_twice_as_large_batch_has_twice_the_graph(self):
@@ -70,11 +71,43 @@ class TestSurvey:
             batch = (torch.randn(samples, 8), torch.zeros(samples, dtype=torch.int64))
             operator = HessianOperator(model, supervised(nn.CrossEntropyLoss()), [batch])
             operator.loss()
-            return survey(operator._graphs.get(0).roots, operator.parameters).num_bytes
+            return operator._graphs.bytes_of(operator._graphs.get(0))
 
         small, large, larger = (size(n) for n in (1000, 2000, 3000))
         assert larger - large == pytest.approx(large - small, rel=1e-3)
         assert large - small > 1000 * 4 * (64 + 64 + 8)  # tanh, its derivative and the inputs
+
+
+class TestHoldingAll:
+    def test_a_graph_that_holds_all_is_recorded(self):
+        x = torch.ones(3, requires_grad=True)
+        with holding_all():
+            z = x.exp().sum()
+        z.backward()
+        assert x.grad is not None
+
+    def test_checkpoints_are_told(self):
+        x = torch.ones(3, requires_grad=True)
+        with pytest.raises(ComputedAnew), holding_all():
+            checkpoint(torch.exp, x, use_reentrant=False)
+        checkpoint(torch.exp, x, use_reentrant=False)  # allowed again
+
+    def test_among_other_hooks_nothing_is_known_to_be_held(self):
+        save_on_cpu = torch.autograd.graph.save_on_cpu
+        with save_on_cpu(), pytest.raises(ComputedAnew), holding_all():
+            pass
+
+    def test_other_errors_pass(self):
+        with pytest.raises(RuntimeError, match="of another kind"), holding_all():
+            raise RuntimeError("of another kind")
+
+    def test_who_forbids_hooks_goes_on_doing_so(self):
+        forbidden = torch.autograd.graph.disable_saved_tensors_hooks("no hooks here")
+        with forbidden:
+            with holding_all():
+                pass
+            with pytest.raises(RuntimeError, match="no hooks here"):
+                torch.autograd.graph.save_on_cpu().__enter__()
 
 
 class TestBudget:
@@ -85,7 +118,7 @@ class TestBudget:
         expected = problem.operator(kind) @ v
         operator = problem.operator(kind)
         operator @ v
-        size = survey(operator._graphs.get(0).roots, operator._state).num_bytes
+        size = operator._graphs.bytes_of(operator._graphs.get(0))
         runs = count_runs(problem.model)
         limited = problem.operator(kind, memory_budget=size)
         with caplog.at_level(logging.INFO, logger="batchlr"):
@@ -106,9 +139,7 @@ class TestBudget:
         problem = CASES["mlp-tanh"]()
         operator = problem.operator("hessian")
         operator @ problem.vectors()
-        size = sum(
-            survey(operator._graphs.get(k).roots, operator._state).num_bytes for k in range(3)
-        )
+        size = sum(operator._graphs.bytes_of(operator._graphs.get(k)) for k in range(3))
         limited = problem.operator("hessian", memory_budget=size - 1)  # less than all of them
         for _ in range(3):
             with torch.no_grad():
@@ -136,7 +167,7 @@ class TestExpectedProducts:
         for expected in (1, 10):
             operator = problem.operator("ggn", expected_products=expected, keep_graph=True)
             operator @ v
-            sizes.append(survey(operator._graphs.get(0).roots, operator._state).num_bytes)
+            sizes.append(operator._graphs.bytes_of(operator._graphs.get(0)))
         assert sizes[0] < 0.8 * sizes[1]
 
 
@@ -189,9 +220,13 @@ class TestOffload:
     def test_changes_no_product(self, case, kind):
         problem = CASES[case]()
         v = problem.vectors()
+        # Before torch 2.14 the layers are torch's own, whose sums are taken in another order.
+        rounding = 0.0 if torch.__version__ >= (2, 14) else 1e-10
         operator = problem.operator(kind, offload=True)
-        assert torch.equal(operator @ v, problem.operator(kind) @ v)
-        assert torch.equal(operator @ v, problem.operator(kind) @ v)
+        for _ in range(2):
+            torch.testing.assert_close(
+                operator @ v, problem.operator(kind) @ v, rtol=rounding, atol=rounding
+            )
 
 
 class Checkpointed(nn.Module):

@@ -13,7 +13,9 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import batchlr
-from two_processes import run_in_two
+from two_processes import needs_fully_shard, run_in_two
+
+pytestmark = needs_fully_shard
 
 LOSS = batchlr.supervised(nn.CrossEntropyLoss())
 SCRIPT = Path(__file__).parents[1] / "fully_sharded.py"

@@ -13,6 +13,7 @@ from runs import metrics, run, state, strict_json, summary, tiny
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.torch_version import TorchVersion
 from typer.testing import CliRunner
 
 from batchlr.cli import app
@@ -126,6 +127,17 @@ def test_single_among_several_processes_is_refused(tmp_path, monkeypatch):
     config = tiny(tmp_path, "dist.strategy=single")
     with (
         pytest.raises(ValueError, match="single, but torchrun started 2 processes: use auto"),
+        processes(config),
+    ):
+        pass
+
+
+def test_weights_are_not_split_over_cpus_by_torch_2_6(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.6.0"))
+    config = tiny(tmp_path, "dist.strategy=fsdp", "train.device=cpu")
+    with (
+        pytest.raises(ValueError, match=r"fsdp, which torch 2\.6\.0 can do on GPUs only: take ddp"),
         processes(config),
     ):
         pass

@@ -18,7 +18,9 @@ from runs import (
 )
 
 from batchlr.training import loop
-from two_processes import run_in_two
+from two_processes import needs_fully_shard, run_in_two
+
+pytestmark = needs_fully_shard
 
 pytestmark = pytest.mark.slow
 

@@ -79,7 +79,8 @@ class _BatchNorm(torch.autograd.Function):
                 input, scale, shift, None, None, True, 0.0, eps
             )
         else:
-            mean, inverse_std = running_mean, (running_var + eps).rsqrt()
+            # A copy: to older torch a forward pass on dual numbers is a change of what it reads.
+            mean, inverse_std = running_mean.clone(), (running_var + eps).rsqrt()
             output, _, _ = torch.native_batch_norm(
                 input, scale, shift, running_mean, running_var, False, 0.0, eps
             )

@@ -2,7 +2,8 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from typing import Any, TypedDict, final
 
 import torch
@@ -12,7 +13,15 @@ from batchlr.argument_ranges import require_count
 from batchlr.operators.base import BatchedOperator
 from batchlr.operators.batch_parts import BatchParts
 from batchlr.operators.batches import check_batches
-from batchlr.operators.graphs import GraphStore, KeepGraph, Recording, offloaded, survey
+from batchlr.operators.graphs import (
+    ComputedAnew,
+    GraphStore,
+    KeepGraph,
+    Recording,
+    computes_anew,
+    holding_all,
+    offloaded,
+)
 from batchlr.operators.isolation import (
     Isolation,
     check_norm_mode,
@@ -89,7 +98,9 @@ class CurvatureMatrix(BatchedOperator):
             nothing is kept; few choose the cheaper way to a Gauss-Newton product.
         micro_batch: run at most that many samples at a time, for memory. For losses that are means
             over samples (or that say their weight), and not for norms in train mode.
-        offload: hold graphs in main memory, where each product reads them back.
+        offload: hold graphs in main memory, where each product reads them back. Before torch 2.14
+            with torch's own derivatives of all layers, as where layers are checkpointed: slower,
+            and without weight norms and bags of embeddings.
         self_check: compare ``u'Av`` and ``v'Au`` of the first two vectors, and a batch's loss with
             that of the last time it was recorded. It takes no product.
 
@@ -135,7 +146,7 @@ class CurvatureMatrix(BatchedOperator):
         self._state = [*model.parameters(), *model.buffers()]
         self._recorded_at: object = None
         self._offload = offload
-        self._checkpoints: bool | None = None  # whether layers are computed anew; not known yet
+        self._checkpoints = False  # whether layers were found to be computed anew
         keep = True if offload and keep_graph == "auto" else keep_graph
         self._graphs = GraphStore(keep, memory_budget, expected_products, self._state)
         narrowest = min((p.dtype for p in self._parameters), key=lambda d: torch.finfo(d).bits)
@@ -227,7 +238,7 @@ class CurvatureMatrix(BatchedOperator):
         self._refresh()
         number = self._parts.largest()
         with torch.inference_mode(False), self._surroundings(number):
-            return survey(self._record(number, 1).roots, self._state).num_bytes
+            return self._graphs.bytes_of(self._record(number, 1))
 
     @final
     def verify(self, generator: torch.Generator | None = None) -> None:
@@ -259,8 +270,10 @@ class CurvatureMatrix(BatchedOperator):
     @final
     def _evaluate(self, function: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:
         """``function(model, batch)``, checked to be a tensor."""
+        known = self._checkpoints
         try:
-            result = function(self._model, batch)
+            with nullcontext() if known or self._offload else holding_all():
+                result = function(self._model, batch)
         except (TypeError, AttributeError) as error:
             if not isinstance(self._loss_fn, SupervisedLoss):
                 error.add_note(_CALLED)
@@ -268,10 +281,8 @@ class CurvatureMatrix(BatchedOperator):
         if not isinstance(result, Tensor):
             msg = f"the loss function must return a tensor, got {type(result).__name__}"
             raise TypeError(msg)
-        if self._checkpoints is None:
-            self._checkpoints = survey([result]).hooked
-            if self._checkpoints:
-                raise _ComputedAnew
+        if self._offload and not known and computes_anew([result]):
+            raise ComputedAnew
         return result
 
     @final
@@ -338,10 +349,12 @@ class CurvatureMatrix(BatchedOperator):
         before = self._versions()
         try:
             recording = self._differentiated(number, columns)
-        except _ComputedAnew:
+        except ComputedAnew:
             self._checkpoints = True
             with self._isolation(self._seed + number):
                 recording = self._differentiated(number, columns)
+        if self._checkpoints:
+            recording = replace(recording, runs_model=True, computed_anew=True)
         if self._versions() != before:
             msg = (
                 "running the model changes its weights in place (an embedding with max_norm?), so "
@@ -352,10 +365,6 @@ class CurvatureMatrix(BatchedOperator):
             self._check.see_loss(number, recording.loss)
         self._graphs.offer(number, recording)
         return recording
-
-
-class _ComputedAnew(Exception):
-    """Layers are checkpointed."""
 
 
 def check_micro_batch(model: nn.Module, norm_mode: NormMode | None, micro_batch: int) -> None:

@@ -1,10 +1,11 @@
 """Recorded graphs: how large they are, and how many are kept between products."""
 
 import logging
+import math
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, final
@@ -37,6 +38,7 @@ class Recording:
     """Tangents of the parameters numbered, to the curvature matrix's image in the same ones."""
     roots: tuple[Tensor, ...]  # all of its graph hangs on these
     runs_model: bool = False  # whether a product runs the model: it must be isolated then
+    computed_anew: bool = False  # whether layers hold recipes in place of tensors: `holding_all`
 
 
 @final
@@ -87,9 +89,8 @@ class GraphStore:
         """Keep ``recording`` if there is room."""
         if self._full:
             return
-        graph = survey(recording.roots, self._owned)
         if self._keep == "auto":
-            size = graph.num_bytes
+            size = self.bytes_of(recording)
             if self._budget is None:
                 self._budget = default_budget(recording.loss.device)
             self._used += size
@@ -107,7 +108,11 @@ class GraphStore:
                     )  # fmt: skip
                 self._told = True
                 return
-        self._kept[number] = replace(recording, runs_model=recording.runs_model or graph.hooked)
+        self._kept[number] = recording
+
+    def bytes_of(self, recording: Recording) -> int:
+        """What keeping ``recording`` takes, `graph_bytes`."""
+        return graph_bytes(recording.roots, self._owned, computed_anew=recording.computed_anew)
 
     def clear(self) -> None:
         """Forget all recordings; there is room again."""
@@ -163,31 +168,59 @@ def _free_main_memory() -> int:
 
 
 _ONCE = once_differentiable(lambda *_: None).__code__  # of any function so wrapped
-_UNKNOWN = object()  # torch before 2.7 does not tell hooks: anything may be one, and sizes are 0
+_TELLS = hasattr(torch._C._autograd.SavedTensor, "unpack_hook")  # torch from 2.14 on
+_HOOKED = "layers that compute anew what they have saved are measured otherwise (batchlr)"
 
 
-@dataclass(frozen=True)
-class Graph:
-    """What a recorded graph holds."""
-
-    num_bytes: int  # of its tensors, each storage once; those of weights do not count
-    hooked: bool  # some are not held but computed when needed, as by checkpointing
+class ComputedAnew(Exception):
+    """A layer holds recipes in place of what its backward pass needs, as checkpointing does."""
 
 
-def survey(roots: Sequence[Tensor], owned: Iterable[Tensor] = ()) -> Graph:
-    """The graph behind ``roots``; storages of ``owned`` are there anyway and do not count."""
+@contextmanager
+def holding_all() -> Iterator[None]:
+    """Raises `ComputedAnew` where a graph recorded inside would not hold what it has saved."""
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(_HOOKED):
+            yield
+    except RuntimeError as error:
+        if _HOOKED in str(error):
+            raise ComputedAnew from error
+        raise
+
+
+def computes_anew(roots: Sequence[Tensor]) -> bool:
+    """Whether a layer does so in the graph behind ``roots``, recorded `offloaded`.
+
+    Before torch 2.14 nothing tells, and the answer is yes.
+    """
+    if not _TELLS:
+        return True
+    hooks = (saved.unpack_hook for node in _nodes(roots) for saved in _holders(node))
+    return any(h is not None and getattr(h, "__module__", None) != __name__ for h in hooks)
+
+
+def graph_bytes(
+    roots: Sequence[Tensor], owned: Iterable[Tensor] = (), *, computed_anew: bool = False
+) -> int:
+    """Bytes that the graph behind ``roots`` holds, each storage once.
+
+    Args:
+        roots: what the graph hangs on; they count.
+        owned: their storages are there anyway and do not count.
+        computed_anew: whether layers compute anew what they have saved. Before torch 2.14 they
+            count as if they held it.
+    """
     sizes = {t.untyped_storage().data_ptr(): 0 for t in owned}
-    hooked = False
     for tensor in roots:
         _count(tensor, sizes)
+    if computed_anew and not _TELLS:
+        outputs = (output for node in _nodes(roots) for output in node._input_metadata)
+        held: int = sum(math.prod(o.shape) * o.dtype.itemsize for o in outputs)
+        return sum(sizes.values()) + held
     for node in _nodes(roots):
-        for saved in _saved(node):
-            hook = getattr(saved, "unpack_hook", _UNKNOWN)
-            if hook is not None:
-                hooked = hooked or getattr(hook, "__module__", None) != __name__
-            elif saved.data is not None:
-                _count(saved.data, sizes)
-    return Graph(sum(sizes.values()), hooked)
+        for tensor in _saved(node):
+            _count(tensor, sizes)
+    return sum(sizes.values())
 
 
 def check_differentiable(roots: Sequence[Tensor]) -> None:
@@ -222,16 +255,30 @@ def _count(tensor: Tensor, sizes: dict[int, int]) -> None:
     sizes.setdefault(storage.data_ptr(), storage.nbytes())
 
 
-def _saved(node: Any) -> Iterable[Any]:
+def _saved(node: Any) -> Iterator[Tensor]:
+    """What ``node`` holds; before torch 2.14 asked for, so that nothing may be computed anew."""
+    if _TELLS:
+        found = [saved.data for saved in _holders(node) if saved.unpack_hook is None]
+    else:
+        found = [tensor for name in _names(node.__class__)[1] for tensor in _each(node, name)]
+    return (tensor for tensor in found if tensor is not None)
+
+
+def _holders(node: Any) -> Iterator[Any]:
     """Torch's holders of what ``node`` has saved."""
-    for name in _saved_names(node.__class__):
-        entry = getattr(node, name)
-        if isinstance(entry, (tuple, list)):
-            yield from entry
-        elif entry is not None:
-            yield entry
+    holders = (saved for name in _names(node.__class__)[0] for saved in _each(node, name))
+    return (saved for saved in holders if saved is not None)
+
+
+def _each(node: Any, name: str) -> Sequence[Any]:
+    entry = getattr(node, name)
+    return entry if isinstance(entry, (tuple, list)) else (entry,)
 
 
 @cache
-def _saved_names(kind: Hashable) -> tuple[str, ...]:
-    return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
+def _names(kind: Hashable) -> tuple[list[str], list[str]]:
+    """Attributes that are holders of what was saved, and those that are the tensors themselves."""
+    names = dir(kind)
+    holders = [name for name in names if name.startswith("_raw_saved_")]
+    tensors = [name.removeprefix("_raw") for name in holders]
+    return holders, [name if name in names else name.removeprefix("_") for name in tensors]

@@ -172,7 +172,7 @@ def processes(config: TrainConfig) -> Iterator[Processes]:
 
     Raises:
         ValueError: the configuration asks for ``ddp`` or ``fsdp`` outside torchrun, or for
-            ``single`` under it with several processes.
+            ``single`` under it with several processes; or ``fsdp`` on CPUs, before torch 2.7.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     strategy = config.dist.strategy
@@ -189,6 +189,12 @@ def processes(config: TrainConfig) -> Iterator[Processes]:
         yield Processes()
         return
     on_gpu = torch.cuda.is_available() and config.train.device in ("auto", "cuda")
+    if strategy == "fsdp" and not on_gpu and torch.__version__ < "2.7":
+        msg = (
+            f"dist.strategy is fsdp, which torch {torch.__version__} can do on GPUs only: take "
+            "ddp, or torch 2.7 or newer"
+        )
+        raise ValueError(msg)
     dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
