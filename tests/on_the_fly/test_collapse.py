@@ -129,11 +129,24 @@ def test_the_scatter_of_a_jump_is_no_noise():
 
 def test_a_level_that_has_risen_is_noisy_again_from_the_next_look_on():
     detector = CollapseDetector()
-    show(detector, [2.30, 2.31] * 3 + [2.10, 1.93])
+    show(detector, [2.30, 2.31] * 3 + [1.60, 1.55])
     freedom = detector.freedom
-    looks = [detector.observe(torch.tensor(loss), gradients(1.0)) for loss in [2.2, 2.21] * 2]
+    looks = [detector.observe(torch.tensor(loss), gradients(1.0)) for loss in [1.9, 1.91] * 2]
     assert [look.sound for look in looks if look is not None] == [False, True]
     assert detector.freedom == freedom + 1
+
+
+def test_where_nothing_learnt_is_left_a_look_is_not_sound():
+    """Be it by noise, and long before the loss is back at the first one for good."""
+    detector = CollapseDetector()
+    show(detector, [2.30, 2.31] * 3 + [1.60, 1.55])
+    levels = [2.1, 2.1, 2.0]  # by a tenth down is 2.07
+    looks = [
+        detector.observe(torch.tensor(level), gradients(1.0)) for level in levels for _ in range(2)
+    ]
+    seen = [look for look in looks if look is not None]
+    assert [look.sound for look in seen] == [False, False, True]
+    assert not any(look.lost for look in seen)
 
 
 @pytest.mark.parametrize(("loss", "settled"), [(2.3, False), (2.1, False), (2.0, True)])

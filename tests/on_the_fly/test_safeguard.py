@@ -85,6 +85,19 @@ def test_a_network_that_has_forgotten_goes_back_to_before_it_forgot():
     assert run.steps(*[1.3] * 4, *[2.3] * 9) == ["undone"]
 
 
+def test_nor_is_what_it_forgot_in_a_noisy_jump_kept():
+    """Two convolutions with SGD, whose losses scatter too much for a jump to be told from noise."""
+    descent = [2.3, 2.3, 2.3, 2.3, 2.3, 2.2, 2.2, 2.1, 2.1, 1.7, 1.4, 1.0, 0.8, 1.0, 1.9, 1.2, 1.0]
+    scatter = [0.4, 0.7, 3.6, 1.0, 1.4, 0.6, 0.7]
+    jump = [2.0, 3.4, 2.8, 2.6, 6.4, 1.9, 2.3, 2.3, 2.3, 3.5]
+    dead = [2.4, 2.5, 2.4, 2.4, 2.3, 2.5] + [2.3] * 40
+    run = Run()
+    assert run.steps(*descent, *scatter) == []
+    assert run.steps(*jump) == []
+    assert any(run.step(loss) == "undone" for loss in dead)  # and no step behind that
+    assert run.weight < len(descent) + len(scatter)
+
+
 class Leap(Run):
     """Whose steps multiply the first of two layers, too."""
 

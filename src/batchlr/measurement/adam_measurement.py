@@ -25,7 +25,7 @@ from batchlr.measurement.spectral_edges import SpectralEdges
 from batchlr.operators import PreconditionedOperator
 
 _ADAM_EPS = 1e-8  # torch's default, for when there is no optimizer to ask
-_RARE = 0.05  # measured (docs/log.md): a share of the samples, 0.02 to 0.1 do as well
+_RARE = 0.05  # measured (docs/log.md): a share of the samples; 0.02 does as well
 _ROUNDING = 1e-6  # assumed: an eigenvalue this small beside the largest is none
 _LEADING = 3  # measured (docs/log.md): eigenvectors that a search starts from
 _APART = 4.0  # derived: D is tabulated at noises so far apart; 1.5 % off at most, below N/2

@@ -35,7 +35,7 @@ class Look:
     loss: float  # their mean
     norm: float  # of the last one's gradient
     lost: bool
-    sound: bool  # not back at the first loss after something was learnt, nor risen since the last
+    sound: bool  # what was learnt is still there, and the loss has not risen since the last look
     settled: bool  # what was learnt will last
 
 
@@ -134,7 +134,7 @@ class CollapseDetector:
             if not risen:
                 self.squares, self.freedom = self.squares + squares, self.freedom + count - 1
             self.before = [loss, count]
-        sound = self.sunk == 0 and not risen
+        sound = self.sunk == 0 and not risen and not self._forgotten(loss)
         return Look(loss, norm, lost or leapt, sound=sound, settled=self._settled(loss))
 
     def _silent(self, rows: list[list[float]]) -> bool:
@@ -194,6 +194,12 @@ class CollapseDetector:
             return False
         own = _SIGMAS * math.sqrt(squares / (count - 1) / count) if count > 1 else self._noise
         return loss > self.first - _BACK * abs(self.first) + own
+
+    def _forgotten(self, loss: float) -> bool:
+        """Whether what counted for learnt is gone, be it for good or by noise."""
+        if self.first is None or not self.learnt:
+            return False
+        return loss > self.first - _LEARNT * abs(self.first)
 
     def _exploded(self, loss: float) -> bool:
         return not abs(loss) <= _EXPLODED * self._unit + self._noise
