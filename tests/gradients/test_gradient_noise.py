@@ -171,6 +171,24 @@ def test_of_unlike_batches_the_larger_are_the_more_likely_to_have_a_gradient():
     assert rarely_moved(operator, share=0.05).tolist() == [True, True]  # 0.10 + 0.10 + 0.95
 
 
+def test_what_every_batch_moves_is_not_rare_however_large_they_are():
+    x, y = torch.ones(2048, 2), torch.ones(2048, 1)
+    x[1:, 0] = 0.0
+    batches = list(zip(x.split(512), y.split(512), strict=True))
+    operator = HessianOperator(nn.Linear(2, 1, bias=False), supervised(nn.MSELoss()), batches)
+    assert rarely_moved(operator, share=0.05).tolist() == [True, False]
+
+
+def test_batches_whose_targets_are_all_ignored_tell_nothing_of_rarity():
+    torch.manual_seed(0)
+    x, y = torch.ones(32, 1), torch.full((32,), -100)
+    y[:8] = 1  # two of eight batches count
+    batches = list(zip(x.split(4), y.split(4), strict=True))
+    operator = HessianOperator(nn.Linear(1, 2), supervised(nn.CrossEntropyLoss()), batches)
+    assert not any(operator.weights[2:])
+    assert not rarely_moved(operator, share=0.05).any()
+
+
 def test_the_mean_gradient_is_that_of_the_operator_s_coordinates():
     torch.manual_seed(0)
     model, loss_fn = nn.Linear(3, 2), supervised(nn.MSELoss())

@@ -105,9 +105,10 @@ def test_parameters_that_few_samples_move_are_left_out():
     torch.testing.assert_close(values[-3:], expected[-3:])
 
 
-def test_where_every_parameter_is_moved_by_few_all_count():
+@pytest.mark.parametrize("bias", [False, True])
+def test_where_nearly_every_parameter_is_moved_by_few_all_count(bias):
     x, y = torch.eye(40, dtype=torch.float64), torch.arange(40) % 2
-    model = nn.Linear(40, 2, bias=False).double()
+    model = nn.Linear(40, 2, bias=bias).double()
     batches = list(zip(x.split(4), y.split(4), strict=True))
     point = CurvaturePoint.at(model, supervised(nn.CrossEntropyLoss()), batches)
     assert AdamMeasurement(point).matrix.scale.gt(0).all()

@@ -74,21 +74,27 @@ def gradient_moments(
 
 
 def rarely_moved(operator: CurvatureMatrix, *, share: float) -> Tensor:
-    """Which coordinates ``(P,)`` fewer than ``share`` of the samples give a gradient.
+    """Which coordinates ``(P,)`` seem to get a gradient from fewer than ``share`` of the samples.
 
     Told from how many batches' gradients are exactly zero there, as behind a rectified unit that
     is off, or a token that is not in the text: a sample that moves nothing leaves no trace in its
-    batch, and a batch of ``n`` is without trace ``(1 - share)^n`` of the time. At no product.
+    batch, and a batch of ``n`` is without trace ``(1 - share)^n`` of the time. What every batch
+    moves is not rare. At no product; one gradient each if not recorded.
 
     Args:
-        operator: of batches of any size.
+        operator: of batches of any size; those of weight zero tell nothing.
         share: in [0, 1).
     """
     moved = torch.zeros(operator.shape[0], dtype=torch.int32, device=operator.device)
-    for gradient in operator.batch_gradients():
+    expected, batches = 0.0, 0
+    parts = zip(operator.weights, operator.samples, operator.batch_gradients(), strict=True)
+    for weight, count, gradient in parts:
+        if weight == 0:
+            continue
         moved += gradient != 0
-    expected = sum(1 - (1 - share) ** count for count in operator.samples)
-    return moved <= expected
+        expected += 1 - (1 - share) ** count
+        batches += 1
+    return moved <= min(int(expected), batches - 1)
 
 
 def mean_gradient(operator: BatchedOperator) -> Tensor:

@@ -25,7 +25,8 @@ from batchlr.measurement.spectral_edges import SpectralEdges
 from batchlr.operators import PreconditionedOperator
 
 _ADAM_EPS = 1e-8  # torch's default, for when there is no optimizer to ask
-_RARE = 0.05  # measured (docs/log.md): a share of the samples; 0.02 does as well
+_RARE = 0.05  # measured (benchmarks/short_runs.py): of the samples; 0.02 does as well
+_OFTEN = 0.1  # assumed: with a smaller share of parameters moved more often, all count
 _ROUNDING = 1e-6  # assumed: an eigenvalue this small beside the largest is none
 _LEADING = 3  # measured (docs/log.md): eigenvectors that a search starts from
 _APART = 4.0  # derived: D is tabulated at noises so far apart; 1.5 % off at most, below N/2
@@ -37,10 +38,11 @@ class AdamMeasurement:
 
     ``v`` is the optimizer's own, or, without an optimizer, that of the batches' gradients.
 
-    A parameter that fewer than one sample in twenty moves is left out. There ``v`` is of those few
-    gradients, so that a step which is too long for them raises it at once and ends shorter; to hold
-    ``D`` for frozen would limit the rate by what no run is limited by. Nor is a parameter counted
-    that no sample moves, as behind weights that begin at zero.
+    A parameter that fewer than one sample in twenty seems to move (`rarely_moved`) is left out.
+    There ``v`` is of those few gradients, so that a step which is too long for them raises it at
+    once and ends shorter; to hold ``D`` for frozen would limit the rate by what no run is limited
+    by. Where nearly all parameters are such, as of one-hot inputs, they count. One whose ``v`` is
+    zero, as behind weights that begin at zero, never does.
     """
 
     def __init__(self, point: CurvaturePoint) -> None:
@@ -68,9 +70,8 @@ class AdamMeasurement:
             raise ValueError(msg)
         still = self._second_moment == 0
         rare = still | rarely_moved(point.operator, share=_RARE)
-        if bool(rare.all()):
-            rare = still
-        scale = self._metric.rsqrt().masked_fill(rare, 0)
+        few = bool((~rare).sum() < _OFTEN * (~still).sum())
+        scale = self._metric.rsqrt().masked_fill(still if few else rare, 0)
         self.matrix = PreconditionedOperator(point.matrix, scale)
         self.gradient = scale * point.gradient
 

@@ -36,10 +36,11 @@ class Safeguard:
 
     What a jump is says `SpikeGuard`, what destroyed is `CollapseDetector`. A network that is lost
     becomes what it was at a look that at least one more quiet look has followed (the start, where
-    the loss settled in the first look that had learnt anything). Until the loss has
-    come down by 30 %, or for as long again as its first tenth took, it becomes what it was at the
-    start. Weights, buffers and the optimizer's state go back; data, schedule and random states go
-    on. The rate is cut to a quarter, which `SpikeGuard` gives back while it is quiet.
+    the loss settled in the first look that had learnt anything). Looks at a loss that is not a
+    tenth below the first do not count, so that a run which stays there goes back far. Until the
+    loss has come down by 30 %, or for as long again as its first tenth took, it becomes what it was
+    at the start. Weights, buffers and the optimizer's state go back; data, schedule and random
+    states go on. The rate is cut to a quarter, which `SpikeGuard` gives back while it is quiet.
 
     On a plateau curvature says nothing about the rate that its end will bear, so a network back at
     its start does not get its rate back: each attempt has a ceiling on the peak of a quarter of the

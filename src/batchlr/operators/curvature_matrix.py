@@ -270,9 +270,9 @@ class CurvatureMatrix(BatchedOperator):
     @final
     def _evaluate(self, function: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:
         """``function(model, batch)``, checked to be a tensor."""
-        known = self._checkpoints
+        watched = not (self._checkpoints or self._offload)  # with offloading hooks of our own
         try:
-            with nullcontext() if known or self._offload else holding_all():
+            with holding_all() if watched else nullcontext():
                 result = function(self._model, batch)
         except (TypeError, AttributeError) as error:
             if not isinstance(self._loss_fn, SupervisedLoss):
@@ -281,7 +281,7 @@ class CurvatureMatrix(BatchedOperator):
         if not isinstance(result, Tensor):
             msg = f"the loss function must return a tensor, got {type(result).__name__}"
             raise TypeError(msg)
-        if self._offload and not known and computes_anew([result]):
+        if self._offload and not self._checkpoints and computes_anew([result]):
             raise ComputedAnew
         return result
 

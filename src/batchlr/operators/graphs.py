@@ -214,7 +214,8 @@ def graph_bytes(
     for tensor in roots:
         _count(tensor, sizes)
     if computed_anew and not _TELLS:
-        outputs = (output for node in _nodes(roots) for output in node._input_metadata)
+        nodes = (node for node in _nodes(roots) if not hasattr(node, "variable"))  # weights
+        outputs = (output for node in nodes for output in node._input_metadata)
         held: int = sum(math.prod(o.shape) * o.dtype.itemsize for o in outputs)
         return sum(sizes.values()) + held
     for node in _nodes(roots):
