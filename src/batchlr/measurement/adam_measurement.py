@@ -62,13 +62,13 @@ class AdamMeasurement:
             self._second_moment = fraction * (age * averaged + count * self._here) / (age + count)
             self._known = age / (age + count)
         self._metric = self._second_moment.sqrt() + self._eps
-        if self._eps == 0 and bool((self._second_moment == 0).any()):
+        still = self._second_moment == 0
+        if self._eps == 0 and bool(still.any()):
             msg = (
                 "eps must be positive where parameters had no gradient yet, got 0: the optimizer "
                 "divides 0 by 0 there"
             )
             raise ValueError(msg)
-        still = self._second_moment == 0
         rare = still | rarely_moved(point.operator, share=_RARE)
         few = bool((~rare).sum() < _OFTEN * (~still).sum())
         scale = self._metric.rsqrt().masked_fill(still if few else rare, 0)
