@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR
 
 from batchlr.controller import CurvatureController
 from batchlr.curvature import track_curvature
@@ -136,6 +136,26 @@ def test_until_the_loss_has_settled_the_edge_is_the_mean_square_limit():
         MSE(model, batches[0]).backward()
         controller.observe(torch.tensor(loss))
     assert sizes == [1, 1, 1, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("rollback", [True, False])
+@pytest.mark.parametrize(
+    ("jump", "allowance"), [([9.0] * 10, 1), ([1.0] * 10, 2)], ids=["jump", "quiet"]
+)
+def test_an_edge_that_was_not_borne_is_the_mean_square_limit_from_then_on(
+    jump, allowance, rollback
+):
+    model, optimizer, scheduler, batches = linear_problem()
+    controller = controller_of(scheduler, MSE, dataset_size=128, policy="edge", rollback=rollback)
+    controller.maybe_update(model, batches)
+    optimizer.zero_grad()
+    MSE(model, batches[0]).backward()
+    for loss in [2.0] * 10 + [1.0] * 40 + jump + [1.0] * 40:
+        controller.observe(torch.tensor(loss))
+    controller.every_steps = 1
+    update = controller.maybe_update(model, batches)
+    want = update.report.max_lr(allowance * BATCH, rule="top-direction").value
+    assert update.bound.value == pytest.approx(want, rel=1e-12)
 
 
 def test_the_edge_of_large_batches_is_that_of_the_full_batch():
@@ -301,6 +321,67 @@ def test_adam_s_peak_rises_as_far_as_two_limits_in_a_row_show(kind, at_once):
     first, once, again = peaks
     assert once == pytest.approx(at_once * first, rel=0.02)  # the filter keeps a little
     assert again == pytest.approx(2 * first, rel=0.02)
+
+
+def shaped_run(shares, limits, **options):
+    """Peaks, and rates applied, where the shape and the limit are as told at every step."""
+    model = Stretched()
+    scheduler = BatchAwareLR(
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        7.0,
+        lambda optimizer: LambdaLR(optimizer, lambda step: shares[min(step, len(shares) - 1)]),
+    )
+    controller = controller_of(scheduler, stretched_loss, every_steps=1, growth=100.0, **options)
+    batches = [torch.ones(3, 2, dtype=torch.float64) for _ in range(4)]
+    found = []
+    for limit in limits:
+        model.factor = (2 / limit) ** 0.5
+        with torch.no_grad():
+            model.w.mul_(1.0)
+        peak = controller.maybe_update(model, batches).peak
+        found.append((peak, scheduler.get_last_lr()[0]))
+        scheduler.optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_curvature_that_follows_a_falling_rate_does_not_lower_the_peak():
+    shares = [1.0, 1.0, 0.5, 0.2, 0.1]
+    limits = [1.0, 1.0, 0.5, 0.2, 0.1]
+    peaks = [peak for peak, _ in shaped_run(shares, limits)]
+    assert peaks == pytest.approx([1.0] * 5, rel=0.05)  # the filter lags a little
+    plain = [peak for peak, _ in shaped_run([1.0] * 5, limits)]
+    assert plain[-1] == pytest.approx(0.1, rel=0.05)
+
+
+def test_curvature_that_rises_beyond_a_falling_rate_lowers_it():
+    *_, (peak, rate) = shaped_run([1.0, 1.0, 0.5, 0.5], [1.0, 1.0, 0.1, 0.1])
+    assert rate == pytest.approx(0.1, rel=0.05)
+    assert peak == pytest.approx(0.2, rel=0.05)
+
+
+def test_a_rate_that_rises_again_begins_at_the_limit_last_measured():
+    """Known at the rise at once, measured or not."""
+    model = Stretched()
+    shares = [1.0, 1.0, 0.2, 0.2, 1.0]
+    scheduler = BatchAwareLR(
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        7.0,
+        lambda optimizer: LambdaLR(optimizer, lambda step: shares[step]),
+    )
+    controller = controller_of(scheduler, stretched_loss, every_steps=1)
+    batches = [torch.ones(3, 2, dtype=torch.float64) for _ in range(4)]
+    for limit in [1.0, 1.0, 0.2, 0.2]:
+        model.factor = (2 / limit) ** 0.5
+        with torch.no_grad():
+            model.w.mul_(1.0)
+        held = controller.maybe_update(model, batches).peak
+        scheduler.optimizer.step()
+        scheduler.step()
+    assert held == pytest.approx(1.0, rel=0.05)
+    controller.every_steps = 100
+    assert controller.maybe_update(model, batches) is None
+    assert scheduler.peak == pytest.approx(0.2, rel=0.05)
 
 
 def test_the_first_limit_is_not_held_back_by_the_scheduler_s_peak():
@@ -1004,9 +1085,15 @@ def test_a_controller_that_does_not_steer_keeps_no_snapshots(options):
     assert problem[0].weight.isnan().all()
 
 
-def test_behind_a_plateau_the_rate_starts_anew_at_half_the_limit():
+def left_plateau(factor):
+    """Peak and limit behind a plateau whose curvature is ``factor`` times as large."""
     model, _, scheduler, batches = linear_problem()
-    controller = controller_of(scheduler, MSE, total_steps=10_000, tol=1e-6)
+    sharpness = 1.0
+
+    def loss_fn(model, batch):
+        return sharpness * MSE(model, batch)
+
+    controller = controller_of(scheduler, loss_fn, total_steps=10_000, tol=1e-6)
     limit = controller.maybe_update(model, batches).bound.value
     start = model.weight.detach().clone()
     events = []
@@ -1024,8 +1111,21 @@ def test_behind_a_plateau_the_rate_starts_anew_at_half_the_limit():
     assert update.peak == pytest.approx(limit / 4, rel=1e-9)  # the ceiling
     assert controller.observe(torch.tensor(1.0)) == "recovered"
     assert controller.due
+    sharpness = factor
     update = controller.maybe_update(model, batches)
-    assert update.peak == pytest.approx(update.bound.value / 2, rel=1e-6)
+    return update.peak, update.bound.value, limit / 4
+
+
+def test_behind_a_plateau_the_rate_starts_anew_at_half_the_limit():
+    peak, limit, ceiling = left_plateau(10.0)
+    assert peak == pytest.approx(limit / 2, rel=1e-6)
+    assert peak < ceiling
+
+
+def test_it_starts_no_higher_than_what_led_off_the_plateau():
+    peak, limit, ceiling = left_plateau(1.0)
+    assert peak == pytest.approx(ceiling, rel=1e-6)
+    assert peak < limit / 2
 
 
 def test_another_batch_size_moves_the_ceiling_too():

@@ -17,6 +17,7 @@ from batchlr.measurement.optimizer_state import get_momentum, set_momentum
 from batchlr.on_the_fly.cadence import Cadence, measurement_cost
 from batchlr.on_the_fly.collapse import Same
 from batchlr.on_the_fly.curvature_update import CurvatureUpdate
+from batchlr.on_the_fly.falling_shape import FallingShape
 from batchlr.on_the_fly.peak_bounds import PeakBounds
 from batchlr.on_the_fly.policy_choice import LIMIT_POLICIES, Policy, check_policy, sets_momentum
 from batchlr.on_the_fly.published_rate import PublishedRate
@@ -41,9 +42,10 @@ class CurvatureController:
     """Keeps a scheduler's peak at the largest stable rate of the batch size trained with.
 
     It measures where curvature moves (`Cadence`), each time starting from the last eigenvector;
-    averages what it finds (`RateFilter`); moves the peak from a share of the first limit on in
-    bounded steps (`PeakBounds`), with Adam and RMSprop up only as far as two limits in a row show,
-    since their steps do not shrink with the gradient; and, if it is shown the losses (`observe`),
+    averages what it finds (`RateFilter`); does not let a falling shape lower the rate twice
+    (`FallingShape`); moves the peak from a share of the first limit on in bounded steps
+    (`PeakBounds`), with Adam and RMSprop up only as far as two limits in a row show, since their
+    steps do not shrink with the gradient; and, if it is shown the losses (`observe`),
     slows down when they jump and goes back when the network is lost (`Safeguard`). When a
     measurement fails the last good rate is kept and the failure reported.
 
@@ -80,10 +82,10 @@ class CurvatureController:
         policy: ``"mean_square"`` keeps to the limit in the mean square; ``"edge"`` to that of a
             batch twice as large, since training survives more noise (measured), but as long as
             `observe` sees a loss that has not come down to stay (by 30 %, or by a tenth for as long
-            again as that took) to that of the batch itself; ``"heavy_ball"``, for SGD, sets
-            Polyak's momentum for the curvature outside the bulk, and the lesser of his rate and the
-            limit at that momentum; ``"cdat"`` follows the edge along the optimizer's own step
-            (Roulet et al. 2024); or a key of `POLICIES`, for SGD.
+            again as that took), and once such a loss has jumped, to that of the batch itself;
+            ``"heavy_ball"``, for SGD, sets Polyak's momentum for the curvature outside the bulk,
+            and the lesser of his rate and the limit at that momentum; ``"cdat"`` follows the edge
+            along the optimizer's own step (Roulet et al. 2024); or a key of `POLICIES`, for SGD.
         every_steps: measure before every so many steps, whatever the cost; None goes by need.
         rollback: undo the steps that destroyed the network, where `observe` sees it; see
             `Safeguard` for the memory it takes.
@@ -146,6 +148,7 @@ class CurvatureController:
         self.cadence = Cadence(total_steps, max_overhead)
         self.seconds = 0.0
         self._generator = default_generator(generator)
+        self._shape = FallingShape()
         self._filter = RateFilter()
         self._steers = apply and policy in LIMIT_POLICIES
         self._guard = Safeguard(scheduler.optimizer, rollback=rollback and self._steers)
@@ -226,6 +229,8 @@ class CurvatureController:
         self.watch(model)
         if self._step == _SHOWN and self._guard.unused:
             self._guard.stop()
+        if self._shape.see(self.scheduler.share):
+            self._stop_holding()
         if not self.due:
             self._step += 1
             return None
@@ -299,6 +304,7 @@ class CurvatureController:
         logger.warning("step %d: %s", self._step, EVENTS[event])
         if event != "slowed":
             self._filter.forget()
+            self._shape.forget()
         self._anew = self._anew or event == "recovered"
         self._asked = True
         self.cadence.look_soon(self._step - 1)
@@ -317,7 +323,7 @@ class CurvatureController:
         if self.sets_momentum:
             set_momentum(self.scheduler.optimizer, same(get_momentum(self.scheduler.optimizer)))
         self._guard.agree(same)
-        for part in (self.cadence, self._filter):
+        for part in (self.cadence, self._filter, self._shape):
             part.load_state_dict(
                 {
                     name: value if value is None else type(value)(same(value))
@@ -351,11 +357,12 @@ class CurvatureController:
         if last is None or size is None:
             self.limit.batch_size = batch_size
             return
-        settled = not self._guard.unsettled
+        settled = self._bears_edge
         there, here = (self.limit.bound(last, b, settled=settled) for b in (batch_size, size))
         factor = there.value / here.value
         self.limit.batch_size = batch_size
         self._filter.scale(factor)
+        self._shape.scale(factor)
         if self.apply:
             self.scheduler.rescale(factor, batch_size)
             self._guard.rescale(factor)
@@ -377,9 +384,14 @@ class CurvatureController:
         self._has_rate = True
         return update
 
+    @property
+    def _bears_edge(self) -> bool:
+        """Whether the loss has come down to stay, and not jumped since."""
+        return not self._guard.unsettled and not self._guard.shaken
+
     def _stay_stable(self, model: nn.Module, batches: list[Any]) -> CurvatureUpdate:
         """The largest stable rate of the batch size trained with."""
-        settled = not self._guard.unsettled
+        settled = self._bears_edge
         report, bound = self.limit.measure(model, self.loss_fn, batches, settled=settled)
         optimizer, change = self.scheduler.optimizer, 1.0
         if self.limit.sets_momentum:  # rates known so far were for the momentum so far
@@ -388,26 +400,36 @@ class CurvatureController:
             change = bound.value / before.value
             if self._has_rate:
                 self._filter.scale(change)
+                self._shape.scale(change)
         doubt = self._filter.doubt
         seen = self._filter.rate if self._filter.known else None
         rate = self._filter.update(self._step, bound.value, relative_error(bound))
         if self.apply:
-            bounds = replace(self.bounds, start=_ANEW) if self._anew else self.bounds
-            last = self._guard.free * change if self._has_rate and not self._anew else None
-            self._anew = False
+            anew, self._anew = self._anew, False
+            bounds = replace(self.bounds, start=_ANEW) if anew else self.bounds
+            last = self._guard.free * change if self._has_rate and not anew else None
             factor = self._guard.factor
             # Adam's steps do not shrink with the gradient: one that was too long costs for good.
             peak = bounds.peak(
-                factor * rate,
+                factor * self._shape.limit_of_peak(rate),
                 last,
                 doubt,
                 None if seen is None else factor * seen,
                 confirmed=report.adam is not None,
             )
-            self.scheduler.set_peak(self._guard.limited(peak))
+            self.scheduler.set_peak(self._guard.limited(peak, anew=anew))
             if self.limit.sets_momentum:
                 set_momentum(optimizer, bound.momentum)
         return replace(self._record(), bound=bound, report=report)
+
+    def _stop_holding(self) -> None:
+        """A rate that rises again has the limit last measured for its peak's."""
+        if not self._steers or not self._filter.known:
+            return
+        self._shape.forget()
+        limit = self.bounds.safety * self._guard.factor * self._filter.rate
+        if limit < self._guard.free:
+            self.scheduler.set_peak(self._guard.limited(limit))
 
     def _follow(self, model: nn.Module, batches: list[Any]) -> CurvatureUpdate:
         """The rate of a published policy, and its momentum if it has one, as they are."""
@@ -437,6 +459,7 @@ class CurvatureController:
         return {
             "step": self._step,
             "cadence": self.cadence.state_dict(),
+            "shape": self._shape.state_dict(),
             "filter": self._filter.state_dict(),
             "guard": self._guard.state_dict(),
             "limit": self.limit.state_dict(),
@@ -452,6 +475,7 @@ class CurvatureController:
         """Restore what `state_dict` saved; the scheduler keeps its own state."""
         self._step = state_dict["step"]
         self.cadence.load_state_dict(state_dict["cadence"])
+        self._shape.load_state_dict(state_dict.get("shape", {}))  # older states have none
         self._filter.load_state_dict(state_dict["filter"])
         self._guard.load_state_dict(state_dict["guard"])
         self._published.load_state_dict(state_dict)

@@ -96,6 +96,11 @@ class BatchAwareLR(LRScheduler):
         """``shape_g(t)`` of each group."""
         return [float(group["lr"]) for group in self._shadow.param_groups]
 
+    @property
+    def share(self) -> float:
+        """Largest of the groups' rates now over the peak."""
+        return max(r * m for r, m in zip(self._ratios, self.multipliers, strict=True))
+
     def get_lr(self) -> list[float | Tensor]:
         """The groups' rates now."""
         return [

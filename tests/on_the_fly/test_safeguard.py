@@ -101,12 +101,12 @@ def test_nor_is_what_it_forgot_in_a_noisy_jump_kept():
 class Leap(Run):
     """Whose steps multiply the first of two layers, too."""
 
-    def __init__(self):
+    def __init__(self, kind=torch.optim.SGD):
         super().__init__()
         self.model = Counter()
         self.model.layer = nn.Linear(4, 4, bias=False)
         self.model.head = nn.Linear(4, 2, bias=False)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0, momentum=0.9)
+        self.optimizer = kind(self.model.parameters(), lr=1.0)
         self.guard = Safeguard(self.optimizer)
         self.guard.limited(1.0)
 
@@ -126,6 +126,28 @@ def test_a_leap_on_the_plateau_is_undone():
     assert torch.equal(run.model.layer.weight, before)
     assert run.guard.peak == 0.25
     assert run.steps(*[2.3] * 4) == []  # to go back is no leap
+
+
+@pytest.mark.parametrize(
+    ("kind", "length", "share"),
+    [
+        (torch.optim.Adam, 1.25, 0.64),  # four fifths of a leap, which was 1.25 leaps long
+        (torch.optim.RMSprop, 2.0, 0.4),
+        (torch.optim.Adam, 20.0, 0.25),
+        (torch.optim.SGD, 1.25, 0.25),  # whose steps shrink with the gradient
+    ],
+)
+def test_a_leap_of_adam_s_under_a_ceiling_tells_how_far_to_lower_it(kind, length, share):
+    run = Leap(kind)
+    run.steps(*PLATEAU)
+    leap = 1 + math.log(2) * length
+    run.step(2.3, factor=leap)
+    assert run.step(2.3) == "undone"
+    assert run.guard.peak == 0.25  # the first leap was of a rate that had risen for some steps
+    assert run.step(2.3, factor=leap) == "undone"
+    assert run.guard.peak == pytest.approx(share * 0.25, rel=1e-5)
+    assert run.step(9.0) == "undone"  # any other loss says nothing of the kind
+    assert run.guard.peak == pytest.approx(share * 0.25 * 0.25, rel=1e-5)
 
 
 @pytest.mark.parametrize("risen", [6.0, 500.0])

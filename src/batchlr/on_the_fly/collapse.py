@@ -37,6 +37,7 @@ class Look:
     lost: bool
     sound: bool  # what was learnt is still there, and the loss has not risen since the last look
     settled: bool  # what was learnt will last
+    leap: float = 0.0  # change of the layers in a step that was one, over ln 2
 
 
 @final
@@ -112,7 +113,7 @@ class CollapseDetector:
         """What the steps since the last look show."""
         rows: list[list[float]] = torch.stack(self.pending).tolist()
         self.pending = []
-        rows, leapt = self._until_leap(rows)
+        rows, leap = self._until_leap(rows)
         count = len(rows)
         loss = sum(row[0] for row in rows) / len(rows)
         norm = rows[-1][1]
@@ -125,7 +126,7 @@ class CollapseDetector:
         lost, risen = self._lost(rows, loss, silent), self._risen(loss, len(rows))
         if same is not None:
             loss, norm, largest = (same(v) for v in (loss, norm, largest))
-            squares, leapt = same(squares), bool(same(float(leapt)))
+            squares, leap = same(squares), same(leap)
             lost, silent = bool(same(float(lost))), bool(same(float(silent)))
             risen = bool(same(float(risen)))
             self.sunk, count = int(same(self.sunk)), int(same(count))
@@ -135,7 +136,7 @@ class CollapseDetector:
                 self.squares, self.freedom = self.squares + squares, self.freedom + count - 1
             self.before = [loss, count]
         sound = self.sunk == 0 and not risen and not self._forgotten(loss)
-        return Look(loss, norm, lost or leapt, sound=sound, settled=self._settled(loss))
+        return Look(loss, norm, lost or leap > 0, sound, self._settled(loss), 0.0 if lost else leap)
 
     def _silent(self, rows: list[list[float]]) -> bool:
         """Whether most tensors had no gradient in all steps but the first behind a return.
@@ -160,13 +161,13 @@ class CollapseDetector:
         last, steps = self.before
         return min(0.0, (mean - last) / ((steps + count) / 2))
 
-    def _until_leap(self, rows: list[list[float]]) -> tuple[list[list[float]], bool]:
-        """The steps up to a leap, which do not know yet where it led, and whether there was one."""
+    def _until_leap(self, rows: list[list[float]]) -> tuple[list[list[float]], float]:
+        """The steps up to a leap, which do not know yet where it led, and its length over ln 2."""
         for number, (_, _, _, change) in enumerate(rows, start=1):
             before = sum(row[0] for row in rows[:number]) / number
             if _LEAP < change < math.inf and self._unmoved(before):
-                return rows[:number], True
-        return rows, False
+                return rows[:number], change / _LEAP
+        return rows, 0.0
 
     def _unmoved(self, loss: float) -> bool:
         if self.first is None:

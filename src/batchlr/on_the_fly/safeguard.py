@@ -13,6 +13,7 @@ from batchlr.on_the_fly.spike_guard import SpikeGuard
 from batchlr.operators.unsharded import reshard
 
 _CUT = 0.25  # measured (docs/log.md): factor on the rate at each attempt, and the least in one look
+_SHORT = 0.8  # assumed: of a leap, what Adam's step may be behind one
 _PROGRESS = 0.1  # assumed: an attempt has succeeded when the loss is down by this share
 _PATIENCE = 10  # assumed: or, once something is learnt, after so many quiet looks
 _ATTEMPTS = 8  # assumed: without success; then the run is left to itself
@@ -26,7 +27,7 @@ EVENTS = {
 
 _NUMBERS = (
     "rollback", "free", "held", "top", "ceiling", "start", "norm", "seen", "attempts", "leaving",
-    "early", "quiet", "level",
+    "early", "quiet", "level", "shaken",
 )  # fmt: skip
 
 
@@ -44,12 +45,14 @@ class Safeguard:
 
     On a plateau curvature says nothing about the rate that its end will bear, so a network back at
     its start does not get its rate back: each attempt has a ceiling on the peak of a quarter of the
-    last one's. As the gradient grows, curvature does (Zhang et al. 2020, arXiv 1905.11881): the
-    ceiling is lowered in proportion as the gradient exceeds that of the first look, but not for
-    Adam and RMSprop, whose steps do not grow with the gradient. When the loss has come down by a
-    tenth curvature is worth measuring, as if the run began anew, and what was measured is the
-    ceiling, lowered as the gradient exceeds that of the measurement; when it has come down to stay
-    there is none any more.
+    last one's. (Where a step of Adam's or RMSprop's under a ceiling leapt, it is what makes that
+    step four fifths of a leap, if that is more.) As the gradient grows, curvature does (Zhang et
+    al. 2020, arXiv 1905.11881): the ceiling is lowered in proportion as the gradient exceeds that
+    of the first look, but not for Adam and RMSprop, whose steps do not grow with the gradient. When
+    the loss has come down by a tenth curvature is worth measuring, as if the run began anew. The
+    first limit measured there is the ceiling, or that of the plateau where it is lower, lowered as
+    the gradient exceeds that of the measurement; when it has come down to stay there is none any
+    more.
 
     Keeps two snapshots, also in its state: twice the memory of weights, buffers and optimizer state
     (four times the weights with SGD's momentum, six times with Adam). Until something is learnt
@@ -84,6 +87,7 @@ class Safeguard:
         self.leaving = False  # the plateau was left, by what may not last
         self.early = True  # the snapshots are of the start
         self.quiet = 0  # looks since the last attempt
+        self.shaken = False  # a loss that had settled has jumped, or the network was lost
         self.level = math.nan  # loss of the snapshot gone back to
         self.losses = [math.nan, math.nan]  # at the two snapshots
 
@@ -136,9 +140,14 @@ class Safeguard:
         """Whether no loss was ever shown."""
         return self.detector.steps == 0
 
-    def limited(self, peak: float) -> float:
-        """``peak``, just measured, or the ceiling where that is lower."""
-        self.free = peak
+    def limited(self, peak: float, *, anew: bool = False) -> float:
+        """``peak``, just measured, or the ceiling where that is lower.
+
+        Args:
+            peak: from the limit.
+            anew: it is the first one behind a plateau, and no higher than the ceiling that led off.
+        """
+        self.free = min(peak, self.held) if anew else peak
         if self.leaving:
             self._set_ceiling(peak, self.seen)
         return self.peak
@@ -164,6 +173,7 @@ class Safeguard:
         """
         before = self.spikes.factor
         event: Event | None = "slowed" if self.spikes.observe(loss) else None
+        self.shaken = self.shaken or (event is not None and not self.unsettled)
         if self._model is not None:
             reshard(self._model)
             gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
@@ -193,7 +203,7 @@ class Safeguard:
 
     def _judge(self, look: Look, factor: float) -> Event | None:
         if look.lost:
-            return self._undo(factor)
+            return self._undo(factor, look.leap)
         if 0 < look.norm < math.inf:
             self.seen = look.norm
         event: Event | None = None
@@ -239,7 +249,7 @@ class Safeguard:
         self._latest.take(self._model, self.optimizer)
         self.losses[1] = look.loss
 
-    def _undo(self, factor: float) -> Event | None:
+    def _undo(self, factor: float, leap: float = 0.0) -> Event | None:
         assert self._model is not None
         if self.attempts >= _ATTEMPTS:
             self.free = self.peak
@@ -257,7 +267,7 @@ class Safeguard:
         if self.early:
             self.detector.learnt = 0
             self.detector.largest = self.start
-            self.held = _CUT * (self.free if self.held == math.inf else self.held)
+            self.held = self._lower(leap)
             self.leaving = False
             self._set_ceiling(self.held, self.start)
             self.free = max(self.free, self.held)  # what was learnt of the rate is undone, too
@@ -265,9 +275,22 @@ class Safeguard:
             self.spikes.factor = factor
         else:
             self.spikes.factor = _CUT * factor
+            self.shaken = True
         self.attempts += 1
         self.quiet = 0
         return "undone"
+
+    def _lower(self, leap: float) -> float:
+        """The ceiling of the next attempt on the plateau.
+
+        Steps of Adam and RMSprop are as long as the rate says, the first one longest, so that one
+        that leapt under a ceiling tells by how much to lower it.
+        """
+        if self.held == math.inf:
+            return _CUT * self.free
+        if leap and not self._scales:
+            return max(_CUT, _SHORT / leap) * self.held
+        return _CUT * self.held
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers, lists and tensors."""
