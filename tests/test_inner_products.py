@@ -30,6 +30,11 @@ def test_norms_of_any_shape_and_type_are_summed_in_more(dtype):
     assert float(found) == pytest.approx(1.5 * (300 * 200) ** 0.5, rel=1e-7)
 
 
+def test_the_norm_of_complex_numbers_is_that_of_both_parts():
+    pair = torch.tensor([3 + 4j, 12j])
+    assert float(norm(pair)) == float(norm(pair.conj())) == 13
+
+
 @pytest.mark.parametrize("size", [PART, LONG])
 @pytest.mark.parametrize("unit", [2.0**-100, 2.0**-60, 2.0**60, 2.0**100])
 def test_squares_beyond_the_range_of_float32(size, unit):

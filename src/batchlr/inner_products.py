@@ -40,6 +40,8 @@ def _in_range(total: float, dtype: torch.dtype) -> bool:
 
 def norm(tensor: Tensor) -> Tensor:
     """Euclidean norm ``()`` in float64, of any shape and as good as `dot`; halves are widened."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
     flat = tensor.reshape(-1).to(torch.promote_types(tensor.dtype, torch.float32))
     return dot(flat, flat).sqrt()
 

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from batchlr import GGNOperator, HessianOperator, supervised
 from batchlr.operators.graphs import ComputedAnew, default_budget, graph_bytes, holding_all
-from cases import CASES, seeded
+from cases import CASES, Problem, classified, seeded
 
 each_kind = pytest.mark.parametrize("kind", ["hessian", "ggn"])
 
@@ -188,10 +188,18 @@ class TestRefuses:
 
     @each_kind
     def test_micro_batches_of_a_model_that_normalises_over_them(self, kind):
-        problem = CASES["norms-train"]()
+        problem = CASES["preresnet-train"]()
         with pytest.raises(ValueError, match=r"micro_batch would change.*norm_mode='eval'"):
             problem.operator(kind, micro_batch=2)
         problem.operator(kind, micro_batch=2, norm_mode="eval")
+
+    @each_kind
+    @pytest.mark.parametrize("norm_mode", ["train", "eval"])
+    def test_micro_batches_of_norms_without_running_statistics(self, kind, norm_mode):
+        model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False))
+        problem = Problem(model.double(), nn.CrossEntropyLoss(), classified((4,), 4), norm_mode)
+        with pytest.raises(ValueError, match=r"micro_batch would change.*; use smaller batches"):
+            problem.operator(kind, micro_batch=2)
 
 
 class TestMicroBatches:

@@ -25,7 +25,7 @@ from batchlr.operators.graphs import (
 from batchlr.operators.isolation import (
     Isolation,
     check_norm_mode,
-    normalises_over_batches,
+    couples_samples,
     unwrapped,
 )
 from batchlr.operators.isolation import NormMode as NormMode
@@ -97,7 +97,7 @@ class CurvatureMatrix(BatchedOperator):
         expected_products: how many will be asked for at the same weights, by default many. For one
             nothing is kept; few choose the cheaper way to a Gauss-Newton product.
         micro_batch: run at most that many samples at a time, for memory. For losses that are means
-            over samples (or that say their weight), and not for norms in train mode.
+            over samples (or that say their weight), and not for norms of batch statistics.
         offload: hold graphs in main memory, where each product reads them back. Before torch 2.14
             with torch's own derivatives of all layers, as where layers are checkpointed: slower,
             and without weight norms and bags of embeddings.
@@ -378,10 +378,11 @@ class CurvatureMatrix(BatchedOperator):
 def check_micro_batch(model: nn.Module, norm_mode: NormMode | None, micro_batch: int) -> None:
     """Raise ValueError unless batches of ``model`` may be cut to ``micro_batch`` samples."""
     require_count(micro_batch=micro_batch)
-    if norm_mode == "train" and normalises_over_batches(model):
+    if couples_samples(model, norm_mode):
+        way_out = "" if couples_samples(model, "eval") else "norm_mode='eval', or "
         msg = (
-            "micro_batch would change the matrix: in train mode norms make the samples of a batch "
-            "depend on one another; use norm_mode='eval', or smaller batches as what is measured"
+            "micro_batch would change the matrix: norms of batch statistics make the samples of a "
+            f"batch depend on one another; use {way_out}smaller batches as what is measured"
         )
         raise ValueError(msg)
 
