@@ -8,7 +8,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from batchlr import GGNOperator, HessianOperator, supervised
-from batchlr.operators.graphs import ComputedAnew, default_budget, graph_bytes, holding_all
+from batchlr.operators.graphs import (
+    ComputedAnew,
+    default_budget,
+    free_main_memory,
+    graph_bytes,
+    holding_all,
+)
 from cases import CASES, Problem, classified, seeded
 
 each_kind = pytest.mark.parametrize("kind", ["hessian", "ggn"])
@@ -150,6 +156,27 @@ class TestBudget:
 
     def test_default_is_a_share_of_free_memory(self):
         assert 1 << 20 < default_budget(torch.device("cpu")) < 1 << 45
+
+    @pytest.mark.parametrize(
+        ("folder", "limit", "used"),
+        [
+            (".", "memory.max", "memory.current"),
+            ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ],
+    )
+    def test_a_container_s_limit_counts_less_what_it_cannot_forget(
+        self, tmp_path, folder, limit, used
+    ):
+        home = tmp_path / folder
+        home.mkdir(exist_ok=True)
+        (home / limit).write_text("5000\n")
+        (home / used).write_text("4000\n")
+        (home / "memory.stat").write_text("active_file 700\ninactive_file 2000\n")
+        assert free_main_memory(tmp_path) == 3000
+
+    def test_no_limit_is_none(self, tmp_path):
+        (tmp_path / "memory.max").write_text("max\n")
+        assert free_main_memory(tmp_path) > 1 << 20
 
 
 class TestExpectedProducts:
