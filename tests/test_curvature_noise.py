@@ -314,6 +314,25 @@ def test_one_batch_is_refused():
         directional_noise(cut(SIX, range(6), (6,)), unit_vector(3))
 
 
+def test_batches_of_weight_zero_tell_nothing():
+    model, loss_fn, (x, y), _ = logistic_regression(num_samples=30)
+    ignored = x[:10], torch.full((10,), -100)
+    batches = list(zip(x.split(10), y.split(10), strict=True))
+    vector = unit_vector(15)
+    expected = directional_noise(HessianOperator(model, loss_fn, batches), vector)
+    for hold in (True, False):
+        operator = HessianOperator(model, loss_fn, [batches[0], ignored, *batches[1:]])
+        noise = directional_noise(operator, vector, hold=hold)
+        scale = 4 / 3  # a batch of samples of which a quarter is ignored has fewer that count
+        assert noise.parallel == pytest.approx(scale * expected.parallel, rel=ROUNDING)
+        assert noise.parallel.stderr == pytest.approx(
+            scale * expected.parallel.stderr, rel=ROUNDING
+        )
+        assert noise.orthogonal == pytest.approx(scale * expected.orthogonal, rel=ROUNDING)
+    with pytest.raises(ValueError, match=r"got 1 \(and 1 of weight zero"):
+        directional_noise(HessianOperator(model, loss_fn, [batches[0], ignored]), vector)
+
+
 def test_a_vector_of_another_length_is_refused():
     with pytest.raises(ValueError, match="vector must have unit norm, got 2"):
         directional_noise(cut(SIX, range(6), (3, 3)), 2 * unit_vector(3))

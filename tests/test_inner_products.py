@@ -30,6 +30,20 @@ def test_norms_of_any_shape_and_type_are_summed_in_more(dtype):
     assert float(found) == pytest.approx(1.5 * (300 * 200) ** 0.5, rel=1e-7)
 
 
+def test_the_norm_of_complex_numbers_is_that_of_both_parts():
+    pair = torch.tensor([3 + 4j, 12j])
+    assert float(norm(pair)) == float(norm(pair.conj())) == 13
+
+
+@pytest.mark.parametrize("size", [PART, LONG])
+@pytest.mark.parametrize("unit", [2.0**-100, 2.0**-60, 2.0**60, 2.0**100])
+def test_squares_beyond_the_range_of_float32(size, unit):
+    vector = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    for found in (norm(unit * vector), dot(unit * vector, unit * vector).sqrt()):
+        assert float(found) / unit == pytest.approx(float(norm(vector)), rel=1e-6)
+    assert dot(unit * vector, torch.zeros(size)) == 0
+
+
 @pytest.mark.parametrize("size", [1, 5, PART, PART + 1, LONG])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_agrees_with_float64(size, dtype):

@@ -278,6 +278,14 @@ class TestTopEigenpairs:
         torch.testing.assert_close(pairs.values, torch.full((k,), 5.0).double())
         assert_sound(pairs, matrix)
 
+    def test_as_many_pairs_as_steps_though_the_space_is_exhausted_unseen(self):
+        # From 64 steps on only every fourth is looked at; the rows behind a breakdown are dropped.
+        matrix = with_spectrum(torch.cat([torch.zeros(134), torch.arange(1, 67)]).double())
+        pairs = top_eigenpairs(DenseOperator(matrix), 70, max_steps=70)
+        assert pairs.values.shape == (70,)
+        assert 70 <= pairs.num_products <= 80
+        assert_sound(pairs, matrix)
+
     @pytest.mark.parametrize("second", [0.5, 8.0])
     def test_an_eigenvector_that_is_not_the_top_one_does_not_trap_it(self, second):
         # Its own residual is zero, and with 8 no random vector looks larger at once.
@@ -698,6 +706,10 @@ class TestRefuses:
     def test_fewer_steps_than_pairs(self, k, which, max_steps):
         with pytest.raises(ValueError, match=rf"max_steps must be at least .* got {max_steps}"):
             top_eigenpairs(DenseOperator(torch.eye(5)), k, which=which, max_steps=max_steps)
+
+    def test_more_pairs_than_the_default_steps(self):
+        with pytest.raises(ValueError, match=r"at least the 202 pairs asked for, got 200"):
+            top_eigenpairs(DiagonalOperator(torch.ones(500)), 101, which="both")
 
 
 def batch_matrices(samples=(3, 5, 2, 2, 1, 4, 3, 6, 2, 5), size=20, noise=0.3):

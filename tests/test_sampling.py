@@ -117,6 +117,10 @@ class TestSampledEdge:
         with pytest.raises(ValueError, match=r"tol must lie in \(0, 1\), got"):
             sampled_edge(family(matrices(1.0)), COUNT, tol=tol)
 
+    def test_of_zero_matrices_all_are_looked_at(self):
+        found = sampled_edge(lambda n: BatchMatrices(torch.zeros(n, 5, 5), (2,) * n), 6)
+        assert (found.largest, found.sampling_error, found.num_batches) == (0, 0, 6)
+
     def test_a_single_batch(self):
         with pytest.raises(ValueError, match="sampling needs at least two batches, got 1"):
             sampled_edge(family(matrices(1.0)), 1)
@@ -148,6 +152,18 @@ class TestNestedEdges:
             assert edge <= exact + 1e-9
             assert edge == pytest.approx(exact, rel=0.05)
         assert operator.num_products <= 20
+
+    def test_batches_of_weight_zero_are_left_out(self):
+        every, ones = matrices(1.0)[:4], (2,) * 4
+        expected = nested_edges(BatchMatrices(every, ones), [1, 2])
+        with_none = torch.cat([every[:1], every[:1] * 0, every[1:]])
+        operator = BatchMatrices(with_none, (2, 0, 2, 2, 2))
+        found = nested_edges(operator, [1, 2])
+        for size in (1, 2):
+            assert found[size] == pytest.approx(expected[size], rel=1e-9)
+            assert found[size].stderr == pytest.approx(expected[size].stderr, rel=1e-6)
+        with pytest.raises(ValueError, match=r"sizes must lie in \[1, 4\]"):
+            nested_edges(operator, [5])
 
     def test_unions_larger_than_the_whole(self):
         operator = BatchMatrices(matrices(1.0), (2,) * COUNT)

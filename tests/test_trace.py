@@ -112,6 +112,19 @@ class TestEdges:
         found = estimate_trace(DenseOperator(matrix.float()), num_probes=200)
         assert abs(found.trace - exact(matrix)[0]) < 4 * found.trace.stderr
 
+    def test_no_direction_known_is_the_plain_estimate(self):
+        operator = DenseOperator(spiked())
+        none = torch.zeros(SIZE, 0, dtype=torch.float64)
+        found = estimate_trace(operator, num_probes=2, vectors=none)
+        assert found == estimate_trace(operator, num_probes=2)
+
+    @pytest.mark.parametrize("unit", [2.0**-80, 2.0**80])
+    def test_squares_beyond_the_range_of_float32(self, unit):
+        matrix = spiked().float()
+        plain = estimate_trace(DenseOperator(matrix), num_probes=3)
+        found = estimate_trace(DenseOperator(unit * matrix), num_probes=3)
+        assert (found.trace / unit, found.square / unit**2) == (plain.trace, plain.square)
+
     def test_same_generator_same_result(self):
         operator = DenseOperator(spiked())
         first = estimate_trace(operator, num_probes=3, generator=generator(3))
@@ -128,6 +141,11 @@ class TestRefuses:
     def test_vectors_that_are_not_orthonormal(self):
         with pytest.raises(ValueError, match="vectors must be orthonormal; take them"):
             estimate_trace(DenseOperator(torch.eye(5)), num_probes=1, vectors=torch.ones(5, 2))
+
+    def test_vectors_that_are_not_finite(self):
+        vectors = torch.full((5, 1), torch.nan)
+        with pytest.raises(ValueError, match="vectors must be orthonormal"):
+            estimate_trace(DenseOperator(torch.eye(5)), num_probes=1, vectors=vectors)
 
     @pytest.mark.parametrize("shape", [(5,), (5, 6)])
     def test_vectors_that_are_no_block(self, shape):

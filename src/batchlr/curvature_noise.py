@@ -69,7 +69,7 @@ def directional_noise(
     chance; so is that of ``orthogonal`` for two batches, whose terms always agree.
 
     Args:
-        operator: of at least two batches.
+        operator: of at least two batches; those of weight zero tell nothing.
         vector: ``(P,)`` of unit norm.
         others: ``(P, k)`` orthonormal, orthogonal to ``vector``; or what gives a vector's inner
             products with them.
@@ -79,10 +79,7 @@ def directional_noise(
     Raises:
         ValueError: there is only one batch, or ``vector`` is not of unit norm.
     """
-    count = len(operator.samples)
-    if count < 2:
-        msg = "the noise of the curvature needs at least two disjoint batches, got 1"
-        raise ValueError(msg)
+    check_batch_count(operator.weights)
     if abs(float(vector.double().norm()) - 1) > 1e-3:
         msg = f"vector must have unit norm, got {float(vector.norm()):.6g}"
         raise ValueError(msg)
@@ -108,12 +105,26 @@ def noise_of_products(
         weights: of the batches, in samples (`BatchedOperator.weights`).
         vector: ``v`` ``(P,)`` of unit norm.
         others: see `directional_noise`.
+
+    Raises:
+        ValueError: there is only one batch.
     """
+    check_batch_count(weights)
     total = sum(weights)
     mean = torch.zeros_like(vector)
     for product, weight in zip(products, weights, strict=True):
         mean.add_(product, alpha=weight / total)
     return _noise(products, mean, weights, vector, others)
+
+
+def check_batch_count(weights: Sequence[float]) -> None:
+    """Raise ValueError unless at least two batches of these ``weights`` have any."""
+    count = sum(weight > 0 for weight in weights)
+    if count < 2:
+        none = len(weights) - count
+        rest = f" (and {none} of weight zero: are all their targets ignored?)" if none else ""
+        msg = f"the noise of the curvature needs at least two disjoint batches, got {count}{rest}"
+        raise ValueError(msg)
 
 
 def _noise(
@@ -126,15 +137,18 @@ def _noise(
     """Of products that come one at a time, whose ``mean`` is known."""
     project = others.T.matmul if isinstance(others, Tensor) else others
     parallels, totals, across = [], [], []
-    for product in products:
+    for product, weight in zip(products, weights, strict=True):
+        if weight == 0:
+            continue
         deviation = product - mean
         parallels.append(dot(deviation, vector).square())
         totals.append(dot(deviation, deviation))
         if project is not None:
             across.append(project(deviation).double().square())
         del product, deviation  # the next may be made only now
-    count = len(weights)
-    samples = torch.tensor(weights, dtype=torch.float64, device=vector.device)
+    told = [weight for weight in weights if weight > 0]
+    count = len(told)
+    samples = torch.tensor(told, dtype=torch.float64, device=vector.device)
     parallel, total = torch.stack(parallels), torch.stack(totals)
     crossed = torch.stack(across) if across else samples.new_zeros(count, 0)  # (K, k)
     least = _GAUSSIAN if count == 2 else 0.0

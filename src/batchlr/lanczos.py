@@ -171,7 +171,8 @@ def top_eigenpairs(
         settle: stop once the pairs of this end are that good, by default all wanted ones.
             ``"largest"`` is judged relative to the largest eigenvalue, for negative curvature may
             be many times stronger, and goes on while that is not positive.
-        max_steps: products at most; by default ``min(P, 200)``.
+        max_steps: products at most, but for as many pairs as are wanted; by default
+            ``min(P, 200)``.
         max_basis: vectors held at most, at least ``2 k + 8`` (twice ``2 k`` for both ends).
         basis: where they are, see `lanczos`.
         basis_budget: bytes they may take; by default what is free.
@@ -191,7 +192,7 @@ def top_eigenpairs(
     wanted.check_size(size)
     steps = min(size, MAX_STEPS if max_steps is None else max_steps)
     if steps < wanted.count:
-        msg = f"max_steps must be at least the {wanted.count} pairs asked for, got {max_steps}"
+        msg = f"max_steps must be at least the {wanted.count} pairs asked for, got {steps}"
         raise ValueError(msg)
     if with_subspace and not isinstance(operator, BatchedOperator):
         msg = f"with_subspace needs an operator of batches, got {type(operator).__name__}"
@@ -242,11 +243,11 @@ def _run(
     operator, capacity = process.operator, process.capacity
     judged = None
     trusted_from = _LEAST_AGE if wanted.criterion == "error" else 0  # products
-    while process.num_products < steps:
+    while judged is None or process.num_products < steps:  # dropped rows may leave too few pairs
         if process.count == capacity:
             process.restart(wanted.kept(capacity))
         process.advance()
-        last = process.num_products == steps
+        last = process.num_products >= steps
         if not (last or _due(process.num_products, operator.device) or process.count == capacity):
             continue
         broke_down = process.settle()
@@ -254,12 +255,11 @@ def _run(
             judged = wanted.judge(process)
             if judged.converged and process.num_products >= trusted_from and not broke_down:
                 break
-        if broke_down and process.count < process.size and not last:
+        if broke_down and process.count < process.size and (judged is None or not last):
             if process.count == capacity:
                 process.restart(wanted.kept(capacity))
             process.start_again(gaussian(operator, generator))
             trusted_from = process.num_products + _RESTART_STEPS
-    assert judged is not None
     return judged
 
 

@@ -106,7 +106,8 @@ def sampled_edge(
         start = pairs.vectors[:, 0].contiguous()
         if relative <= tol or count == num_batches:
             break
-        asked = (tol * value / scatter) ** 2 + 1 / num_batches
+        share = tol * value / scatter if scatter > 0 else 0.0  # none: all that was seen is zero
+        asked = share**2 + 1 / num_batches
         count = min(num_batches, max(count + 1, math.ceil(_CAUTION / asked)))
     total = math.hypot(error, float(pairs.errors[0]))
     return SampledEdge(
@@ -132,7 +133,7 @@ def nested_edges(
     space, which holds for many batches and less for few.
 
     Args:
-        operator: of disjoint batches, alike in size.
+        operator: of disjoint batches, alike in size; those of weight zero are left out.
         sizes: batches in a union; the groups of a size are disjoint.
         max_steps: products.
         tol: relative bound of the largest eigenvalue at which the run stops.
@@ -144,7 +145,7 @@ def nested_edges(
         ValueError: a size is not in ``[1, K]``.
         ArithmeticError: a product is not finite.
     """
-    count = len(operator.samples)
+    count = sum(weight > 0 for weight in operator.weights)
     for size in sizes:
         if not 1 <= size <= count:
             msg = f"sizes must lie in [1, {count}], the batches there are, got {size}"
@@ -155,6 +156,7 @@ def nested_edges(
     assert pairs.subspace is not None
     matrices = pairs.subspace.matrices
     weights = torch.tensor(operator.weights, dtype=matrices.dtype, device=matrices.device)
+    matrices, weights = matrices[weights > 0], weights[weights > 0]
     result = {}
     for size in sizes:
         edges = []

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from batchlr.argument_ranges import require_count
+from batchlr.inner_products import dot
 from batchlr.lanczos import default_generator, gaussian
 from batchlr.measured import Measured
 from batchlr.operators import LinearOperator
@@ -72,9 +73,9 @@ def estimate_trace(
         probe -= basis @ (basis.T @ probe)
         probe *= math.sqrt(rest) / probe.norm()
         product = operator @ probe
-        firsts.append(torch.dot(probe, product).double())
+        firsts.append(dot(probe, product))
         product = product - basis @ (basis.T @ product)
-        seconds.append(torch.linalg.vector_norm(product).double().square())
+        seconds.append(dot(product, product))
     first, second = torch.stack(firsts), torch.stack(seconds)
     if not bool((first.isfinite() & second.isfinite()).all()):
         msg = "the operator's products are not finite; check the loss on the same batches"
@@ -120,7 +121,7 @@ def _check_vectors(
         msg = f"values must be ({vectors.shape[1]},), got {tuple(values.shape)}"
         raise ValueError(msg)
     gram = vectors.T @ vectors
-    if bool((gram - torch.eye(len(gram)).to(gram)).abs().max() > 1e-3):
+    if not bool(((gram - torch.eye(len(gram)).to(gram)).abs() <= 1e-3).all()):
         msg = "vectors must be orthonormal; take them through torch.linalg.qr"
         raise ValueError(msg)
     return vectors

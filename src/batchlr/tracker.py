@@ -249,7 +249,7 @@ class CurvatureTracker:
                 )
                 raise ValueError(msg)
         if self.with_noise and not (
-            isinstance(operator, BatchedOperator) and len(operator.samples) > 1
+            isinstance(operator, BatchedOperator) and sum(w > 0 for w in operator.weights) > 1
         ):
             msg = (
                 f"with_noise needs an operator of two or more batches, got "

@@ -138,6 +138,18 @@ def test_one_batch_is_refused():
         gradient_moments(HessianOperator(model, LOSS, [(x, y)]))
 
 
+def test_batches_of_weight_zero_tell_nothing():
+    model, x, y, _ = problem(num_samples=18)
+    batches = list(zip(x.split(6), y.split(6), strict=True))
+    ignored = x[:6], torch.full((6,), -100)
+    expected = gradient_moments(HessianOperator(model, LOSS, batches))
+    moments = gradient_moments(HessianOperator(model, LOSS, [batches[0], ignored, *batches[1:]]))
+    close(moments.variance, 4 / 3 * expected.variance)  # a quarter of the samples does not count
+    close(moments.mean_square, expected.mean_square)
+    with pytest.raises(ValueError, match="needs at least two disjoint batches, got 1"):
+        gradient_moments(HessianOperator(model, LOSS, [batches[0], ignored]))
+
+
 def test_coordinates_are_rarely_moved_where_few_batches_have_a_gradient():
     """A weight of a linear layer moves with the batches whose inputs are not all zero there."""
     torch.manual_seed(0)

@@ -167,6 +167,13 @@ def test_one_group_is_refused():
         scatter_of_gradients([GRADIENTS[:1]])
     with pytest.raises(ValueError, match="at least two groups of samples, got 1: split"):
         scatter_of_norms(1.0, 1.0, num_groups=1, batch_size=4)
+    with pytest.raises(ValueError, match="at least two groups of samples, got 0: split"):
+        scatter_of_gradients([])
+
+
+def test_groups_without_samples_are_refused():
+    with pytest.raises(ValueError, match="group_size must be at least 1, got 0"):
+        scatter_of_gradients([GRADIENTS], group_size=0)
 
 
 def test_parts_of_different_sizes_are_refused():

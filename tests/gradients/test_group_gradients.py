@@ -113,6 +113,20 @@ def test_half_precision_is_summed_in_more():
     assert groups.scatter(12).square_norm == pytest.approx(exact, rel=1e-6)
 
 
+def test_sparse_gradients_are_seen_whole():
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        table = nn.Embedding(5, 2, sparse=sparse)
+        groups = GroupGradients(table.parameters())
+        for tokens in ([0, 1, 1], [2, 1, 0]):
+            table(torch.tensor(tokens)).square().sum().backward()
+            groups.add()
+        found.append(groups.scatter(6))
+    assert found[1].trace == pytest.approx(found[0].trace, rel=1e-6)
+    assert found[1].square_norm == pytest.approx(found[0].square_norm, rel=1e-6)
+
+
 def test_processes_add_their_groups():
     """Two processes of three groups each, whose averages ``.grad`` holds in the end."""
     model, x, y = problem()

@@ -423,6 +423,29 @@ class TestFollowsTheModel:
         assert torch.equal(after, problem.operator(kind) @ v)
 
     @each_kind
+    def test_after_a_buffer_was_replaced(self, kind):
+        problem = CASES["norms-eval"]()
+        operator, v = problem.operator(kind), problem.vectors()
+        before = operator @ v
+        norm = next(m for m in problem.model.modules() if isinstance(m, nn.BatchNorm1d))
+        norm.running_var = 4 * norm.running_var
+        after = operator @ v
+        assert not torch.equal(after, before)
+        assert torch.equal(after, problem.operator(kind) @ v)
+
+    @each_kind
+    @pytest.mark.parametrize("used", [False, True])
+    def test_but_not_if_the_parameters_are_others(self, kind, used):
+        problem = CASES["mlp-tanh"]()
+        operator, v = problem.operator(kind), problem.vectors()
+        if used:
+            operator @ v
+        state = {k: 2 * t for k, t in problem.model.state_dict().items()}
+        problem.model.load_state_dict(state, assign=True)
+        with pytest.raises(ValueError, match=r"are others than .* make a new operator"):
+            operator @ v
+
+    @each_kind
     def test_after_dropout_was_switched_off(self, kind):
         problem = restless_problem()
         operator, v = problem.operator(kind), problem.vectors()

@@ -8,8 +8,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from batchlr import GGNOperator, HessianOperator, supervised
-from batchlr.operators.graphs import ComputedAnew, default_budget, graph_bytes, holding_all
-from cases import CASES, seeded
+from batchlr.operators.graphs import (
+    ComputedAnew,
+    default_budget,
+    free_main_memory,
+    graph_bytes,
+    holding_all,
+)
+from cases import CASES, Problem, classified, seeded
 
 each_kind = pytest.mark.parametrize("kind", ["hessian", "ggn"])
 
@@ -151,6 +157,27 @@ class TestBudget:
     def test_default_is_a_share_of_free_memory(self):
         assert 1 << 20 < default_budget(torch.device("cpu")) < 1 << 45
 
+    @pytest.mark.parametrize(
+        ("folder", "limit", "used"),
+        [
+            (".", "memory.max", "memory.current"),
+            ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ],
+    )
+    def test_a_container_s_limit_counts_less_what_it_cannot_forget(
+        self, tmp_path, folder, limit, used
+    ):
+        home = tmp_path / folder
+        home.mkdir(exist_ok=True)
+        (home / limit).write_text("5000\n")
+        (home / used).write_text("4000\n")
+        (home / "memory.stat").write_text("active_file 700\ninactive_file 2000\n")
+        assert free_main_memory(tmp_path) == 3000
+
+    def test_no_limit_is_none(self, tmp_path):
+        (tmp_path / "memory.max").write_text("max\n")
+        assert free_main_memory(tmp_path) > 1 << 20
+
 
 class TestExpectedProducts:
     @each_kind
@@ -188,10 +215,18 @@ class TestRefuses:
 
     @each_kind
     def test_micro_batches_of_a_model_that_normalises_over_them(self, kind):
-        problem = CASES["norms-train"]()
+        problem = CASES["preresnet-train"]()
         with pytest.raises(ValueError, match=r"micro_batch would change.*norm_mode='eval'"):
             problem.operator(kind, micro_batch=2)
         problem.operator(kind, micro_batch=2, norm_mode="eval")
+
+    @each_kind
+    @pytest.mark.parametrize("norm_mode", ["train", "eval"])
+    def test_micro_batches_of_norms_without_running_statistics(self, kind, norm_mode):
+        model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False))
+        problem = Problem(model.double(), nn.CrossEntropyLoss(), classified((4,), 4), norm_mode)
+        with pytest.raises(ValueError, match=r"micro_batch would change.*; use smaller batches"):
+            problem.operator(kind, micro_batch=2)
 
 
 class TestMicroBatches:

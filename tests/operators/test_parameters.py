@@ -103,6 +103,14 @@ def test_pieces_that_do_not_come_are_zeros():
     torch.testing.assert_close(total, flat([matrix, torch.zeros_like(scalar), 2 * vector]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_pieces_at_half_precision_lose_nothing_to_the_factor(dtype):
+    piece, total = torch.tensor([1e-3, 3.0]).to(dtype), torch.empty(2)
+    adder = Adder(total, [total])
+    adder.add([piece], 1e-5)
+    torch.testing.assert_close(total, 1e-5 * piece.float())
+
+
 def test_what_is_added_stays_what_it_was():
     total = torch.zeros(11, dtype=torch.float64)
     adder, first, second = Adder(total, pieces_of(0)), pieces_of(1), pieces_of(2)

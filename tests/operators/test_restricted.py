@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from batchlr import RestrictedOperator, layer_blocks
+from batchlr import HessianOperator, RestrictedOperator, layer_blocks
 from cases import CASES, Problem
 from reference import dense
 
@@ -96,6 +96,19 @@ def test_follows_the_model(kind):
 def test_parameters_of_the_model_itself_are_a_layer_without_name():
     problem = CASES["unused"]()
     assert layer_blocks(problem.operator("hessian"))[""].parameter_names == ("spare",)
+
+
+def test_names_that_look_like_patterns_are_themselves():
+    layers = nn.ModuleDict({"a[0]": nn.Linear(1, 1), "a0": nn.Linear(1, 1), "a?": nn.Linear(1, 1)})
+    model = nn.Sequential(layers)
+
+    def loss_fn(model, batch):
+        return sum(layer(batch) for layer in model[0].values()).square().mean()
+
+    blocks = layer_blocks(HessianOperator(model, loss_fn, [torch.ones(1, 1)]))
+    for layer in layers:
+        names = (f"0.{layer}.weight", f"0.{layer}.bias")
+        assert blocks[f"0.{layer}"].parameter_names == names
 
 
 def test_describes_itself():

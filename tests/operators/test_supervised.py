@@ -148,6 +148,17 @@ class TestSplitBatch:
         with pytest.raises(TypeError, match=f"got {type(batch).__name__}{more}; otherwise"):
             split_batch(batch)
 
+    @pytest.mark.parametrize(
+        ("batch", "words"),
+        [
+            (((X, X), Y), "inputs must be a tensor, got tuple; make it one, or write your own"),
+            ({"x": X, "y": [0, 1]}, "targets must be a tensor, got list; make it one"),
+        ],
+    )
+    def test_refuses_inputs_and_targets_that_are_no_tensors(self, batch, words):
+        with pytest.raises(TypeError, match=words):
+            split_batch(batch)
+
 
 def test_the_mean_over_samples_of_a_divergence():
     """``reduction="batchmean"``, which torch recommends for `KLDivLoss`."""

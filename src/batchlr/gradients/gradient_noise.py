@@ -43,7 +43,7 @@ def gradient_moments(
     ``N - 1``.
 
     Args:
-        operator: of at least two batches.
+        operator: of at least two batches; those of weight zero tell nothing.
         dataset_size: ``N``, what batches are drawn from; by default the samples given are all, and
             their mean gradient has no noise.
         only: numbers of the batches to use; by default all.
@@ -52,23 +52,24 @@ def gradient_moments(
         ValueError: there is only one batch.
     """
     chosen = range(len(operator.weights)) if only is None else only
-    samples = [operator.weights[number] for number in chosen]
-    if len(samples) < 2:
-        msg = "the noise of the gradient needs at least two disjoint batches, got 1"
+    wanted = [number for number in chosen if operator.weights[number] > 0]
+    samples = [operator.weights[number] for number in wanted]
+    count = len(samples) if only is None else len(chosen)  # of some a single one may have weight
+    if count < 2:
+        msg = f"the noise of the gradient needs at least two disjoint batches, got {count}"
         raise ValueError(msg)
     total, seen = sum(samples), 0.0
     mean = variance = torch.zeros(())
-    wanted = set(chosen)
     for number, gradient in enumerate(operator.batch_gradients()):
-        weight = operator.weights[number]
-        if number not in wanted or weight == 0:
+        if number not in wanted:
             continue
+        weight = operator.weights[number]
         if seen == 0:
             mean, variance = torch.zeros_like(gradient), torch.zeros_like(gradient)
         seen += weight  # one pass (Welford 1962), for all gradients at a time take K P numbers
         deviation = gradient - mean
         mean.add_(deviation, alpha=weight / seen)
-        variance.addcmul_(deviation, gradient - mean, value=weight / (len(samples) - 1))
+        variance.addcmul_(deviation, gradient - mean, value=weight / max(1, len(samples) - 1))
     sampling = 0.0 if dataset_size is None else 1 / total - 1 / dataset_size
     return GradientMoments(mean**2 - variance * sampling, variance)
 

@@ -25,6 +25,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from batchlr.argument_ranges import require_count
+
 
 @final
 @dataclass(frozen=True)
@@ -80,14 +82,15 @@ def scatter_of_gradients(
         dataset_size: what they were drawn from without replacement.
 
     Raises:
-        ValueError: there are fewer than two gradients.
+        ValueError: there are fewer than two gradients, or ``group_size`` is below 1.
 
     >>> rows = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
     >>> scatter = scatter_of_gradients([rows])
     >>> scatter.square_norm, scatter.trace, scatter.along, scatter.across
     (1.0, 2.0, 0.0, 2.0)
     """
-    _check_groups(len(gradients[0]))
+    _check_groups(len(gradients[0]) if gradients else 0)
+    require_count(group_size=group_size)
     flat = [tensor.detach().flatten(1).double() for tensor in gradients]
     gram = torch.stack([rows @ rows.T for rows in flat]).sum(0)  # (J, J)
     count = len(gram)

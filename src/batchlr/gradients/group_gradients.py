@@ -49,7 +49,7 @@ class GroupGradients:
         A step that calls it calls `scatter`, or `forget` where its noise is not asked for.
         """
         found = {n: p.grad for n, p in enumerate(self._parameters) if p.grad is not None}
-        parts = {number: local_part(gradient) for number, gradient in found.items()}
+        parts = {number: _part(gradient) for number, gradient in found.items()}
         # In place, so that there is one copy of the gradients and no second.
         changes = [
             self._seen[number].sub_(part) if number in self._seen else part
@@ -90,7 +90,7 @@ class GroupGradients:
         if not gradients or not self._squares:
             msg = "there are no gradients: call add() after each micro-batch's backward pass"
             raise ValueError(msg)
-        square_norm = _square([local_part(gradient) for gradient in gradients], gradients)
+        square_norm = _square([_part(gradient) for gradient in gradients], gradients)
         here = len(self._squares)
         # A group's own gradient is `here` times what it added to the mean.
         sums = torch.stack(
@@ -107,6 +107,12 @@ class GroupGradients:
             batch_size=batch_size,
             dataset_size=dataset_size,
         )
+
+
+def _part(gradient: Tensor) -> Tensor:
+    """What this process has of ``gradient``; of a sparse one all entries."""
+    part = local_part(gradient)
+    return part.to_dense() if part.is_sparse else part
 
 
 def _square(parts: list[Tensor], gradients: list[Tensor]) -> Tensor:

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal, Self, final
 
 import torch
 from torch import Tensor
 
 from batchlr.inner_products import PART, dots
+from batchlr.operators.graphs import free_bytes
 
 BasisForm = Literal["auto", "device", "half", "cpu"]
 FORMS = ("auto", "device", "half", "cpu")
@@ -252,9 +252,9 @@ def choose_form(
     reports = []
     for candidate in forms:
         place = torch.device("cpu") if candidate == "cpu" else device
-        free = available_bytes(place) if budget is None else budget
+        free = free_bytes(place) if budget is None else budget
         each = basis_bytes(size, 1, dtype, candidate)
-        if free is None or count * each <= free:
+        if count * each <= free:
             return candidate, count
         if least * each <= free:
             return candidate, free // each
@@ -265,21 +265,6 @@ def choose_form(
         "a larger basis_budget, or max_basis where Lanczos may restart"
     )
     raise BasisMemoryError(msg)
-
-
-def available_bytes(device: torch.device) -> int | None:
-    """Memory free on ``device``, or None where it cannot be told."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if device.type != "cpu":
-        return None
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    kilobytes = fields.get("MemAvailable", "").split()
-    return int(kilobytes[0]) * 1024 if kilobytes else None
 
 
 def readable(count: int) -> str:

@@ -9,7 +9,7 @@ from batchlr.measurement.curvature_point import CurvaturePoint, make_operator
 from batchlr.operators.batch_weight import batch_weight
 from batchlr.operators.batches import count_samples, cut, take
 from batchlr.operators.curvature_matrix import CurvatureOptions
-from batchlr.operators.isolation import normalises_over_batches
+from batchlr.operators.isolation import couples_samples
 
 _LEAST, _FEW = 4, 8  # assumed: samples that are run together, and in parts
 _ROUNDING = 1e-6  # assumed: losses that differ by more are of other random numbers
@@ -24,7 +24,7 @@ def samples_interact(point: CurvaturePoint) -> bool:
     loss that draws random numbers (dropout, a VAE) or that takes batches of one size only. Costs
     four passes over eight samples.
     """
-    if point.norm_mode == "train" and normalises_over_batches(point.model):
+    if couples_samples(point.model, point.norm_mode):
         return True
     try:
         few = take(max(point.batches, key=count_samples), slice(0, _FEW))

@@ -16,7 +16,7 @@ from batchlr.operators.curvature_matrix import (
     CurvatureMatrix,
     NormMode,
 )
-from batchlr.operators.isolation import normalises_over_batches
+from batchlr.operators.isolation import couples_samples
 from batchlr.operators.supervised import LossFunction
 
 _FEWEST = 8  # assumed: samples run together, below which a product takes much longer
@@ -90,7 +90,7 @@ def possible_micro_batches(
     batch norm in train mode, losses over pairs and dropout leave batches whole.
     """
     largest = max(batches, key=count_samples)
-    if norm_mode == "train" and normalises_over_batches(model):
+    if couples_samples(model, norm_mode):
         return [None]
     try:
         four = take(largest, slice(0, 4))

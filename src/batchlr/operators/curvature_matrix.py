@@ -25,7 +25,7 @@ from batchlr.operators.graphs import (
 from batchlr.operators.isolation import (
     Isolation,
     check_norm_mode,
-    normalises_over_batches,
+    couples_samples,
     unwrapped,
 )
 from batchlr.operators.isolation import NormMode as NormMode
@@ -97,7 +97,7 @@ class CurvatureMatrix(BatchedOperator):
         expected_products: how many will be asked for at the same weights, by default many. For one
             nothing is kept; few choose the cheaper way to a Gauss-Newton product.
         micro_batch: run at most that many samples at a time, for memory. For losses that are means
-            over samples (or that say their weight), and not for norms in train mode.
+            over samples (or that say their weight), and not for norms of batch statistics.
         offload: hold graphs in main memory, where each product reads them back. Before torch 2.14
             with torch's own derivatives of all layers, as where layers are checkpointed: slower,
             and without weight norms and bags of embeddings.
@@ -142,8 +142,7 @@ class CurvatureMatrix(BatchedOperator):
         self._parts = BatchParts(listed, loss_fn, most=micro_batch)
         self._seed = _draw_seed(generator)
         self._isolation = Isolation(model, norm_mode)
-        self._modules = list(model.modules())
-        self._state = [*model.parameters(), *model.buffers()]
+        self._state = _tensors(model)
         self._recorded_at: object = None
         self._offload = offload
         self._checkpoints = False  # whether layers were found to be computed anew
@@ -330,23 +329,32 @@ class CurvatureMatrix(BatchedOperator):
 
     def _refresh(self) -> None:
         """Forget what was recorded if the model is another one now."""
-        state = (self._versions(), [m.training for m in self._modules])
+        tensors = _tensors(self._model)
+        state = (_versions(tensors), [m.training for m in self._model.modules()])
         if state != self._recorded_at:
             check_whole(self._model)
+            self._check_parameters()
+            self._state = tensors  # held: what is freed may leave its place to another
             self._graphs.clear()
             self._recorded_at = state
             if self._check is not None:
                 self._check.restart()
 
-    def _versions(self) -> list[tuple[int, int]]:
-        return [_version(tensor) for tensor in self._state]
+    def _check_parameters(self) -> None:
+        now = [p for p in self._model.parameters() if p.requires_grad]
+        if [id(p) for p in now] != [id(p) for p in self._parameters]:
+            msg = (
+                "the model's trainable parameters are others than when the operator was made "
+                "(load_state_dict(assign=True), a layer replaced or frozen?); make a new operator"
+            )
+            raise ValueError(msg)
 
     def _record(self, number: int, columns: int) -> Recording:
         """The recording of a part, in isolation."""
         recording = self._graphs.get(number)
         if recording is not None:
             return recording
-        before = self._versions()
+        before = _versions(self._state)
         try:
             recording = self._differentiated(number, columns)
         except ComputedAnew:
@@ -355,7 +363,7 @@ class CurvatureMatrix(BatchedOperator):
                 recording = self._differentiated(number, columns)
         if self._checkpoints:
             recording = replace(recording, runs_model=True, computed_anew=True)
-        if self._versions() != before:
+        if _versions(self._state) != before:
             msg = (
                 "running the model changes its weights in place (an embedding with max_norm?), so "
                 "they are no longer those it was given with; switch that off to measure curvature"
@@ -370,17 +378,24 @@ class CurvatureMatrix(BatchedOperator):
 def check_micro_batch(model: nn.Module, norm_mode: NormMode | None, micro_batch: int) -> None:
     """Raise ValueError unless batches of ``model`` may be cut to ``micro_batch`` samples."""
     require_count(micro_batch=micro_batch)
-    if norm_mode == "train" and normalises_over_batches(model):
+    if couples_samples(model, norm_mode):
+        way_out = "" if couples_samples(model, "eval") else "norm_mode='eval', or "
         msg = (
-            "micro_batch would change the matrix: in train mode norms make the samples of a batch "
-            "depend on one another; use norm_mode='eval', or smaller batches as what is measured"
+            "micro_batch would change the matrix: norms of batch statistics make the samples of a "
+            f"batch depend on one another; use {way_out}smaller batches as what is measured"
         )
         raise ValueError(msg)
 
 
-def _version(tensor: Tensor) -> tuple[int, int]:
-    """Changes with every in-place change; tensors made in inference mode do not count theirs."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """What the model's function depends on, shared ones as often as they are held."""
+    held = [entry for m in model.modules() for entry in (m._parameters, m._buffers)]
+    return [tensor for entry in held for tensor in entry.values() if tensor is not None]
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Change with every change in place; tensors made in inference mode do not count theirs."""
+    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
 
 
 def _draw_seed(generator: torch.Generator | None) -> int:

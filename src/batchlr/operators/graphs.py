@@ -141,30 +141,55 @@ def offloaded(resident: Sequence[Tensor]) -> Iterator[None]:
 
 def default_budget(device: torch.device) -> int:
     """`SHARE_OF_MEMORY` of what is free on ``device``, in bytes."""
+    return int(SHARE_OF_MEMORY * free_bytes(device))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory free on ``device``; main memory for all but CUDA."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(SHARE_OF_MEMORY * (free + reserved))
-    return int(SHARE_OF_MEMORY * _free_main_memory())
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + held)
+    return free_main_memory()
 
 
-def _free_main_memory() -> int:
-    """Free bytes of the machine or of the container, whichever are fewer."""
-    limits = []
+_CONTROL_GROUPS = {  # limit and use, of version 2 and of version 1
+    "memory.max": "memory.current",
+    "memory/memory.limit_in_bytes": "memory/memory.usage_in_bytes",
+}
+
+
+def free_main_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Free bytes of the machine or of the container, whichever are fewer.
+
+    What the container has read from files and can forget counts as free.
+
+    Args:
+        groups: where the system tells of control groups.
+    """
+    machine = _entry(Path("/proc/meminfo"), "MemAvailable:")
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = pages // 2 if machine is None else 1024 * machine  # not Linux
+    for limit_name, used_name in _CONTROL_GROUPS.items():
+        limit, used = (_read(groups / name).strip() for name in (limit_name, used_name))
+        if limit.isdigit() and used.isdigit():  # neither "max" nor missing
+            statistics = (groups / limit_name).with_name("memory.stat")
+            free = min(free, int(limit) - int(used) + (_entry(statistics, "inactive_file") or 0))
+    return max(0, free)
+
+
+def _entry(path: Path, name: str) -> int | None:
+    """The number behind ``name`` in a file of names and numbers; None if there is none."""
+    rows = (line.split() for line in _read(path).splitlines())
+    return next((int(row[1]) for row in rows if row[0] == name), None)
+
+
+def _read(path: Path) -> str:
+    """The text of a file, nothing if it cannot be read: not Linux, or no control groups."""
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                limits.append(1024 * int(line.split()[1]))
-        limit, used = (
-            Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current")
-        )
-        if limit != "max":
-            limits.append(int(limit) - int(used))
+        return path.read_text()
     except OSError:
-        pass  # not Linux, or no control groups
-    if not limits:
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
-    return max(0, min(limits))
+        return ""
 
 
 _ONCE = once_differentiable(lambda *_: None).__code__  # of any function so wrapped

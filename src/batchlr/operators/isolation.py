@@ -43,6 +43,15 @@ def normalises_over_batches(model: nn.Module) -> bool:
     )
 
 
+def couples_samples(model: nn.Module, norm_mode: NormMode | None) -> bool:
+    """Whether norms make a sample's output depend on its batch in this mode."""
+    if norm_mode == "train" and normalises_over_batches(model):
+        return True
+    modules = unwrapped(model).modules()
+    batch_norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return any(norm.running_mean is None for norm in batch_norms)  # these do in either mode
+
+
 @final
 class Isolation:
     """Contexts in which a model is run and differentiated; it must not be run elsewhere meanwhile.

@@ -83,7 +83,7 @@ class Adder:
             elif factor == 1:
                 total.copy_(piece.detach())
             else:
-                torch.mul(piece.detach(), factor, out=total)
+                torch.mul(piece.detach().to(total.dtype), factor, out=total)
             self._written[j] = True
 
     def finish(self) -> None:

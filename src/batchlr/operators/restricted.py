@@ -94,6 +94,8 @@ def layer_blocks(operator: CurvatureMatrix) -> dict[str, RestrictedOperator]:
 
 
 def _matching(names: Sequence[str], pattern: str) -> list[int]:
+    if pattern in names:  # which may hold what means something in a pattern
+        return [names.index(pattern)]
     found = [
         number
         for number, name in enumerate(names)

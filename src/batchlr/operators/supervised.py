@@ -152,20 +152,20 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor]:
     """Inputs and targets of an ``(x, y)`` pair or of a dict with the usual names.
 
     Raises:
-        TypeError: the batch is neither.
+        TypeError: the batch is neither, or these are no tensors.
     """
     if isinstance(batch, Mapping):
         inputs = [key for key in _INPUT_KEYS if key in batch]
         targets = [key for key in _TARGET_KEYS if key in batch]
         if len(inputs) == 1 and len(targets) == 1:
-            return batch[inputs[0]], batch[targets[0]]
+            return _tensors(batch[inputs[0]], batch[targets[0]])
         msg = (
             f"a dict batch needs one of {_INPUT_KEYS} and one of {_TARGET_KEYS}, got keys "
             f"{sorted(map(str, batch))}; otherwise write your own loss_fn(model, batch)"
         )
         raise TypeError(msg)
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        return batch[0], batch[1]
+        return _tensors(batch[0], batch[1])
     entries = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
     if isinstance(batch, Tensor):
         entries = " (one batch [x, y] as the list of batches? pass [(x, y)])"
@@ -174,3 +174,15 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor]:
         "otherwise write your own loss_fn(model, batch)"
     )
     raise TypeError(msg)
+
+
+def _tensors(inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+    """The two, if they can be brought to a device as tensors and packed sequences can."""
+    for name, given in (("inputs", inputs), ("targets", targets)):
+        if not hasattr(given, "to"):
+            msg = (
+                f"{name} must be a tensor, got {type(given).__name__}; make it one, or write your "
+                "own loss_fn(model, batch)"
+            )
+            raise TypeError(msg)
+    return inputs, targets

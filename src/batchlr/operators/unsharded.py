@@ -55,9 +55,11 @@ def unsharded(model: nn.Module) -> Iterator[nn.Module]:
         with swapped_parameters(model, stand_ins), _without_hooks(model):
             try:
                 yield model
-                _check_unmoved(model, stand_ins)
             finally:
-                reshard(model)
+                try:
+                    _check_unmoved(model, stand_ins)  # may be why it failed
+                finally:
+                    reshard(model)
     finally:
         for stand_in in stand_ins.values():  # an operator kept for longer notices
             stand_in.data = stand_in.data.new_empty(0)
