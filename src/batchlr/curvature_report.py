@@ -311,7 +311,7 @@ class CurvatureReport:
     def _top_direction(self, batch_size: float, optimizer: str, momentum: float) -> Rate:
         inverse = self.inverse_effective_batch_size(batch_size)
         if optimizer == "sgd":
-            return self._top_direction_of_sgd(batch_size, momentum)
+            return self._top_direction_of_sgd(batch_size, inverse, momentum)
         adam = self._measured_adam()
 
         def value_at(size: float) -> float:
@@ -325,14 +325,12 @@ class CurvatureReport:
             return average if optimizer == "adam" else (1 - momentum) * average
 
         value = value_at(batch_size)
-        inverse = self.inverse_effective_batch_size(batch_size)
         error, weight = _noise_weight(adam.largest, adam, momentum, inverse)
         low, high = self._around(batch_size)
         exponent = math.log(value_at(high) / value_at(low)) / math.log(high / low)
         return Rate(value, error, exponent, noise_share=weight * inverse)
 
-    def _top_direction_of_sgd(self, batch_size: int, momentum: float) -> Rate:
-        inverse = self.inverse_effective_batch_size(batch_size)
+    def _top_direction_of_sgd(self, batch_size: float, inverse: float, momentum: float) -> Rate:
         limit = partial(
             max_sgd_lr, momentum=momentum, weight_decay=self.weight_decay, nesterov=self.nesterov
         )
