@@ -1255,6 +1255,11 @@ def test_a_batch_size_outside_the_samples_is_refused(batch_size):
         measure(network(), first_digits(40), batch_size=batch_size)
 
 
+def test_a_negative_number_of_small_batches_is_refused():
+    with pytest.raises(ValueError, match="num_small_batches must be finite and at least 0, got -1"):
+        measure_curvature(network(), CROSS_ENTROPY, [first_digits(8)], num_small_batches=-1)
+
+
 def test_a_data_set_smaller_than_its_samples_is_refused():
     with pytest.raises(ValueError, match="dataset_size must be at least the 40 samples given, got"):
         measure(network(), first_digits(40), batch_size=10, dataset_size=39)
