@@ -870,7 +870,9 @@ def test_a_report_comes_back_from_disk_as_it_was(report, tmp_path):
 
 
 def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
-    report = make_report(dataset_size=np.int64(10_000), clip_norm=np.float32(0.5))
+    report = make_report(
+        dataset_size=np.int64(10_000), clip_norm=np.float32(0.5), gradient_norm=1.0
+    )
     report.save(tmp_path / "report.json")
     assert CurvatureReport.load(tmp_path / "report.json") == report
 
