@@ -40,9 +40,15 @@ def test_signal_alone_gains_nothing_and_noise_alone_all():
 
 def test_samples_drawn_without_replacement_leave_no_noise_in_all_of_them():
     # The whole set's gradient is exact: a step of it is worth 1 + noise / signal of the base batch.
-    gain = adascale_gain(scatter_of(100, 2.0, 300.0, dataset_size=100), 50)
-    assert gain == pytest.approx((2.0 + 300.0 * (1 / 50 - 1 / 100)) / 2.0)
-    assert adascale_gain(GradientScatter(100, 0.0, 300.0, dataset_size=100), 50) == 2.0
+    gain = adascale_gain(scatter_of(100, 20.0, 300.0, dataset_size=100), 50)
+    assert gain == pytest.approx((20.0 + 300.0 * (1 / 50 - 1 / 100)) / 20.0)
+
+
+@pytest.mark.parametrize("size", [60, 99, 100])
+@pytest.mark.parametrize("mean_square", [0.0, 1e-9])
+def test_a_batch_is_worth_no_more_base_batches_than_it_has_the_samples_of(size, mean_square):
+    scatter = scatter_of(size, mean_square, 300.0, dataset_size=100)
+    assert adascale_gain(scatter, 20) == pytest.approx(size / 20)
 
 
 def test_the_shape_goes_at_the_pace_of_the_gain():

@@ -370,6 +370,8 @@ def test_a_loop_grows_its_batch_and_its_rate_follows_the_measured_limit():
         ({"multiple_of": 3}, "batch_size must be a positive multiple of 3, got 8"),
         ({"max_batch_size": 7}, "max_batch_size 7 and dataset_size None .* below batch_size 8"),
         ({"dataset_size": 7}, "max_batch_size 100 and dataset_size 7 .* below batch_size 8"),
+        ({"dataset_size": 0}, "dataset_size must be at least 1, got 0"),
+        ({"test": "Norm", "debias": False}, "test must be one of 'norm', 'inner_product', 'augm"),
         ({"test": "augmented"}, "the augmented test has no unbiased form: pass debias=False"),
     ],
 )

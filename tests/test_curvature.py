@@ -1029,6 +1029,22 @@ def test_rmsprop_by_name_takes_its_preconditioner_from_gradients():
         assert report.max_lr(25, optimizer="rmsprop").momentum == 0.0
 
 
+@pytest.mark.parametrize(("size", "seed"), [(2, 2), (5, 1)])
+def test_where_no_gradient_of_all_data_stands_out_adam_can_be_measured(size, seed):
+    """In single precision ``D`` of all the data is ``eps`` there, and rounding around it."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Linear(size, 1, bias=False)
+    inputs = torch.randn(64, size, generator=generator)
+    targets = inputs @ torch.randn(size, 1, generator=generator) * 0.3
+    targets += torch.randn(64, 1, generator=generator)
+    loss_fn = supervised(nn.MSELoss())
+    report = measure_curvature(model, loss_fn, [(inputs, targets)], dataset_size=100_000)
+    for batch_size in (8, 100_000):
+        limit = report.max_lr(batch_size, optimizer="adam")
+        assert 0 < limit.low <= limit.value <= limit.high < math.inf
+
+
 def test_adam_with_a_large_eps_sees_the_hessian_over_it():
     model, batch = network(), first_digits(200)
     optimizer = adam_after(5, model, batch, eps=1e6)
@@ -1237,6 +1253,11 @@ def test_one_sample_is_refused():
 def test_a_batch_size_outside_the_samples_is_refused(batch_size):
     with pytest.raises(ValueError, match=rf"batch_size must lie in \[1, 40\].*got {batch_size}"):
         measure(network(), first_digits(40), batch_size=batch_size)
+
+
+def test_a_negative_number_of_small_batches_is_refused():
+    with pytest.raises(ValueError, match="num_small_batches must be finite and at least 0, got -1"):
+        measure_curvature(network(), CROSS_ENTROPY, [first_digits(8)], num_small_batches=-1)
 
 
 def test_a_data_set_smaller_than_its_samples_is_refused():

@@ -165,11 +165,11 @@ each_size = pytest.mark.parametrize("batch_size", [1, 32, 500, 10_000])
 
 @each_size
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
-def test_the_top_direction_s_rule_is_the_closed_form(batch_size, momentum, weight_decay):
-    report = make_report(weight_decay=weight_decay)
+@pytest.mark.parametrize("changes", [{}, {"weight_decay": 0.5}, {"nesterov": True}])
+def test_the_top_direction_s_rule_is_the_closed_form(batch_size, momentum, changes):
+    report = make_report(**changes)
     noise = 160.0 * (1 / batch_size - 1e-4) / 2.0
-    want = max_sgd_lr(2.0, noise, momentum=momentum, weight_decay=weight_decay)
+    want = max_sgd_lr(2.0, noise, momentum=momentum, **changes)
     limit = report.max_lr(batch_size, momentum=momentum, rule="top-direction")
     assert limit.value == float(limit) == pytest.approx(want, rel=1e-14)
     assert (limit.batch_size, limit.optimizer, limit.momentum, limit.rule) == (
@@ -435,6 +435,26 @@ def test_a_quantile_outside_zero_to_one_is_refused(quantile):
 
 
 # --- exponent and regime -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+@pytest.mark.parametrize("batch_size", [1.5, 30, 300, 9000])
+def test_nesterov_s_top_direction_has_exponent_interval_and_share_of_its_own(
+    momentum, weight_decay, batch_size
+):
+    """Without momentum those of the heavy ball, which is the same; else those of differences."""
+    options = {"momentum": momentum, "rule": "top-direction"}
+    report = make_report(nesterov=True, weight_decay=weight_decay)
+    limit = report.max_lr(batch_size, **options)
+    assert limit.exponent == pytest.approx(
+        numerical_exponent(report, batch_size, **options), abs=1e-4
+    )
+    assert limit.low < limit.value < limit.high
+    if momentum == 0 and weight_decay == 0:
+        plain = make_report().max_lr(batch_size, **options)
+        assert (limit.low, limit.high) == pytest.approx((plain.low, plain.high), rel=1e-6)
+        assert limit.regime == plain.regime
 
 
 def numerical_exponent(report, batch_size, **options):
@@ -792,8 +812,9 @@ def test_unknown_names_and_momenta_are_refused():
         report.max_lr(32, momentum=1.0)
     with pytest.raises(ValueError, match=r"momentum must lie in \[0, 1\), got 1.0"):
         report.max_lr(32, optimizer="adam", momentum=1.0)
-    with pytest.raises(ValueError, match=r"beta1 must lie in \[0, 1\), got 1.0"):
-        report.max_lr(32, optimizer="adam", momentum=1.0, rule="top-direction")
+    for rule in ("top-direction", "paper"):
+        with pytest.raises(ValueError, match=r"momentum must lie in \[0, 1\), got 1.0"):
+            report.max_lr(32, optimizer="adam", momentum=1.0, rule=rule)
 
 
 # --- on disk -------------------------------------------------------------------------------------
@@ -846,6 +867,14 @@ def test_a_report_comes_back_from_disk_as_it_was(report, tmp_path):
             assert loaded.max_lr(32, **options) == report.max_lr(32, **options)
     assert same(loaded.largest_at(32), report.largest_at(32))
     assert {file.name for file in path.parent.iterdir()} == {"report.json", "report.npz"}
+
+
+def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
+    report = make_report(
+        dataset_size=np.int64(10_000), clip_norm=np.float32(0.5), gradient_norm=1.0
+    )
+    report.save(tmp_path / "report.json")
+    assert CurvatureReport.load(tmp_path / "report.json") == report
 
 
 def test_a_measured_report_comes_back_too(tmp_path):

@@ -163,6 +163,7 @@ def test_for_the_whole_data_set_every_law_is_the_largest_eigenvalue():
     [
         ({"small_batch": None}, {"two-point"}),
         ({"ritz_weights": ()}, {"subordinated"}),
+        ({"ritz_values": (2.0,), "ritz_weights": (1.0,)}, {"subordinated"}),  # no bulk
         ({"trace": UNKNOWN}, {"trace", "marchenko-pastur", "additive"}),
         ({"trace": Measured(1.5, 0.1)}, {"trace", "marchenko-pastur", "additive"}),
         (

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import math
 import pickle
 from dataclasses import replace
@@ -44,6 +45,11 @@ def sequential(optimizer):
 
 def chained(optimizer):
     return ChainedScheduler([LinearLR(optimizer, 0.1, 1.0, 5), ExponentialLR(optimizer, 0.9)])
+
+
+def warm_up_then_steps(optimizer):
+    warm_up = LinearLR(optimizer, 0.1, 1.0, total_iters=10)
+    return SequentialLR(optimizer, [warm_up, MultiStepLR(optimizer, [2, 5])], [10])
 
 
 SHAPES = {
@@ -328,7 +334,8 @@ def test_a_report_carries_the_peak_as_its_own_limit_of_the_optimizer(kind, name)
     optimizer = make_optimizer((1.0,), kind)
     scheduler = BatchAwareLR(optimizer, peak=0.01, batch_size=32)
     scheduler.set_batch_size(512, report=report)
-    old, new = (report.max_lr(size, optimizer=name).value for size in (32, 512))
+    own = {"optimizer": name, "momentum": 0.9 if name == "adam" else 0.0}
+    old, new = (report.max_lr(size, **own).value for size in (32, 512))
     assert scheduler.peak == pytest.approx(0.01 * new / old, rel=1e-15)
     other = "adam" if name == "sgd" else "sgd"
     scheduler.set_batch_size(32, report=report, optimizer=other)
@@ -336,6 +343,18 @@ def test_a_report_carries_the_peak_as_its_own_limit_of_the_optimizer(kind, name)
     assert rates_of(optimizer)[0] == scheduler.peak
     assert scheduler.batch_size == 32
     assert scheduler.peak != pytest.approx(0.01)  # the two optimizers have different laws
+
+
+def test_a_report_without_momentum_is_read_at_the_optimizer_s():
+    report = make_report(momentum=0.0)
+    optimizer = make_optimizer()
+    optimizer.param_groups[0]["momentum"] = 0.9
+    scheduler = BatchAwareLR(optimizer, peak=0.01, batch_size=32)
+    scheduler.set_batch_size(512, report=report)
+    old, new = (report.max_lr(size, momentum=0.9).value for size in (32, 512))
+    assert scheduler.peak == pytest.approx(0.01 * new / old, rel=1e-15)
+    plain = [report.max_lr(size).value for size in (32, 512)]
+    assert new / old > 2 * plain[1] / plain[0]
 
 
 def test_there_and_back_again_is_the_same_peak():
@@ -369,6 +388,37 @@ def test_steps_are_counted_not_given():
     scheduler = BatchAwareLR(make_optimizer(), peak=0.1)
     with pytest.raises(ValueError, match=r"counts its own steps; call .* without an epoch, got 3"):
         scheduler.step(3)
+
+
+def test_it_may_come_second_in_a_sequence():
+    optimizer = make_optimizer()
+    cosine = BatchAwareLR(optimizer, 0.5, lambda o: CosineAnnealingLR(o, 10))
+    sequence = SequentialLR(optimizer, [LinearLR(optimizer, 0.1, 1.0, 3), cosine], [3])
+    alone = make_optimizer()
+    expected = run(alone, BatchAwareLR(alone, 0.5, lambda o: CosineAnnealingLR(o, 10)), 8)
+    assert run(optimizer, sequence, 11)[3:] == expected
+
+
+def test_the_step_that_old_sequences_count_is_the_next_one():
+    optimizer = make_optimizer()
+    scheduler = BatchAwareLR(optimizer, 0.5, lambda o: CosineAnnealingLR(o, 10))
+    optimizer.step()
+    scheduler.step(1)
+    assert scheduler.last_epoch == 1
+    assert rates_of(optimizer)[0] == pytest.approx(0.25 * (1 + math.cos(math.pi / 10)))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES.values(), warm_up_then_steps])
+@pytest.mark.parametrize("through", [saved, lambda state: json.loads(json.dumps(state))])
+def test_a_state_goes_through_files_of_either_kind(shape, through):
+    optimizer = make_optimizer()
+    scheduler = BatchAwareLR(optimizer, 0.3, shape)
+    run(optimizer, scheduler, 3)
+    state = through(scheduler.state_dict())
+    resumed = make_optimizer()
+    other = BatchAwareLR(resumed, 0.3, shape)
+    other.load_state_dict(state)
+    assert run(resumed, other, STEPS - 3) == run(optimizer, scheduler, STEPS - 3)
 
 
 def test_a_batch_size_cannot_change_from_an_unknown_one():

@@ -111,3 +111,9 @@ def test_a_batch_size_is_positive(size):
 def test_a_standard_deviation_is_positive():
     with pytest.raises(ValueError, match="std must be positive and finite, got 0"):
         surge_law_of_moments([0.1], [0.0], [[1.0]])
+
+
+@pytest.mark.parametrize(("max_lr", "peak"), [(0.0, 64.0), (0.1, -1.0), (math.nan, 64.0)])
+def test_a_law_has_a_positive_peak(max_lr, peak):
+    with pytest.raises(ValueError, match="must be positive and finite"):
+        SurgeLaw(max_lr=max_lr, peak_batch_size=peak)

@@ -15,7 +15,8 @@ def adascale_gain(scatter: GradientScatter, base_batch_size: int) -> float:
     ``(trace / b_base + |G|^2) / (trace / b + |G|^2)`` (Johnson et al. 2020, arXiv 2007.05105): 1
     where the gradient stands out, so that a larger batch adds nothing, and the ratio of the batch
     sizes where noise hides it, as the linear rule has it everywhere. Sizes count as in
-    `GradientScatter`, ``1/b = 1/B - 1/N``.
+    `GradientScatter`, ``1/b = 1/B - 1/N``; where a batch has nearly all data, and next to no noise,
+    the gain is still that ratio at most, as so many base batches have the same samples.
 
     Raises:
         ValueError: ``base_batch_size`` is not positive, or above the batch's.
@@ -30,9 +31,9 @@ def adascale_gain(scatter: GradientScatter, base_batch_size: int) -> float:
     base = GradientScatter(base_batch_size, 0.0, 0.0, dataset_size=scatter.dataset_size)
     signal = max(0.0, scatter.mean_square)
     noise = signal + scatter.trace * scatter.inverse_size
-    if noise == 0:  # a batch of all data, and no gradient left
-        return scatter.batch_size / base_batch_size
-    return (signal + scatter.trace * base.inverse_size) / noise
+    most = scatter.batch_size / base_batch_size
+    alone = signal + scatter.trace * base.inverse_size
+    return alone / noise if alone < most * noise else most
 
 
 @final

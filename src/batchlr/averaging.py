@@ -98,10 +98,9 @@ class UniformAverage(Averaging):
     def variance(self, step: float) -> float:
         """See `Averaging.variance`."""
         kept = (1.0 - step) ** self.spacing  # correlation of neighbours
-        lost = _one_minus_power(step, self.spacing)
-        all_lost = _one_minus_power(step, self.spacing * self.count)
-        bracket = (1.0 + kept) / lost - 2.0 * kept * all_lost / (self.count * lost**2)
-        return stationary_variance(step) / self.count * bracket
+        # A term for each distance: in closed form they cancel where steps are small.
+        pairs = math.fsum((1.0 - lag / self.count) * kept**lag for lag in range(1, self.count))
+        return stationary_variance(step) / self.count * (1.0 + 2.0 * pairs)
 
     def weights(self, num_updates: int) -> list[float]:
         """See `Averaging.weights`."""
@@ -195,13 +194,6 @@ def weights_from_schedule(schedule: Sequence[float]) -> list[float]:
         )
         raise ValueError(message)
     return [max(0.0, step) for step in steps]
-
-
-def _one_minus_power(step: float, power: int) -> float:
-    """``1 - (1 - step)^power``, with all digits for small steps."""
-    if step < 1.0:
-        return -math.expm1(power * math.log1p(-step))
-    return 1.0 - (1.0 - step) ** power
 
 
 def _require_updates(num_updates: int, least: int) -> None:

@@ -6,7 +6,7 @@ AdAdaGrad (Lau et al. 2024, arXiv 2402.11215) applies them while training.
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, final
+from typing import Any, Literal, final, get_args
 
 from batchlr.argument_ranges import require_count, require_fraction, require_positive
 from batchlr.gradients.gradient_scatter import GradientScatter
@@ -99,6 +99,11 @@ class AdaptiveBatchSize:
         require_positive(tolerance=tolerance, orthogonality=orthogonality)
         require_count(interval=interval, multiple_of=multiple_of)
         require_fraction(smoothing=smoothing)
+        if test not in get_args(Test):
+            msg = f"test must be one of {', '.join(map(repr, get_args(Test)))}, got {test!r}"
+            raise ValueError(msg)
+        if dataset_size is not None:
+            require_count(dataset_size=dataset_size)
         if not max_growth > 1:
             msg = f"max_growth must be above 1, got {max_growth}"
             raise ValueError(msg)
@@ -108,7 +113,7 @@ class AdaptiveBatchSize:
         if batch_size < 1 or batch_size % multiple_of:
             msg = f"batch_size must be a positive multiple of {multiple_of}, got {batch_size}"
             raise ValueError(msg)
-        most = min(max_batch_size, dataset_size or max_batch_size)
+        most = max_batch_size if dataset_size is None else min(max_batch_size, dataset_size)
         if most < batch_size:
             msg = (
                 f"max_batch_size {max_batch_size} and dataset_size {dataset_size} must not be "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchlr.argument_ranges import require_non_negative
 from batchlr.curvature_noise import CurvatureNoise, directional_noise
 from batchlr.curvature_report import CurvatureReport
 from batchlr.gradients.gradient_noise import mean_gradient
@@ -110,6 +111,7 @@ def measure_curvature(
     """
     began = time.perf_counter()
     _check_clip_norm(clip_norm)
+    require_non_negative(num_small_batches=num_small_batches)
     with_adam = optimizer_kind(optimizer) != "sgd"
     generator = default_generator(generator)
     listed = disjoint(batches, batch_size)

@@ -1,10 +1,12 @@
 """What a measurement of curvature says about any batch size."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from batchlr.argument_ranges import require_inner_fraction
+from batchlr.argument_ranges import require_fraction, require_inner_fraction
 from batchlr.curvature_noise import CurvatureNoise
 from batchlr.dataclass_files import load_dataclass, save_dataclass
 from batchlr.learning_rates import max_adam_lr, max_sgd_lr, paper_adam_lr, paper_sgd_lr
@@ -18,6 +20,7 @@ from batchlr.measurement.projected_curvature import MAX_GROUPS, ProjectedCurvatu
 _RULES = ("mean-square", "top-direction", "paper")
 _FORMAT = 5
 _PRINTED = (4, 16, 64, 256, 1024, 4096)  # batch sizes
+_STEP = 1e-4  # assumed: of difference quotients, relative
 _MIN_BATCHES = 4  # assumed: below it the standard error of a variance says little
 
 
@@ -219,6 +222,7 @@ class CurvatureReport:
             raise ValueError(msg)
         if momentum is None:
             momentum = self._momentum_of(optimizer)
+        require_fraction(momentum=momentum)
         if rule == "paper":
             rate = self._paper(batch_size, optimizer)
         elif rule == "top-direction":
@@ -307,13 +311,7 @@ class CurvatureReport:
     def _top_direction(self, batch_size: float, optimizer: str, momentum: float) -> Rate:
         inverse = self.inverse_effective_batch_size(batch_size)
         if optimizer == "sgd":
-            noise = self.noise.total * inverse / self.largest if self.largest > 0 else 0.0
-            decay = self.weight_decay
-            value = max_sgd_lr(self.largest, noise, momentum=momentum, weight_decay=decay)
-            error, weight = _noise_weight(
-                self.largest, self.noise, momentum, inverse, weight_decay=decay
-            )
-            return Rate(value, error, exponent=weight / batch_size, noise_share=weight * inverse)
+            return self._top_direction_of_sgd(batch_size, inverse, momentum)
         adam = self._measured_adam()
 
         def value_at(size: float) -> float:
@@ -331,6 +329,27 @@ class CurvatureReport:
         low, high = self._around(batch_size)
         exponent = math.log(value_at(high) / value_at(low)) / math.log(high / low)
         return Rate(value, error, exponent, noise_share=weight * inverse)
+
+    def _top_direction_of_sgd(self, batch_size: float, inverse: float, momentum: float) -> Rate:
+        limit = partial(
+            max_sgd_lr, momentum=momentum, weight_decay=self.weight_decay, nesterov=self.nesterov
+        )
+        noise = self.noise.total * inverse / self.largest if self.largest > 0 else 0.0
+        value = limit(self.largest, noise)
+        if not self.nesterov:
+            error, weight = _noise_weight(
+                self.largest, self.noise, momentum, inverse, weight_decay=self.weight_decay
+            )
+            return Rate(value, error, exponent=weight / batch_size, noise_share=weight * inverse)
+        by_largest, by_noise = _slopes(limit, self.largest, noise)
+        per_variance = by_noise * inverse / self.largest
+        errors = (
+            (by_largest - by_noise * noise / self.largest) * _finite(self.largest.stderr),
+            per_variance * _finite(self.noise.parallel.stderr),
+            per_variance * _finite(self.noise.orthogonal.stderr),
+        )
+        exponent = -by_noise * self.noise.total / (self.largest * batch_size)
+        return Rate(value, math.hypot(*errors), exponent, 1 - value / limit(self.largest))
 
     @property
     def _population(self) -> float:
@@ -440,6 +459,18 @@ def _noise_weight(
         factor * inverse * _finite(noise.orthogonal.stderr),
     )
     return math.hypot(*errors) / denominator, factor * noise.total / denominator
+
+
+def _slopes(
+    limit: Callable[[float, float], float], largest: float, noise: float
+) -> tuple[float, float]:
+    """``d ln limit`` by curvature and by noise, as difference quotients."""
+    step = _STEP * largest
+    here = limit(largest, noise)
+    by_largest = limit(largest + step, noise) / limit(largest - step, noise)
+    # To one side, as there is no noise below zero; two of them, for the second order.
+    once, twice = (math.log(limit(largest, noise + k * step) / here) for k in (1, 2))
+    return math.log(by_largest) / (2 * step), (2 * once - twice / 2) / step
 
 
 def _finite(error: float) -> float:

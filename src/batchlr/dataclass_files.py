@@ -94,6 +94,8 @@ def _plain(
             if isinstance(part, Measured):
                 errors.setdefault(name, {})[str(index)] = part.stderr
         return [_plain(part, name, arrays, errors) for part in value]
+    if isinstance(value, np.generic):
+        return value.item()
     return float(value) if isinstance(value, float) else value
 
 

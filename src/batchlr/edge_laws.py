@@ -73,10 +73,10 @@ def _with_random_noise(report: CurvatureReport, inverse: float) -> dict[str, Edg
     if not math.isfinite(random):
         return {}
     laws = {"wigner": _wigner(largest, random, inverse, "homogeneous noise, a matrix of low rank")}
-    if report.ritz_weights:
-        pairs = zip(report.ritz_values[1:], report.ritz_weights[1:], strict=True)
-        bulk = [(value, weight) for value, weight in pairs if value < largest]
-        total = sum(weight for _, weight in bulk)
+    pairs = zip(report.ritz_values[1:], report.ritz_weights[1:], strict=False)
+    bulk = [(value, weight) for value, weight in pairs if value < largest]
+    total = sum(weight for _, weight in bulk)
+    if total > 0:
         outlier = subordinated_outlier(
             largest,
             [value for value, _ in bulk],

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from batchlr.argument_ranges import require_positive
 from batchlr.curvature_report import CurvatureReport
+from batchlr.measurement.optimizer_state import get_momentum
 from batchlr.scaling_rules import rescale_lr
 
 ShapeFactory = Callable[[Optimizer], LRScheduler]
@@ -109,8 +110,15 @@ class BatchAwareLR(LRScheduler):
         ]
 
     def step(self, epoch: int | None = None) -> None:
-        """Advance the shape by one optimizer step."""
-        if epoch is not None:
+        """Advance the shape by one optimizer step.
+
+        Args:
+            epoch: none but the next, which `SequentialLR` says before torch 2.14.
+
+        Raises:
+            ValueError: it is another.
+        """
+        if epoch not in (None, self.last_epoch + 1):
             msg = f"BatchAwareLR counts its own steps; call step() without an epoch, got {epoch}"
             raise ValueError(msg)
         if self.last_epoch >= 0 and self._shape is not None:
@@ -140,8 +148,9 @@ class BatchAwareLR(LRScheduler):
 
         Args:
             batch_size: of the steps from now on.
-            report: the peak changes as its ``max_lr`` does.
-            optimizer: which of the report's rates; by default told from the optimizer's class.
+            report: the peak changes as its ``max_lr`` does, at the momentum of the optimizer.
+            optimizer: which of the report's rates; by default told from the optimizer's class. Of
+                another than that, at the report's momentum.
             rule: of `rescale_lr`, in place of a report.
 
         Raises:
@@ -155,9 +164,11 @@ class BatchAwareLR(LRScheduler):
             msg = "pass either a measured report or a rule ('linear', 'sqrt' or 'none')"
             raise ValueError(msg)
         if report is not None:
-            kind = optimizer or _kind(self.optimizer)
+            own = _kind(self.optimizer)
+            momentum = get_momentum(self.optimizer) if optimizer in (None, own) else None
             old, new = (
-                report.max_lr(size, optimizer=kind).value for size in (self._batch_size, batch_size)
+                report.max_lr(size, optimizer=optimizer or own, momentum=momentum).value
+                for size in (self._batch_size, batch_size)
             )
             factor = new / old
         else:
@@ -255,7 +266,15 @@ def _restore(shape: LRScheduler, state: dict[str, Any]) -> None:
 
 
 def _as_in(own: Any, state: Any) -> Any:
-    """``state`` in the container types of ``own`` (tuples were saved as lists)."""
+    """``state`` in the containers of ``own``: tuples, counters, keys that are numbers.
+
+    Tuples were saved as lists and counters as dicts, and JSON makes strings of keys.
+    """
     if isinstance(own, dict) and isinstance(state, dict):
-        return {k: _as_in(own.get(k), v) for k, v in state.items()}
-    return type(own)(state) if isinstance(own, (tuple, list)) and isinstance(state, list) else state
+        keys = {str(key): key for key in own}
+        named = {keys.get(str(key), key): value for key, value in state.items()}
+        return type(own)({key: _as_in(own.get(key), value) for key, value in named.items()})
+    if isinstance(own, (tuple, list)) and isinstance(state, list):
+        known = [*own, *[None] * len(state)]
+        return type(own)(_as_in(*pair) for pair in zip(known, state, strict=False))
+    return state

@@ -25,6 +25,9 @@ class SurgeLaw:
     max_lr: float  # at ``peak``
     peak_batch_size: float
 
+    def __post_init__(self) -> None:
+        require_positive(max_lr=self.max_lr, peak_batch_size=self.peak_batch_size)
+
     def lr(self, batch_size: float) -> float:
         """The best rate at a batch size.
 

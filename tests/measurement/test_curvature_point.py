@@ -210,8 +210,9 @@ def test_a_batch_that_may_be_counted_wrongly_is_told_of():
 
 def test_a_data_set_smaller_than_the_samples_given_is_refused():
     model, batches = tiny()
-    with pytest.raises(ValueError, match="dataset_size must be at least the 10 samples given, got"):
-        CurvaturePoint.at(model, LOSS, batches, dataset_size=9)
+    for size in (9, math.inf, math.nan):
+        with pytest.raises(ValueError, match="dataset_size must be at least the 10 samples given"):
+            CurvaturePoint.at(model, LOSS, batches, dataset_size=size)
     assert CurvaturePoint.at(model, LOSS, batches, dataset_size=10).sampling == 0
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from batchlr.measurement.metric import diagonalise, selection_bias
+from batchlr.measurement.metric import diagonalise, lifted, selection_bias
 
 AXES = np.array([1.0, 0.9, 0.8, 0.7, 0.5, 0.3])
 
@@ -80,3 +80,12 @@ def test_axes_are_of_unit_length_in_the_metric():
     assert values == pytest.approx(scipy.linalg.eigh(np.diag(AXES), metric)[0][::-1])
     assert axes.T @ metric @ axes == pytest.approx(np.eye(6), abs=1e-12)
     assert axes.T @ np.diag(AXES) @ axes == pytest.approx(np.diag(values), abs=1e-12)
+
+
+def test_a_metric_that_rounding_made_indefinite_is_lifted_and_any_other_left():
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3))).Q
+    sound = rotation @ np.diag([2.0, 1.0, 1e-3]) @ rotation.T
+    broken = rotation @ np.diag([2.0, 1.0, -1e-8]) @ rotation.T
+    assert lifted(np.stack([sound, sound])).tobytes() == np.stack([sound, sound]).tobytes()
+    want = rotation @ np.diag([2.0, 1.0, 2e-6]) @ rotation.T
+    np.testing.assert_allclose(lifted(np.stack([sound, broken])), [sound, want], atol=1e-12)

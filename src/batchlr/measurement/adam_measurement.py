@@ -12,7 +12,7 @@ from batchlr.gradients.gradient_noise import GradientMoments, gradient_moments, 
 from batchlr.krylov.krylov_basis import KrylovBasis
 from batchlr.measurement.adam_curvature import AdamCurvature
 from batchlr.measurement.curvature_point import CurvaturePoint
-from batchlr.measurement.metric import Array, selection_bias
+from batchlr.measurement.metric import Array, lifted, selection_bias
 from batchlr.measurement.optimizer_state import (
     beta1,
     decoupled_decay,
@@ -181,8 +181,7 @@ class AdamMeasurement:
             for number, size in enumerate(sizes):
                 stretch = self._stretched(size, part, had_only).sqrt_().add_(self._eps)
                 total[number] += (rows * stretch.div_(self._metric[part])) @ rows.T
-        result: Array = total.cpu().numpy()
-        return result
+        return lifted(total.cpu().numpy())
 
     def _stretched(
         self, batch_size: float, part: slice, had_only: GradientMoments | None

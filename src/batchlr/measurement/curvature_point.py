@@ -78,8 +78,11 @@ class CurvaturePoint:
         listed = disjoint(batches, batch_size)
         operator = make_operator(matrix, model, loss_fn, listed, norm_mode, options)
         total = sum(operator.samples)
-        if dataset_size is not None and dataset_size < total:
-            msg = f"dataset_size must be at least the {total} samples given, got {dataset_size}"
+        if dataset_size is not None and not total <= dataset_size < math.inf:
+            msg = (
+                f"dataset_size must be at least the {total} samples given, got {dataset_size}: a "
+                "finite number, where there is no end of data a very large one"
+            )
             raise ValueError(msg)
         loss = float(operator.loss())
         if not math.isfinite(loss):

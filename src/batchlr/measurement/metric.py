@@ -9,6 +9,23 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 
 
+_ROUNDING = 1e-6  # assumed: of single precision, relative to the largest eigenvalue
+
+
+def lifted(metrics: Array) -> Array:
+    """``metrics`` ``(..., m, m)``, eigenvalues that are but rounding raised to it.
+
+    Where no gradient stands out of its noise ``D`` of all the data is ``eps``, a hundred-millionth
+    of that of a batch; what remains of it in single precision may be negative, and lengths are not.
+    """
+    values, axes = np.linalg.eigh(metrics)
+    least = _ROUNDING * values[..., -1:]
+    if (values >= least).all():
+        return metrics
+    result: Array = (axes * np.maximum(values, least)[..., None, :]) @ axes.swapaxes(-1, -2)
+    return result
+
+
 def diagonalise(matrix: Array, metric: Array) -> tuple[Array, Array]:
     """Descending eigenvalues of ``matrix`` in ``metric``, and axes ``A' metric A = 1``."""
     factors, rotation = np.linalg.eigh(metric)
