@@ -16,6 +16,7 @@ from batchlr.measurement.memory_plan import MemoryBudgetError
 from batchlr.training.checkpoint import CheckpointError
 from batchlr.training.config import load_config
 from batchlr.training.data import DataError
+from batchlr.training.loop import DivergedError, InterruptedRun
 
 ROOT = Path(__file__).parents[1]
 
@@ -243,6 +244,10 @@ def test_every_process_exits_but_only_the_first_repeats_the_common_error(run, mo
     failing(monkeypatch, DataError("this machine lacks the file"))
     result = run("train", "run.yaml", "optim.name=adam")
     assert (result.exit_code, result.stderr) == (3, "rank 3: this machine lacks the file\n")
+    for error, code in ((DivergedError("lost"), 4), (InterruptedRun("stopped"), 130)):
+        failing(monkeypatch, error)
+        result = run("train", "run.yaml", "optim.name=adam")
+        assert (result.exit_code, result.stderr) == (code, "")
 
 
 def test_a_report_is_written_and_named(run):

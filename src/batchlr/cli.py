@@ -318,7 +318,7 @@ def _exit_codes() -> Iterator[None]:
             pass
         elif rank == 0:
             typer.echo(str(error) or "interrupted", err=True)
-        elif code != USAGE:  # a usage error is the same everywhere; others may be this rank's own
+        elif code == DATA:  # files may be missing on this machine only; all else is the same
             typer.echo(f"rank {rank}: {error}", err=True)
         raise typer.Exit(code) from None
 

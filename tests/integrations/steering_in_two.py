@@ -5,11 +5,33 @@ import math
 import sys
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 from test_steering import Run, draw  # noqa: E402
+
+
+def seen_by_the_second_only(rank):
+    """Momentum said and set, and weights, where the second one measures and has seen other things.
+
+    Its controller's last loss, not looked at yet, is no number: alone it would go back.
+    """
+    run = Run(every_steps=1, adjust_momentum=True)
+
+    def stretched(generator):
+        return [(x * torch.tensor([1.0 + 3 * rank, 1, 1, 1]), y) for x, y in draw(generator)]
+
+    for _ in range(3):
+        run.step(stretched)
+    state = run.steering.state_dict()
+    if rank == 1:
+        state["controller"]["guard"]["detector"]["pending"] = [torch.full((4,), math.nan)]
+    run.steering.load_state_dict(state)
+    update = run.step(stretched)[1]
+    return [update.momentum, run.optimizer.param_groups[0]["momentum"], run.model.weight.tolist()]
+
 
 if __name__ == "__main__":
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
@@ -34,6 +56,7 @@ if __name__ == "__main__":
     answer = {"rates": rates, "peaks": peaks, "end": run.steering.scheduler.peak}
     answer["shown"] = shown
     answer["weights"] = run.model.weight.tolist()
+    answer["alone"] = seen_by_the_second_only(rank)
     (folder / f"{rank}.json").write_text(json.dumps(answer))
     dist.barrier()  # neither leaves while the other one is still there
     dist.destroy_process_group()

@@ -302,3 +302,5 @@ def test_processes_take_over_the_first_ones_rates_and_share_their_losses(tmp_pat
     assert first["peaks"][:4] == [None if u is None else u.peak for u in updates]
     assert first["shown"] == pytest.approx(run.shown, rel=1e-12)
     assert first["end"] < first["peaks"][0]
+    said, momentum, _ = first["alone"]
+    assert said == momentum != 0.5  # which it began with

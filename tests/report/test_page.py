@@ -160,6 +160,12 @@ def test_a_measurement_is_a_row(tmp_path):
     assert '<th scope="row">notes</th><td>a; b</td>' in page
 
 
+def test_a_limit_not_to_rely_on_says_why(tmp_path):
+    steps = [measured(0, reasons=[]), measured(1, reasons=["few batches", "clipped"])]
+    page = write_report(write_run(tmp_path, steps=steps)).read_text()
+    assert page.count("few batches; clipped</td></tr>") == 1
+
+
 def test_everything_is_escaped(tmp_path):
     evil = "<script>alert('1')</script>&"
     summary = SUMMARY | {"diverged": True, "failure": evil}

@@ -126,6 +126,7 @@ def test_an_empty_folder_is_refused_with_what_it_should_hold(tmp_path):
         ("metrics.jsonl", entry(0) | {"lr": None}, "line 1 must have a number lr, got None"),
         ("metrics.jsonl", measured(0, max_lr=[]), r"line 1 must have .* null max_lr, got \[\]"),
         ("metrics.jsonl", measured(0, max_lr=2), r"max_lr 2 must lie in its .*, \[0\.3, 0\.6\]"),
+        ("metrics.jsonl", measured(0, reasons="x"), "reasons must be a list of sentences, got 'x'"),
         ("curvature/rates.json", RATES | {"bounds": [3]}, "one of bounds must be an obj"),
         ("curvature/rates.json", RATES | {"bounds": [{"x": 1}]}, "one of bounds must have a num"),
         ("curvature/rates.json", RATES | {"bounds": [BOUND | {"x": 1}]}, "of bounds is none .*'x'"),

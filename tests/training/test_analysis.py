@@ -351,6 +351,14 @@ def test_the_spectrum_is_that_of_the_dense_hessian(command, tmp_path):
     assert record.startswith(f"It took {content['num_products']} products in ")
 
 
+def test_the_spectrum_is_of_all_samples_asked_for(command, tmp_path):
+    """While training with batches of 400 it would be 200."""
+    short = "spectrum={steps: 2, probes: 1}"
+    assert command("spectrum", "curvature.samples=900", short).exit_code == 0
+    content = strict_json((tmp_path / "out" / "curvature" / "spectrum.json").read_text())
+    assert content["num_samples"] == 900
+
+
 def test_hessian_is_gauss_newton_plus_residual(command, tmp_path):
     """Means are traces over P, and all three are measured with the same probes."""
     means = {}

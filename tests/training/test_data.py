@@ -1,7 +1,10 @@
 import ast
 import inspect
+import os
+import re
+import signal
 import tarfile
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from itertools import chain
 from pathlib import Path
 
@@ -782,6 +785,23 @@ def test_workers_change_nothing(folders):
     assert_same_batches(train_batches(helped, **options), train_batches(alone, **options))
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_worker_goes_on_when_its_whole_group_is_asked_to_stop(folders, number):
+    folder, here = (
+        load_data("imagefolder", root=folders, image_size=16, workers=1).test,
+        os.getpid(),
+    )
+
+    def read(path):
+        if os.getpid() != here:
+            os.kill(os.getpid(), number)
+        return folder.read(path)
+
+    asked = replace(folder, read=read).batches([torch.tensor([0]), torch.tensor([1])])
+    assert_same_batches(asked, folder.batches([torch.tensor([0]), torch.tensor([1])]))
+
+
 def test_unaugmented_folders_train_on_test_images(folders):
     data = load_data("imagefolder", root=folders, image_size=16, augment="none")
     measured = measurement_batches(data, batch_size=12, num_batches=1, generator=torch.Generator())
@@ -816,5 +836,7 @@ def test_a_broken_picture_is_named(folders, workers):
     picture = folders / "val" / "n00000002" / "1.JPEG"
     picture.write_bytes(picture.read_bytes()[:100])
     data = load_data("imagefolder", root=folders, image_size=16, workers=workers)
-    with pytest.raises(DataError, match=r"val/n00000002/1\.JPEG is not a readable image"):
+    words = rf"{picture} is not a readable image \([^\n]*\); replace or remove it"
+    with pytest.raises(DataError) as caught:
         list(test_batches(data, batch_size=2))
+    assert re.fullmatch(words, str(caught.value))

@@ -62,7 +62,7 @@ main(["train", config, *overrides, "--out", str(Path(out) / "run")])
 """
 
 
-# What two processes say and exit with, each with a data file of its own.
+# What two processes say and exit with, each with changes of its own.
 SPEAKERS = """
 import contextlib, io, json, os, sys
 from pathlib import Path
@@ -70,13 +70,14 @@ from batchlr.cli import main
 
 folder, rank = sys.argv[1], int(sys.argv[2])
 os.chdir(folder)
-file = json.loads(Path("files.json").read_text())[rank]
+changes = json.loads(Path("changes.json").read_text())[rank]
 config = Path(f"config-{rank}.yaml")
-config.write_text(f"data: {{name: arrays, path: {file}}}\\nbatch: {{global_size: 4}}")
+settings = "{data: {name: arrays, path: images.npz}, model: {name: mlp}, batch: {global_size: 4}}"
+config.write_text(settings)
 said = io.StringIO()
 with contextlib.redirect_stderr(said):
     try:
-        main(["train", str(config), "--out", "run"])
+        main(["train", str(config), *changes, "train.max_steps=1"])
     except SystemExit as end:
         Path(f"end-{rank}.json").write_text(json.dumps([end.code, said.getvalue()]))
 """
@@ -94,7 +95,6 @@ def test_a_process_alone_shares_with_itself(tmp_path, monkeypatch):
         assert alone.sum(values) is values
         assert alone.same(0.3, CPU) == 0.3
         assert (alone.any(True, CPU), alone.any(False, CPU)) == (True, False)
-        assert alone.wait(CPU) is None
         assert alone.together(lambda: 3, CPU) == 3
         model = nn.Linear(2, 2)
         assert alone.wrap(model, CPU) is model
@@ -174,16 +174,40 @@ def test_blocks_are_sharded_by_themselves_and_the_rest_together(alone, model, bl
     ],
 )
 def test_missing_data_are_told_once_and_every_process_exits_3(tmp_path, files, told):
-    write_arrays(tmp_path / "images.npz")
-    (tmp_path / "files.json").write_text(json.dumps(files))
-    (tmp_path / "speakers.py").write_text(SPEAKERS)
-    run_in_two(tmp_path / "speakers.py", tmp_path, timeout=120)
-    for rank, words in enumerate(told):
-        code, said = strict_json((tmp_path / f"end-{rank}.json").read_text())
+    ends = said_in_two(tmp_path, *([f"data.path={file}", "--out", "run"] for file in files))
+    for (code, said), words in zip(ends, told, strict=True):
         assert code == 3
         assert said.startswith(words)
         assert said.count("there is no such file") == said.count("\n") == bool(words)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["resume=none.pt", "--out", "run"], "checkpoint none.pt does not exist; "),
+        (["resume=damaged", "--out", "run"], "damaged/manifest.json is damaged "),
+        (["--out", "images.npz/run"], "[Errno 20] Not a directory: 'images.npz/run'"),
+    ],
+)
+def test_what_cannot_be_resumed_or_written_is_told_once(tmp_path, changes, told):
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "manifest.json").write_text("{")
+    (code, said), other = said_in_two(tmp_path, changes, changes)
+    assert code == 3
+    assert said.startswith(told)
+    assert said.count("\n") == 1
+    assert other == [3, ""]
+    assert not (tmp_path / "run").exists()
+
+
+def said_in_two(folder: Path, *changes: list[str]) -> list[tuple[int, str]]:
+    """Exit code and words of two processes that train with ``changes``."""
+    write_arrays(folder / "images.npz")
+    (folder / "changes.json").write_text(json.dumps(changes))
+    (folder / "speakers.py").write_text(SPEAKERS)
+    run_in_two(folder / "speakers.py", folder, timeout=120)
+    return [strict_json((folder / f"end-{rank}.json").read_text()) for rank in (0, 1)]
 
 
 def torchrun(folder: Path, *overrides: str) -> Path:

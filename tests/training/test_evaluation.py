@@ -105,6 +105,15 @@ def test_nothing_of_the_network_changes(experiment, training):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_frozen_part_stays_in_eval_mode(experiment):
+    made = experiment()
+    made.model.train().norm.eval()
+    before = {name: module.training for name, module in made.model.named_modules()}
+    evaluate(made)
+    assert {name: module.training for name, module in made.model.named_modules()} == before
+    assert set(before.values()) == {True, False}
+
+
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_images_come_as_in_training_and_no_graph_is_kept(experiment, channels_last):
     made, seen = experiment(f"train.channels_last={str(channels_last).lower()}"), []

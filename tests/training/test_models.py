@@ -360,11 +360,35 @@ def test_an_illegal_option_is_refused_with_what_is_legal(name, options, words):
             {"in_channels": 1},
             "torchvision's networks take images of 3 channels, got 1",
         ),
+        (
+            "torchvision",
+            {"arch": "alexnet"},
+            {"image_size": 16},
+            r"alexnet takes no images of 16 pixels: .*Output size is too small$",
+        ),
+        (
+            "torchvision",
+            {"arch": "vit_b_16"},
+            {},
+            "vit_b_16 takes no images of 32 pixels: .*Expected 224 but got 32",
+        ),
     ],
 )
 def test_images_that_do_not_fit_are_refused(name, options, shape, words):
     with pytest.raises(ValueError, match=words):
         build_model(name, **{**SHAPE, **shape}, **options)
+
+
+def test_torchvision_networks_are_built_as_if_nothing_was_tried():
+    torch.manual_seed(3)
+    tried = build_model("torchvision", **SHAPE, arch="squeezenet1_1")
+    state = torch.get_rng_state()
+    torch.manual_seed(3)
+    plain = torchvision_model("squeezenet1_1", 10)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in tried.modules())
+    for a, b in zip(tried.state_dict().values(), plain.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_building_twice_from_one_seed_gives_equal_weights():

@@ -250,8 +250,12 @@ def test_with_nothing_to_resume_auto_starts_anew(tmp_path, whole):
 def test_a_finished_run_resumed_stays_as_it_is(tmp_path):
     out = run(tmp_path, "train.max_steps=4")
     before = state(out), metrics(out), summary(out)
+    checkpoints = sorted(path.name for path in (out / "checkpoints").iterdir())
     run(tmp_path, "train.max_steps=4", "resume=auto")
     assert_same((state(out), metrics(out), summary(out)), before)
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == checkpoints
+    other = run(tmp_path, "train.max_steps=4", f"resume={out / 'checkpoints'}", out="other")
+    assert_same(state(other), state(out))
 
 
 def test_what_does_not_matter_may_change(tmp_path):
@@ -358,9 +362,16 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
 def test_no_process_changes_the_folder_while_another_may_be_reading(tmp_path, monkeypatch):
     """All wait for one another between finding the checkpoint and touching the folder."""
     out, seen = run(tmp_path, "train.max_steps=1"), []
-    monkeypatch.setattr(Processes, "wait", lambda *_: seen.append((out / "summary.json").exists()))
+    together = Processes.together
+
+    def watched(*arguments):
+        made = together(*arguments)
+        seen.append((out / "summary.json").exists())
+        return made
+
+    monkeypatch.setattr(Processes, "together", watched)
     run(tmp_path, "train.max_steps=1")
-    assert seen == [True]
+    assert seen == [True, True, False]  # after reading data and checkpoint, and moving aside
 
 
 @pytest.mark.slow

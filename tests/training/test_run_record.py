@@ -22,8 +22,8 @@ BOUND = LRBound(
     high=0.7,
     exponent=0.9,
     regime="noise",
-    reliable=True,
-    reasons=(),
+    reliable=False,
+    reasons=("few batches", "the gradient is clipped"),
     batch_size=64,
     optimizer="adam",
     momentum=0.9,
@@ -42,6 +42,7 @@ def test_a_measured_limit_comes_with_its_interval_and_its_cost():
     entry = measured_entry(update)
     assert (entry["max_lr_low"], entry["max_lr"], entry["max_lr_high"]) == (0.4, 0.5, 0.7)
     assert (entry["regime"], entry["optimizer"]) == ("noise", "adam")
+    assert entry["reasons"] == ("few batches", "the gradient is clipped")
     assert (entry["peak_lr"], entry["products"], entry["overhead"]) == (0.3, 7, 0.2)
     assert entry["measurement_seconds"] == 1.5
     assert entry["failure"] is None
@@ -55,7 +56,7 @@ def test_a_published_policy_has_eigenvalues_and_no_limit():
     entry = measured_entry(CurvatureUpdate(0, peak=0.2, momentum=0.0, learned=learned))
     assert (entry["smallest_eigenvalue"], entry["largest_eigenvalue"]) == (-1.5, 4.0)
     assert all(math.isnan(entry[name]) for name in ("max_lr", "max_lr_low", "max_lr_high"))
-    assert entry["regime"] is entry["optimizer"] is None
+    assert entry["regime"] is entry["optimizer"] is entry["reasons"] is None
 
 
 def test_a_failure_is_told_in_words_with_the_same_keys():

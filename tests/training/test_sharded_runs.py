@@ -18,6 +18,10 @@ from runs import (
 )
 
 from batchlr.training import loop
+from batchlr.training.analysis import load_weights
+from batchlr.training.config import load_config
+from batchlr.training.evaluation import evaluate
+from batchlr.training.experiment import build_experiment
 from two_processes import needs_fully_shard, run_in_two
 
 pytestmark = needs_fully_shard
@@ -220,3 +224,11 @@ def assert_alike(one: Any, other: Any, where: str = "") -> None:
             assert_alike(one[key], other[key], f"{where}.{key}")
     if isinstance(one, torch.Tensor):
         assert (one.shape, one.dtype) == (other.shape, other.dtype), where
+
+
+def test_all_processes_test_the_network_that_is_saved(folder):
+    """Each one's own running means are of its own share of the batches."""
+    out = folder / "everything-ddp"
+    experiment = build_experiment(load_config(out / "config.yaml").config)
+    load_weights(experiment, out / "checkpoints")
+    assert summary(out)["test_loss"] == pytest.approx(evaluate(experiment).loss, rel=1e-5)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import NETWORKS, run, tiny
+from runs import NETWORKS, run, strict_json, tiny
 
 from batchlr.training import sweep as module
 from batchlr.training.experiment import build_experiment
@@ -195,6 +195,16 @@ def test_finished_cells_are_kept(tmp_path, training, monkeypatch):
     assert [line["batch_size"] for line in lines(out)] == [16, 64, 32]
 
 
+def test_a_sweep_goes_on_behind_a_line_that_a_kill_has_torn(tmp_path, training):
+    config, out = tiny(tmp_path), tmp_path / "out"
+    first = sweep(config, out=out, **FEW)
+    path = out / "curvature" / "sweep.jsonl"
+    path.write_text(path.read_text()[:-20])
+    assert sweep(config, out=out, **FEW)[0] == first[0]
+    assert [options["batch_size"] for _, options in training.searched] == [16, 64, 64]
+    assert [line["batch_size"] for line in lines(out)] == [16, 64]
+
+
 def test_a_cell_that_nothing_bounds_comes_back(tmp_path, training, monkeypatch):
     monkeypatch.setattr(
         module, "largest_survivable_lr", lambda *_, **__: Survival(1.0, math.inf, 13)
@@ -203,6 +213,8 @@ def test_a_cell_that_nothing_bounds_comes_back(tmp_path, training, monkeypatch):
     cells = sweep(config, out=out, **FEW)
     assert all(math.isinf(cell.diverged) for cell in cells)
     assert sweep(config, out=out, **FEW) == cells
+    for line in (out / "curvature" / "sweep.jsonl").read_text().splitlines():
+        assert strict_json(line)["diverged"] is None
 
 
 def test_cells_of_other_settings_are_refused(tmp_path, training):

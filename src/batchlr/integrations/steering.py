@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from batchlr import BatchAwareLR, CurvatureController, CurvatureUpdate
+from batchlr.measurement.optimizer_state import get_momentum
 from batchlr.operators.isolation import forked_random_state
 from batchlr.operators.supervised import LossFunction
 from batchlr.schedulers import ShapeFactory
@@ -82,7 +83,8 @@ class Steering:
         if update is None or same is None:
             return update
         self.controller.agree(same)
-        return replace(update, peak=self.scheduler.peak)
+        momentum = get_momentum(self.scheduler.optimizer)
+        return replace(update, peak=self.scheduler.peak, momentum=momentum)
 
     def step(self) -> None:
         """After an optimizer step: the schedule goes on."""

@@ -139,7 +139,7 @@ def _measurements(record: RunRecord) -> Table:
             _interval(entry.get("max_lr_low"), entry.get("max_lr_high")),
             *(_shown(entry.get(key)) for key in ("regime", "lr", "peak_lr", "products")),
             _shown(entry.get("measurement_seconds"), digits=2),
-            str(entry.get("failure") or ""),
+            str(entry.get("failure") or "; ".join(entry.get("reasons") or ())),
         )
         for entry in record.measured
     ]

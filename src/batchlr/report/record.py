@@ -169,6 +169,7 @@ def _lines(path: Path, *, required: Iterable[str], numbers: Iterable[str] = ()) 
 def _metrics(path: Path) -> list[Entry]:
     entries = _lines(path, required=_STEP, numbers=_MEASURED)
     for entry in entries:
+        _check_reasons(path, entry.get("reasons") or [])
         ends = [entry.get(key) for key in ("max_lr_low", "max_lr", "max_lr_high")]
         if None not in ends and ends != sorted(map(_float, ends)):
             low, rate, high = ends
@@ -257,10 +258,13 @@ def _sweep(path: Path) -> list[Entry]:
     for cell in cells:
         if cell.get("optimizer") not in ("sgd", "adam"):
             raise _corrupt(path, f"optimizer must be sgd or adam, got {cell.get('optimizer')!r}")
-        reasons = cell.get("reasons")
-        if not isinstance(reasons, list) or not all(isinstance(one, str) for one in reasons):
-            raise _corrupt(path, f"reasons must be a list of sentences, got {reasons!r}")
+        _check_reasons(path, cell.get("reasons"))
     return cells
+
+
+def _check_reasons(path: Path, reasons: Any) -> None:
+    if not isinstance(reasons, list) or not all(isinstance(one, str) for one in reasons):
+        raise _corrupt(path, f"reasons must be a list of sentences, got {reasons!r}")
 
 
 def _measure(path: Path, spectrum: Entry) -> SpectralMeasure:

@@ -121,7 +121,7 @@ def measure_spectrum(
     """
     experiment = build_at(config, checkpoint)
     write_measured(config, out, notes, at=checkpoint)
-    batches = experiment.measurement_batches()
+    batches = experiment.measurement_batches(measurement_sizes(config, experiment.data))
     operator, source = curvature_operator(experiment, batches)
     began = time.perf_counter()
     loss = float(source.loss())

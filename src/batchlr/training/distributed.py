@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from batchlr.training.checkpoint import CheckpointError
 from batchlr.training.config import TrainConfig
 from batchlr.training.data import DataError
 
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
 _Made = TypeVar("_Made")
+_OF_FILES = (DataError, CheckpointError, OSError)
 
 
 class ToldElsewhere(DataError):
-    """Data are missing or corrupt, as another process says."""
+    """Files are missing, corrupt or cannot be written, as another process says."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,11 @@ class Processes:
         return bool(self.sum(torch.tensor(float(flag), device=device)) > 0)
 
     def together(self, load: Callable[[], _Made], device: torch.device) -> _Made:
-        """What ``load`` returns, once no process has failed in it.
+        """What ``load``, which sends no messages, returns, once no process has failed in it.
 
         Raises:
-            Exception: what ``load`` raised here. Of data that cannot be read (DataError, OSError)
-                only if the first process did not raise the same.
+            Exception: what ``load`` raised here. Of files that cannot be used (DataError,
+                CheckpointError, OSError) only if the first process did not raise the same.
             ToldElsewhere: it did, or ``load`` failed elsewhere only.
         """
         if self.world_size == 1:
@@ -82,17 +84,13 @@ class Processes:
             failure = error
         words = float(zlib.crc32(str(failure).encode(errors="backslashreplace")))
         repeated = self.same(words, device) == words and not self.is_first
-        repeated = repeated and isinstance(failure, DataError | OSError)
+        repeated = repeated and isinstance(failure, _OF_FILES)
         if not self.any(failure is not None, device):
             return loaded
         if failure is None or repeated:
-            msg = "another process has failed to load the data, and says why"
+            msg = "another process has failed, and says why"
             raise ToldElsewhere(msg) from failure
         raise failure
-
-    def wait(self, device: torch.device) -> None:
-        """Until all processes are here."""
-        self.any(False, device)
 
     @torch.no_grad()
     def share(self, tensors: Iterable[Tensor]) -> None:

@@ -18,13 +18,13 @@ class TestResult:
 
 
 def evaluate(experiment: Experiment) -> TestResult:
-    """Accuracy and loss of the network in eval mode; its mode is put back.
+    """Accuracy and loss of the network in eval mode; each module's own mode is put back.
 
     All processes take the first one's buffers (running means), which checkpoints hold.
     """
     model = experiment.model
     experiment.processes.share(model.buffers())
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     # Sums over samples, so that batches and processes need not be of equal size.
     sums = torch.zeros(3, dtype=torch.float64, device=experiment.device)
@@ -40,6 +40,7 @@ def evaluate(experiment: Experiment) -> TestResult:
             sums[0] += (outputs.argmax(1) == labels).sum()
             sums[1] += F.cross_entropy(outputs, labels, reduction="sum")
             sums[2] += len(labels)
-    model.train(training)
+    for module, training in modes:
+        module.training = training
     correct, loss, count = experiment.processes.sum(sums).tolist()
     return TestResult(correct / count, loss / count)

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,7 @@ class _Run:
     def finish(self) -> dict[str, Any]:
         """Make all the steps that are left; returns the summary."""
         config, progress = self.experiment.config, self.progress
+        before = deepcopy(progress)
         self.experiment.parallel.train()
         if progress.step == 0 and config.checkpoint.every_epochs:
             self.save()  # so that a run which diverges at once has a good one
@@ -105,7 +107,10 @@ class _Run:
             self.make_epoch()
         if progress.samples or not progress.result:
             self.evaluate()
-        self.save()
+        # A run that was over when it was resumed is saved already, if in this folder.
+        fresh = progress != before or latest_checkpoint(self.out / "checkpoints") is None
+        if self.experiment.processes.any(fresh, self.experiment.device):
+            self.save()
         return self.summarize(diverged=False)
 
     def make_epoch(self) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +71,27 @@ def start_run(experiment: Experiment, out: Path, notes: Sequence[str]) -> Progre
         CheckpointError: the checkpoint to resume is missing or corrupt.
         ValueError: the run to resume was configured otherwise, or the folder cannot be moved.
     """
-    config = experiment.config
-    source = _source(config, out)
-    progress = Progress() if source is None else _resume(experiment, source)
+    config, group, device = experiment.config, experiment.processes, experiment.device
     # No process may still be looking for a checkpoint when the first one changes the folder.
-    experiment.processes.wait(experiment.device)
-    if not experiment.processes.is_first:
-        return progress
-    if source is None or source.resolve().parent != (out / "checkpoints").resolve():
-        _move_aside(out)
-    write_settings(config, out, notes)
+    source, progress, state = group.together(partial(_start, config, out), device)
+    if state is not None:
+        experiment.load_state_dict(state)
+
+    def prepare() -> None:
+        if not group.is_first:
+            return
+        if source is None or source.resolve().parent != (out / "checkpoints").resolve():
+            _move_aside(out)
+        write_settings(config, out, notes)
+
+    group.together(prepare, device)
     return progress
+
+
+def _start(config: TrainConfig, out: Path) -> tuple[Path | None, Progress, dict[str, Any] | None]:
+    """The checkpoint to start from, how far it is, and the experiment's state in it."""
+    source = _source(config, out)
+    return (None, Progress(), None) if source is None else (source, *_read(config, source))
 
 
 def _source(config: TrainConfig, out: Path) -> Path | None:
@@ -99,17 +110,17 @@ def _source(config: TrainConfig, out: Path) -> Path | None:
     return path
 
 
-def _resume(experiment: Experiment, source: Path) -> Progress:
+def _read(config: TrainConfig, source: Path) -> tuple[Progress, dict[str, Any]]:
     state = load_checkpoint(source)
     try:
         saved = state["config"]
         progress = Progress(**_in_samples(state["progress"], saved["batch"]["global_size"]))
+        experiment: dict[str, Any] = state["experiment"]
     except (KeyError, TypeError) as error:
         msg = f"{source} is not a checkpoint of a run: {error!r}"
         raise CheckpointError(msg) from error
-    _check_same_run(saved, experiment.config, source)
-    experiment.load_state_dict(state["experiment"])
-    return progress
+    _check_same_run(saved, config, source)
+    return progress, experiment
 
 
 def _in_samples(progress: dict[str, Any], batch_size: int) -> dict[str, Any]:

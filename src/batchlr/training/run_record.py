@@ -22,6 +22,7 @@ def measured_entry(update: CurvatureUpdate | None) -> dict[str, Any]:
         "max_lr_high": math.nan if bound is None else bound.high,
         "regime": None if bound is None else bound.regime,
         "optimizer": None if bound is None else bound.optimizer,
+        "reasons": None if bound is None else bound.reasons,
         "peak_lr": update.peak,
         "products": update.num_products,
         "measurement_seconds": update.seconds,

@@ -23,7 +23,7 @@ from batchlr.training.config import TrainConfig
 from batchlr.training.config.variants import SGDOptions
 from batchlr.training.data import measurement_batches
 from batchlr.training.experiment import Experiment
-from batchlr.training.metrics import write_json
+from batchlr.training.metrics import append_json, read_metrics, write_json
 from batchlr.training.resumption import flat
 from batchlr.training.run_folder import write_measured
 from batchlr.training.survival import Kind, Survival, largest_survivable_lr
@@ -52,7 +52,7 @@ class SweepCell:
     reasons: tuple[str, ...]
     paper: float  # the rule 2 / lambda_1' of Granziol, Zohren & Roberts, for comparison
     survived: float
-    diverged: float
+    diverged: float  # infinite if none did; null in the file
     steps: int
 
 
@@ -137,8 +137,7 @@ def sweep(
             seed=config.seed,
         )
         done[kind, size] = _cell(kind, bound, paper, found, steps)
-        with path.open("a") as file:
-            file.write(json.dumps(asdict(done[kind, size])) + "\n")
+        append_json(path, asdict(done[kind, size]))
         console.print(
             f"{kind} at batch {size}: predicted {bound.value:.3g}, survived {found.lr:.3g} "
             f"({found.runs} runs)",
@@ -268,10 +267,11 @@ def _check_settings(path: Path, record: Path, settings: dict[str, Any]) -> None:
 
 
 def _read(path: Path) -> list[SweepCell]:
-    if not path.exists():
-        return []
-    rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
-    return [SweepCell(**row | {"reasons": tuple(row["reasons"])}) for row in rows]
+    cells = []
+    for row in read_metrics(path):
+        diverged = math.inf if row["diverged"] is None else row["diverged"]
+        cells.append(SweepCell(**row | {"reasons": tuple(row["reasons"]), "diverged": diverged}))
+    return cells
 
 
 def _print(console: Console, cells: Sequence[SweepCell], folder: Path, *, normalised: bool) -> None:

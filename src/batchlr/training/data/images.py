@@ -1,5 +1,6 @@
 """Labelled images with random access: in memory as tensors, or in folders as files."""
 
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -7,7 +8,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from batchlr.training.data.errors import DataError
 from batchlr.training.data.randomness import EpochKey, Stream, random_bits
@@ -118,27 +119,34 @@ class FolderImages(LabelledImages):
             _FolderView(self, augmented_for),
             batch_sampler=[indices.tolist() for indices in index_batches],
             num_workers=self.workers if len(index_batches) > 1 else 0,
+            collate_fn=_collated,
+            worker_init_fn=_leave_signals,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # else each pass would advance the global one
         )
-        for images, labels in loader:
+        for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
+            images, labels = batch
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
-class _FolderView(Dataset[tuple[Tensor, int]]):
-    """What the worker processes of a DataLoader index."""
+class _FolderView(Dataset[tuple[Tensor, int] | DataError]):
+    """What the worker processes of a DataLoader index.
+
+    Errors are handed over: raised there, they would arrive with a traceback for their message.
+    """
 
     def __init__(self, folder: FolderImages, augmented_for: EpochKey | None) -> None:
         self.folder = folder
         self.augmented_for = augmented_for
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | DataError:
         path, label = self.folder.files[index]
         try:
             image = self.folder.read(path)
         except UNREADABLE as error:
-            msg = f"{path} is not a readable image ({error}); replace or remove it"
-            raise DataError(msg) from error
+            return DataError(f"{path} is not a readable image ({error}); replace or remove it")
         if self.augmented_for is None:
             return self.folder.test_transform(image), label
         seed = random_bits(torch.tensor([index]), self.augmented_for, Stream.TRANSFORM)
@@ -146,6 +154,18 @@ class _FolderView(Dataset[tuple[Tensor, int]]):
             # torchvision's transforms draw from the default generator and take no other
             torch.default_generator.manual_seed(int(seed))
             return self.folder.train_transform(image), label
+
+
+def _collated(samples: list[tuple[Tensor, int] | DataError]) -> Any:
+    """The batch, or the first error in it."""
+    errors = (sample for sample in samples if isinstance(sample, DataError))
+    return next(errors, None) or default_collate(samples)
+
+
+def _leave_signals(worker: int) -> None:
+    """In a worker: who asks all processes of a run to stop asks the one that saves it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True, eq=False)
