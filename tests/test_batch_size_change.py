@@ -52,6 +52,17 @@ def test_other_optimizers_have_the_settings_they_have():
     assert there["alpha"].value == pytest.approx(0.99**2)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "setting"),
+    [(torch.optim.Adam, "beta2"), (torch.optim.RMSprop, "alpha")],
+)
+def test_averages_are_torch_s_by_default(optimizer, setting):
+    defaults = optimizer([torch.zeros(1)]).defaults
+    there = by_setting(8, 16, optimizer=optimizer.__name__.lower())[setting]
+    here = defaults["alpha"] if setting == "alpha" else defaults["betas"][1]
+    assert there.value == pytest.approx(here**2)
+
+
 def test_without_a_value_there_is_a_factor():
     words = {name: str(change) for name, change in by_setting(128, 1024).items()}
     assert words["learning rate"] == "x 8"

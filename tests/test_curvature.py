@@ -629,6 +629,20 @@ def test_the_error_of_small_batches_is_their_scatter():
 # --- samples and batches -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_small_batches": 1}, "must be 0, or at least 2 for a standard error, got 1"),
+        ({"num_small_batches": -2}, "must be finite and at least 0, got -2"),
+        ({"num_eigenpairs": 0}, "num_eigenpairs must be"),
+        ({"max_products": 0}, "max_products must be"),
+    ],
+)
+def test_counts_that_show_nothing_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        measure_curvature(network(), CROSS_ENTROPY, [first_digits(80)], **options)
+
+
 def test_a_single_batch_is_cut_into_four():
     report = measure_curvature(network(), CROSS_ENTROPY, [first_digits(80)], num_small_batches=0)
     assert (report.num_batches, report.batch_size, report.num_samples) == (4, 20, 80)

@@ -39,7 +39,7 @@ def batch_size_change(
     *,
     optimizer: Optimizer = "sgd",
     lr: float | None = None,
-    betas: tuple[float, float] = (0.9, 0.999),
+    betas: tuple[float, float] | None = None,
     eps: float = 1e-8,
     weight_decay: float | None = None,
     steps: int | None = None,
@@ -54,7 +54,8 @@ def batch_size_change(
         new: Batch size to train with.
         optimizer: ``"adam"`` with weight decay added to the gradient, ``"adamw"`` with decoupled.
         lr: Learning rate at ``old``; without it factors only.
-        betas: Adam's; RMSprop's ``alpha`` is the second.
+        betas: Adam's, by default 0.9 and 0.999; RMSprop's ``alpha`` is the second, by default 0.99
+            (torch's, both).
         eps: Adam's and RMSprop's.
         weight_decay: At ``old``.
         steps: Of the run at ``old``, for as many epochs.
@@ -76,6 +77,8 @@ def batch_size_change(
             require_positive(**{name: value})
     if weight_decay is not None:
         require_non_negative(weight_decay=weight_decay)
+    if betas is None:
+        betas = (0.9, 0.99 if optimizer == "rmsprop" else 0.999)
     ratio = rescale_lr(1.0, old, new)
     changes = (
         _sgd(ratio, lr, weight_decay)

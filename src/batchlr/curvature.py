@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchlr.argument_ranges import require_non_negative
+from batchlr.argument_ranges import require_count, require_non_negative
 from batchlr.curvature_noise import CurvatureNoise, directional_noise
 from batchlr.curvature_report import CurvatureReport
 from batchlr.gradients.gradient_noise import mean_gradient
@@ -91,7 +91,8 @@ def measure_curvature(
         tol: relative residual at which Lanczos stops.
         max_products: of one Lanczos run.
         num_small_batches: batches of 4 whose largest eigenvalues lead the law for small batches,
-            at most; together they take a quarter of the samples or are four. 0 leaves them out.
+            at most, two at least; together they take a quarter of the samples or are four. 0 leaves
+            them out.
         clip_norm: at which training clips the gradient's norm, if it does; the report's rates then
             say whether it is active at the batches' size. It changes no number.
         memory_budget: bytes on the model's device that Krylov vectors, graphs and batches' products
@@ -111,7 +112,8 @@ def measure_curvature(
     """
     began = time.perf_counter()
     _check_clip_norm(clip_norm)
-    require_non_negative(num_small_batches=num_small_batches)
+    require_count(num_eigenpairs=num_eigenpairs, max_products=max_products)
+    _check_small_batches(num_small_batches)
     with_adam = optimizer_kind(optimizer) != "sgd"
     generator = default_generator(generator)
     listed = disjoint(batches, batch_size)
@@ -370,6 +372,13 @@ def _between(unit: Tensor, gradient: Tensor) -> Tensor:
     if not 0 < length < math.inf:
         return unit
     return unit + gradient * (math.copysign(1, float(dot(unit, gradient))) / length)
+
+
+def _check_small_batches(count: int) -> None:
+    require_non_negative(num_small_batches=count)
+    if 0 < count < 2:
+        msg = f"num_small_batches must be 0, or at least 2 for a standard error, got {count}"
+        raise ValueError(msg)
 
 
 def _check_clip_norm(clip_norm: float | None) -> None:

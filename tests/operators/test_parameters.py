@@ -6,6 +6,7 @@ from torch import nn
 
 from batchlr.operators.parameters import (
     Adder,
+    check_device,
     check_module,
     common_dtype,
     named_trainable_parameters,
@@ -38,6 +39,12 @@ def test_parameters_come_in_the_model_s_order_without_frozen_ones_and_shared_one
 def test_what_cannot_be_a_real_vector_is_refused(model, words):
     with pytest.raises(ValueError, match=words):
         trainable_parameters(model)
+
+
+def test_a_device_without_float64_is_refused_with_the_way_out():
+    check_device(torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"'mps' cannot be measured.*deepcopy\(model\)\.cpu\(\)"):
+        check_device(torch.device("mps"))
 
 
 def test_what_is_no_module_is_refused():

@@ -17,11 +17,22 @@ def check_module(model: object) -> None:
         raise TypeError(msg)
 
 
+def check_device(device: torch.device) -> None:
+    """Raise ValueError if sums over parameters cannot be taken there."""
+    if device.type == "mps":
+        msg = (
+            "parameters on 'mps' cannot be measured, for it has no float64, in which inner "
+            "products are summed: measure a copy on the CPU, copy.deepcopy(model).cpu()"
+        )
+        raise ValueError(msg)
+
+
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters a curvature matrix is about, in its order; shared ones once.
 
     Raises:
-        ValueError: there is none, they differ in device, or are complex.
+        ValueError: there is none, they differ in device, are complex, or lie where there is no
+            float64.
     """
     return list(named_trainable_parameters(model).values())
 
@@ -48,6 +59,7 @@ def named_trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             "move the model or freeze the odd ones"
         )
         raise ValueError(msg)
+    check_device(*devices)
     return parameters
 
 
