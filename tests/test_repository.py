@@ -81,3 +81,12 @@ def test_files_named_in_the_makefile_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for name in re.findall(r"configs/[\w/.-]+\.yaml", makefile):
         assert (ROOT / name).is_file(), f"the Makefile names {name}"
+
+
+def test_text_is_utf_8_in_every_locale():
+    source = Path(__file__).parents[1] / "src"
+    calls = re.compile(r"\.(?:read_text|write_text)\(|\.open\((?:\"[rwa]\")?\)")
+    lines = [line for path in source.rglob("*.py") for line in path.read_text("utf-8").splitlines()]
+    found = [line for line in lines if calls.search(line)]
+    assert len(found) > 5
+    assert [line for line in found if "encoding=" not in line] == []

@@ -31,7 +31,7 @@ def save_dataclass(value: Any, path: str | Path, *, version: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path.with_suffix(".npz"), allow_pickle=False, **arrays)
     content |= {"format": version, "standard_errors": errors}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def load_dataclass(kind: type[T], path: str | Path, *, version: int) -> T:
@@ -43,7 +43,7 @@ def load_dataclass(kind: type[T], path: str | Path, *, version: int) -> T:
     """
     path = _json_path(path)
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("format") != version:
             msg = "another format version"
             raise KeyError(msg)

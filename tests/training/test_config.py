@@ -149,6 +149,10 @@ def test_memory_is_given_in_bytes_or_with_a_unit(write, text, size):
             "batch: {global_size: 8, micro_size: 9}",
             "must divide global_size 8; use 4 or 8, or global_size 9, got 9",
         ),
+        (
+            "batch: {global_size: 1000000000000, micro_size: 999999}",
+            "use 800000 or 1000000, or global_size 999999999999 or 1000000999998, got 999999",
+        ),
         ("model: {name: wide_resnet, depth: 27}", "must be 6 n + 4 for wide_resnet; nearest: 22"),
         ("model: {name: preresnet, depth: 3}", "9 n + 2 for bottleneck blocks; nearest: 11, got"),
         ("model: {name: preresnet, block: basic, depth: 9}", "6 n + 2 for basic blocks; nearest"),

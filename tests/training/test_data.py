@@ -556,6 +556,10 @@ INFINITE = np.where(np.arange(FLOATS.size) == 5, np.inf, FLOATS.flat).reshape(FL
             "y_test must not be negative, got -1; number classes from 0",
         ),
         (
+            {"y_train": np.where(np.arange(12) == 5, 10**9, np.arange(12) % 3)},
+            "hold 4 different labels, the largest 1000000000; number classes from 0 without gaps",
+        ),
+        (
             {"x_test": BYTES[:6, :1]},
             r"images \(2, 8, 8\) of uint8, x_test \(1, 8, 8\) of uint8; make them agree",
         ),

@@ -83,6 +83,31 @@ with contextlib.redirect_stderr(said):
 """
 
 
+# Slow steps, in the second of which the second process alone is asked to stop.
+ASKED = """
+import os, signal, sys, time
+from pathlib import Path
+from batchlr.cli import main
+from batchlr.training import loop
+
+folder, rank = Path(sys.argv[1]), sys.argv[2]
+update = loop._Run.update_weights
+
+def slowly(self, batch):
+    if rank == "1":
+        time.sleep(1.7)
+        if self.progress.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+    return update(self, batch)
+
+loop._Run.update_weights = slowly
+try:
+    main(["train", str(folder / "tiny.yaml"), "train.max_steps=5", "--out", str(folder / "run")])
+except SystemExit as end:
+    (folder / f"end-{rank}").write_text(str(end.code))
+"""
+
+
 # One process -----------------------------------------------------------------------------------
 
 
@@ -269,6 +294,17 @@ def test_two_processes_resume_what_two_left(tmp_path, monkeypatch):
     torchrun(tmp_path, *common, "train.max_steps=2")
     torchrun(tmp_path, *common, "train.max_steps=4", "resume=auto")
     assert_one_run(tmp_path, run(tmp_path, *common, "train.max_steps=4", out="alone"))
+
+
+@pytest.mark.slow
+def test_with_slow_steps_all_processes_stop_within_seconds(tmp_path):
+    tiny(tmp_path)
+    script = tmp_path / "asked.py"
+    script.write_text(ASKED)
+    run_in_two(script, tmp_path, timeout=180)
+    assert [(tmp_path / f"end-{rank}").read_text() for rank in (0, 1)] == ["130", "130"]
+    written = sorted(path.stem for path in (tmp_path / "run" / "checkpoints").glob("*.pt"))
+    assert written[-1] in ("step-00000002", "step-00000003")
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from batchlr.training.interruption import StopRequest, stop_request
+from batchlr.training.interruption import StopRequest, steps_between, stop_request
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -90,3 +90,10 @@ def test_a_request_asked_for_by_hand():
     assert request.requested
     with pytest.raises(KeyboardInterrupt):
         request(signal.SIGTERM, None)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "steps"), [(0.0, 20), (0.01, 20), (0.3, 16), (1.5, 3), (5.0, 1), (60.0, 1)]
+)
+def test_processes_ask_one_another_every_20_steps_or_5_seconds(seconds, steps):
+    assert steps_between(seconds) == steps

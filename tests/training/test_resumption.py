@@ -293,7 +293,7 @@ def test_what_does_not_change_the_run_may_change(started, saved, out, change):
     assert started("resume=auto", change)[1] == KEPT
 
 
-@pytest.mark.parametrize("key", ["root", "download", "workers"])
+@pytest.mark.parametrize("key", ["root", "path", "download", "workers"])
 def test_where_data_come_from_may_change(started, saved, out, key):
     path, state = saved(out / "checkpoints")
     state["config"]["data"][key] = "as on the other machine"

@@ -48,6 +48,13 @@ def test_every_broken_picture_is_named(tmp_path):
     assert str(caught.value).count("readable") == 2
 
 
+def test_a_picture_too_large_for_pillow_is_named(tmp_path, monkeypatch):
+    root = write_imagefolder(tmp_path)
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match=r"0\.JPEG is not a readable image \(Image size \("):
+        verify_data("imagefolder", root=root)
+
+
 def test_of_many_broken_pictures_the_first_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(verification, "_LISTED", 2)
     root = write_imagefolder(tmp_path)

@@ -187,7 +187,7 @@ def _entry(path: Path, name: str) -> int | None:
 def _read(path: Path) -> str:
     """The text of a file, nothing if it cannot be read: not Linux, or no control groups."""
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except OSError:
         return ""
 

@@ -21,7 +21,7 @@ from batchlr.training.data import Batch, train_batches
 from batchlr.training.distributed import processes
 from batchlr.training.evaluation import TestResult, evaluate
 from batchlr.training.experiment import Experiment, build_experiment
-from batchlr.training.interruption import StopRequest, stop_request
+from batchlr.training.interruption import StopAgreement, StopRequest, stop_request
 from batchlr.training.metrics import MetricsLog, read_metrics, write_json
 from batchlr.training.resumption import Progress, start_run
 from batchlr.training.run_length import RunLength
@@ -80,7 +80,7 @@ class _Run:
         self.experiment = experiment
         self.progress = progress
         self.out = out
-        self.request = request
+        self.stop = StopAgreement(request, experiment.processes, experiment.device)
         self.length = RunLength(experiment, progress)
         self.same = experiment.same
         self.began = time.perf_counter() - progress.wall_seconds
@@ -127,7 +127,7 @@ class _Run:
         size = self.experiment.batch_size
         for batch in self.batches():
             self.make_step(batch)
-            if self.asked_to_stop():
+            if self.stop.reached():
                 self.check_losses()
                 self.save()
                 msg = (
@@ -298,13 +298,6 @@ class _Run:
                 msg = f"the training loss became {loss:.4g} in step {step} (first loss {first:.4g})"
                 raise DivergedError(msg)
         self.unjudged.clear()
-
-    def asked_to_stop(self) -> bool:
-        """Whether to stop now; processes agree on it now and then, for it costs a message."""
-        group = self.experiment.processes
-        if group.world_size > 1 and self.progress.step % _FLUSH_EVERY:
-            return False
-        return group.any(self.request.requested, self.experiment.device)
 
     def evaluate(self) -> TestResult:
         """Test the network and remember the result; it shows whether the last step was good.

@@ -27,7 +27,7 @@ class MetricsLog:
         if enabled:
             kept = [line for line in read_metrics(path) if line["step"] < first_step]
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(_line(entry) for entry in kept))
+            path.write_text("".join(_line(entry) for entry in kept), encoding="utf-8")
 
     def add(self, entry: dict[str, Any], loss: Tensor, *, write: bool = True) -> None:
         """Keep a line whose ``loss`` ``()`` is not yet known on the host, to be written or not."""
@@ -39,7 +39,7 @@ class MetricsLog:
             return []
         losses: list[float] = torch.stack([loss for _, loss in self._pending]).tolist()
         if self._enabled:
-            with self._path.open("a") as file:
+            with self._path.open("a", encoding="utf-8") as file:
                 for (entry, _), loss in zip(self._pending, losses, strict=True):
                     if entry is not None:
                         file.write(_line(_with_loss(entry, loss)))
@@ -55,7 +55,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     entries = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             entries.append(json.loads(line))
         except json.JSONDecodeError:
@@ -66,7 +66,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Strict JSON: numbers that are not finite become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_strict(content), indent=2, allow_nan=False) + "\n")
+    text = json.dumps(_strict(content), indent=2, allow_nan=False) + "\n"
+    path.write_text(text, encoding="utf-8")
 
 
 def append_json(path: Path, entry: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ _FREE_KEYS = (
     "name",
     "resume",
     "data.root",
+    "data.path",
     "data.download",
     "data.workers",
     "train.max_steps",

@@ -21,7 +21,7 @@ def write_settings(
         environment: what else belongs there, ready for JSON.
     """
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(dump_config(config))
+    (out / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     content = describe_environment() | environment | {"notes": list(notes)}
     write_json(out / "env.json", content)
 

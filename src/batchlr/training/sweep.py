@@ -252,7 +252,7 @@ def _check_settings(path: Path, record: Path, settings: dict[str, Any]) -> None:
     """Raise ValueError, naming what differs, unless the cells in ``path`` are of ``settings``."""
     if not path.exists():
         return
-    found = json.loads(record.read_text()) if record.exists() else {}
+    found = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     changed = [
         f"{key}: {found.get(key)!r} then, {settings.get(key)!r} now"
         for key in sorted(found.keys() | settings.keys())

@@ -3,6 +3,7 @@
 A default of the ``curvature`` section states where it comes from: cited, measured or assumed.
 """
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -112,7 +113,8 @@ class BatchOptions(Options):
         total = info.data.get("global_size")
         if not isinstance(micro, int) or total is None or total % micro == 0:
             return micro
-        divisors = [d for d in range(1, total + 1) if total % d == 0]
+        small = [d for d in range(1, math.isqrt(total) + 1) if total % d == 0]
+        divisors = sorted({*small, *(total // d for d in small)})
         micros = sorted(sorted(divisors, key=lambda d: abs(d - micro))[:2])
         below = total // micro * micro
         totals = " or ".join(str(size) for size in (below, below + micro) if size)

@@ -17,6 +17,8 @@ LAYOUT = (
     "labels (N,) of integers from 0"
 )
 
+_MOST_CLASSES_PER_LABEL = 10  # assumed: a sample of many classes may lack most of them
+
 
 def load_arrays(*, path: str | Path, augment: Augment = "none") -> ImageData:
     """Images from the NPZ archive at ``path``.
@@ -41,6 +43,7 @@ def load_arrays(*, path: str | Path, augment: Augment = "none") -> ImageData:
     for split in ("train", "test"):
         _check_images(path, f"x_{split}", arrays[f"x_{split}"])
         _check_labels(path, split, arrays[f"y_{split}"], len(arrays[f"x_{split}"]))
+    _check_classes(path, {*arrays["y_train"].tolist(), *arrays["y_test"].tolist()})
     x_train, x_test = arrays["x_train"], arrays["x_test"]
     if x_train.shape[1:] != x_test.shape[1:] or x_train.dtype != x_test.dtype:
         problem = (
@@ -112,6 +115,15 @@ def _check_labels(path: Path, split: str, labels: Any, num_samples: int) -> None
         raise _error(path, problem)
     if labels.min() < 0:
         raise _error(path, f"{key} must not be negative, got {labels.min()}; number classes from 0")
+
+
+def _check_classes(path: Path, labels: set[int]) -> None:
+    if max(labels) >= _MOST_CLASSES_PER_LABEL * len(labels):
+        problem = (
+            f"y_train and y_test hold {len(labels)} different labels, the largest {max(labels)}; "
+            "number classes from 0 without gaps"
+        )
+        raise _error(path, problem)
 
 
 def _labels(labels: Any) -> Tensor:

@@ -1,5 +1,7 @@
 """Images in folders, one folder for each class: ImageNet and data sets laid out like it."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,7 @@ def load_imagefolder(
     train, test = (
         FolderImages(
             files=tuple(folder.samples),
-            read=folder.loader,
+            read=partial(_read, folder.loader),
             train_transform=train_transform if augmented else test_transform,
             test_transform=test_transform,
             workers=workers,
@@ -93,6 +95,16 @@ def _open(image_folder: Any, root: Path, split: str, name: str) -> Any:
             f"set data.root to the folder that holds train and val."
         )
         raise DataError(msg) from error
+
+
+def _read(load: Callable[[str], Any], path: str) -> Any:
+    """``load(path)``; a picture too large for Pillow is one that cannot be read."""
+    from PIL import Image
+
+    try:
+        return load(path)
+    except Image.DecompressionBombError as error:
+        raise OSError(error) from error
 
 
 def _transforms(image_size: int) -> tuple[Any, Any]:
