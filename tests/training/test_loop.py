@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from batchlr import CurvatureReport
 from batchlr.cli import app
+from batchlr.on_the_fly.falling_shape import FallingShape
 from batchlr.on_the_fly.peak_bounds import PeakBounds
 from batchlr.on_the_fly.rate_filter import RateFilter
 from batchlr.policies import POLICIES
@@ -157,14 +158,16 @@ def test_a_published_policy_sets_rate_and_momentum_every_few_epochs(tmp_path, ca
 
 def test_the_rate_is_the_measured_limit_times_the_shape(automatic):
     """12 steps, warm-up 0.05: one step, at half the peak; then a cosine to zero over 11."""
-    peak, estimate, bounds = None, RateFilter(), PeakBounds()
+    peak, estimate, held, bounds = None, RateFilter(), FallingShape(), PeakBounds()
     for line in metrics(automatic):
         step = line["step"]
         shape = 0.5 if step == 0 else (1 + math.cos(math.pi * (step - 1) / 11)) / 2
+        held.see(shape)
         if "max_lr" in line:
             error = math.log(line["max_lr_high"] / line["max_lr_low"]) / (2 * 1.645)
             doubt = estimate.doubt
-            peak = bounds.peak(estimate.update(step, line["max_lr"], error), peak, doubt)
+            limit = held.limit_of_peak(estimate.update(step, line["max_lr"], error))
+            peak = bounds.peak(limit, peak, doubt)
             assert line["peak_lr"] == pytest.approx(peak, rel=1e-12)
         assert line["lr"] == pytest.approx(peak * shape, rel=1e-12)
 
