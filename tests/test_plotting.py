@@ -90,6 +90,14 @@ def test_a_measured_run_has_eigenvalues_and_limits_with_intervals():
     assert texts == ["rate", "largest stable rate, 90 % interval"]
 
 
+def test_nesterov_s_edge_is_its_own():
+    """Of 0.9: 2 (1 + m) / (1 + 2 m) over the rate."""
+    figure = plot_run(entries(0, 2, optimizer="sgd"), nesterov=True)
+    edge = figure.axes[2].lines[0]
+    assert points(edge) == [(k, pytest.approx(38 / 2.8 * (k + 1))) for k in range(6)]
+    assert edge.get_label() == "2 (1 + momentum) / (1 + 2 momentum) / rate"
+
+
 def test_steps_that_failed_are_left_out():
     """A loss that is no number, a measurement that failed, an interval without an end."""
     lines = entries(0, 2, 4)

@@ -21,14 +21,15 @@ def save_figure(figure: "Figure", path: str | Path) -> None:
     figure.savefig(str(path), dpi=150)
 
 
-def plot_run(entries: Sequence[dict[str, Any]]) -> "Figure":
+def plot_run(entries: Sequence[dict[str, Any]], *, nesterov: bool = False) -> "Figure":
     """Learning rate, loss and largest eigenvalue over the steps of a run.
 
-    With SGD ``2 (1 + momentum) / rate`` stands beside the eigenvalue: above it steps without noise
-    are unstable.
+    With SGD ``2 (1 + momentum) / rate`` stands beside the eigenvalue, with Nesterov's momentum that
+    over ``1 + 2 momentum``: above it steps without noise are unstable.
 
     Args:
         entries: the lines of its ``metrics.jsonl``.
+        nesterov: which momentum SGD had.
 
     Raises:
         ValueError: there is none.
@@ -42,7 +43,7 @@ def plot_run(entries: Sequence[dict[str, Any]]) -> "Figure":
     _draw_rate(panels[0], entries, measured)
     _draw_loss(panels[1], entries)
     if measured:
-        _draw_eigenvalue(panels[2], entries, measured)
+        _draw_eigenvalue(panels[2], entries, measured, nesterov=nesterov)
     panels[-1].set_xlabel("step")
     return figure
 
@@ -202,16 +203,21 @@ def _draw_loss(ax: "Axes", entries: Sequence[dict[str, Any]]) -> None:
 
 
 def _draw_eigenvalue(
-    ax: "Axes", entries: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]
+    ax: "Axes",
+    entries: Sequence[dict[str, Any]],
+    measured: Sequence[dict[str, Any]],
+    *,
+    nesterov: bool,
 ) -> None:
     if all(e.get("optimizer") == "sgd" for e in measured):
+        ahead = 2 if nesterov else 0
         moving = [e for e in entries if e["lr"] > 0]
         ax.plot(
             [e["step"] for e in moving],
-            [2 * (1 + e["momentum"]) / e["lr"] for e in moving],
+            [2 * (1 + e["momentum"]) / ((1 + ahead * e["momentum"]) * e["lr"]) for e in moving],
             color=_RATE,
             linewidth=1,
-            label="2 (1 + momentum) / rate",
+            label="2 (1 + momentum) / " + ("(1 + 2 momentum) / rate" if nesterov else "rate"),
         )
     ax.plot(
         [e["step"] for e in measured],

@@ -79,7 +79,8 @@ def _figures(record: RunRecord) -> Iterator[tuple[str, "Figure", str]]:
         caption = "Learning rate and training loss over the steps"
         if record.measured:
             caption += "; the measured limits of the rate, and the largest eigenvalue"
-        yield "run", plot_run(thinned(record.entries)), f"{caption}."
+        nesterov = bool(record.setting("optim.nesterov"))
+        yield "run", plot_run(thinned(record.entries), nesterov=nesterov), f"{caption}."
     if record.bounds:
         caption = "Largest stable rate over the batch size, with 90 % intervals; hollow points are "
         yield "rates", plot_rates(record.bounds), f"{caption}not reliable."

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from batchlr.batch_size import BatchSizeTest
-from batchlr.measurement.optimizer_state import get_momentum
+from batchlr.measurement.optimizer_state import get_momentum, group_value
 from batchlr.on_the_fly.curvature_update import CurvatureUpdate
 from batchlr.on_the_fly.safeguard import EVENTS, Event
 from batchlr.training.checkpoint import latest_checkpoint, save_checkpoint
@@ -358,7 +358,8 @@ class _Run:
 
         entries = read_metrics(self.out / "metrics.jsonl")
         if entries:
-            save_figure(plot_run(entries), self.out / "run.png")
+            nesterov = bool(group_value(self.experiment.optimizer, "nesterov"))
+            save_figure(plot_run(entries, nesterov=nesterov), self.out / "run.png")
 
     def report(self, summary: dict[str, Any]) -> None:
         """The last words on the terminal."""
