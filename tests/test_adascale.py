@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import torch
@@ -49,6 +50,13 @@ def test_samples_drawn_without_replacement_leave_no_noise_in_all_of_them():
 def test_a_batch_is_worth_no_more_base_batches_than_it_has_the_samples_of(size, mean_square):
     scatter = scatter_of(size, mean_square, 300.0, dataset_size=100)
     assert adascale_gain(scatter, 20) == pytest.approx(size / 20)
+
+
+@pytest.mark.parametrize(
+    ("square_norm", "trace"), [(math.nan, math.nan), (1.0, math.inf), (math.nan, 1.0)]
+)
+def test_gradients_that_are_not_finite_gain_no_number(square_norm, trace):
+    assert math.isnan(adascale_gain(GradientScatter(64, square_norm, trace), 8))
 
 
 def test_the_shape_goes_at_the_pace_of_the_gain():

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import pickle
+from collections import defaultdict
 from dataclasses import replace
 
 import numpy as np
@@ -28,7 +29,7 @@ from batchlr.curvature_noise import CurvatureNoise
 from batchlr.curvature_report import CurvatureReport
 from batchlr.measured import Measured
 from batchlr.measurement.adam_curvature import AdamCurvature
-from batchlr.schedulers import BatchAwareLR
+from batchlr.schedulers import BatchAwareLR, _as_in
 from reports import projected_curvature
 
 STEPS = 20
@@ -465,3 +466,9 @@ def test_a_scheduler_in_place_of_its_maker_is_refused():
     with pytest.raises(TypeError, match=words):
         BatchAwareLR(optimizer, 1.0, shape)
     assert optimizer.param_groups[0]["lr"] == 0.2
+
+
+def test_a_dict_with_a_default_comes_back_as_one():
+    own = defaultdict(int, {1: 2})
+    restored = _as_in(own, {"1": 3})
+    assert (dict(restored), restored["none"], own) == ({1: 3}, 0, {1: 2})

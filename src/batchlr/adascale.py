@@ -18,6 +18,9 @@ def adascale_gain(scatter: GradientScatter, base_batch_size: int) -> float:
     `GradientScatter`, ``1/b = 1/B - 1/N``; where a batch has nearly all data, and next to no noise,
     the gain is still that ratio at most, as so many base batches have the same samples.
 
+    Returns:
+        The gain; NaN of gradients that are not finite.
+
     Raises:
         ValueError: ``base_batch_size`` is not positive, or above the batch's.
 
@@ -33,7 +36,9 @@ def adascale_gain(scatter: GradientScatter, base_batch_size: int) -> float:
     noise = signal + scatter.trace * scatter.inverse_size
     most = scatter.batch_size / base_batch_size
     alone = signal + scatter.trace * base.inverse_size
-    return alone / noise if alone < most * noise else most
+    if not math.isfinite(scatter.mean_square + alone):
+        return math.nan
+    return most if alone >= most * noise else alone / noise
 
 
 @final

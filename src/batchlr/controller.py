@@ -82,7 +82,8 @@ class CurvatureController:
         policy: ``"mean_square"`` keeps to the limit in the mean square; ``"edge"`` to that of a
             batch twice as large, since training survives more noise (measured), but as long as
             `observe` sees a loss that has not come down to stay (by 30 %, or by a tenth for as long
-            again as that took), and once such a loss has jumped, to that of the batch itself;
+            again as that took) to that of the batch itself, and for good once a loss that had come
+            down has jumped, or the network was lost;
             ``"heavy_ball"``, for SGD, sets Polyak's momentum for the curvature outside the bulk,
             and the lesser of his rate and the limit at that momentum; ``"cdat"`` follows the edge
             along the optimizer's own step (Roulet et al. 2024); or a key of `POLICIES`, for SGD.
@@ -386,7 +387,7 @@ class CurvatureController:
 
     @property
     def _bears_edge(self) -> bool:
-        """Whether the loss has come down to stay, and not jumped since."""
+        """Whether the loss has come down to stay, if that is watched, and has not jumped."""
         return not self._guard.unsettled and not self._guard.shaken
 
     def _stay_stable(self, model: nn.Module, batches: list[Any]) -> CurvatureUpdate:
@@ -475,6 +476,7 @@ class CurvatureController:
         """Restore what `state_dict` saved; the scheduler keeps its own state."""
         self._step = state_dict["step"]
         self.cadence.load_state_dict(state_dict["cadence"])
+        self._shape = FallingShape()
         self._shape.load_state_dict(state_dict.get("shape", {}))  # older states have none
         self._filter.load_state_dict(state_dict["filter"])
         self._guard.load_state_dict(state_dict["guard"])

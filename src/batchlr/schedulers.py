@@ -1,6 +1,7 @@
 """A torch learning-rate scheduler whose peak may change while its shape goes on."""
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any, Literal
 
 import torch
@@ -273,7 +274,10 @@ def _as_in(own: Any, state: Any) -> Any:
     if isinstance(own, dict) and isinstance(state, dict):
         keys = {str(key): key for key in own}
         named = {keys.get(str(key), key): value for key, value in state.items()}
-        return type(own)({key: _as_in(own.get(key), value) for key, value in named.items()})
+        same = copy(own)
+        same.clear()
+        same.update({key: _as_in(own.get(key), value) for key, value in named.items()})
+        return same
     if isinstance(own, (tuple, list)) and isinstance(state, list):
         known = [*own, *[None] * len(state)]
         return type(own)(_as_in(*pair) for pair in zip(known, state, strict=False))

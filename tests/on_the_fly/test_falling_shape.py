@@ -75,6 +75,12 @@ def test_behind_a_rise_every_limit_counts_for_good():
     assert shape.limit_of_peak(0.1) == 0.1
 
 
+def test_rounding_is_no_rise():
+    shape = falling(1.0, 0.2)
+    assert not shape.see(0.2 * (1 + 1e-9))
+    assert shape.limit_of_peak(0.3) == 1.0
+
+
 def test_a_first_limit_counts_below_the_crest_too():
     shape = FallingShape()
     shape.see(1.0)

@@ -150,6 +150,17 @@ def test_a_leap_of_adam_s_under_a_ceiling_tells_how_far_to_lower_it(kind, length
     assert run.guard.peak == pytest.approx(share * 0.25 * 0.25, rel=1e-5)
 
 
+def test_a_leap_lowers_the_rate_it_was_made_at_not_the_ceiling_it_was_under():
+    run = Leap(torch.optim.Adam)
+    run.steps(*PLATEAU)
+    leap = 1 + math.log(2) * 1.25
+    run.step(2.3, factor=leap)
+    assert run.step(2.3) == "undone"
+    assert run.guard.limited(0.125) == 0.125  # measured since, below the ceiling of 0.25
+    assert run.step(2.3, factor=leap) == "undone"
+    assert run.guard.peak == pytest.approx(0.64 * 0.125, rel=1e-5)
+
+
 @pytest.mark.parametrize("risen", [6.0, 500.0])
 def test_a_leap_in_the_first_look_hides_no_other(risen):
     run = Leap()

@@ -1,9 +1,11 @@
 import ast
 import inspect
+import multiprocessing
 import os
 import re
 import signal
 import tarfile
+import time
 from dataclasses import FrozenInstanceError, replace
 from itertools import chain
 from pathlib import Path
@@ -29,6 +31,7 @@ from batchlr.training.data import (
     ImageData,
     TensorImages,
     batches_per_epoch,
+    images,
     load_data,
     measurement_batches,
     test_batches,
@@ -804,6 +807,22 @@ def test_a_worker_goes_on_when_its_whole_group_is_asked_to_stop(folders, number)
 
     asked = replace(folder, read=read).batches([torch.tensor([0]), torch.tensor([1])])
     assert_same_batches(asked, folder.batches([torch.tensor([0]), torch.tensor([1])]))
+
+
+@pytest.mark.skipif(not hasattr(signal, "alarm"), reason="no alarm to end a process by")
+def test_a_worker_ends_some_seconds_after_it_is_asked_to(monkeypatch):
+    """Who exits with its workers alive asks them to end, and waits."""
+    monkeypatch.setattr(images, "_GRACE", 1)
+
+    def last():
+        images._leave_signals(0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    worker = multiprocessing.get_context("fork").Process(target=last)
+    worker.start()
+    worker.join(30)
+    assert worker.exitcode == -signal.SIGALRM
 
 
 def test_unaugmented_folders_train_on_test_images(folders):

@@ -55,7 +55,8 @@ def gradient_moments(
     wanted = [number for number in chosen if operator.weights[number] > 0]
     samples = [operator.weights[number] for number in wanted]
     count = len(samples) if only is None else len(chosen)  # of some a single one may have weight
-    if count < 2:
+    if count < 2 or not samples:
+        count = min(count, len(samples))
         msg = f"the noise of the gradient needs at least two disjoint batches, got {count}"
         raise ValueError(msg)
     total, seen = sum(samples), 0.0

@@ -4,6 +4,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, final
 
+_ROUNDING = 1e-6  # assumed: a rate that rises by less does not
+
 
 @final
 @dataclass
@@ -13,7 +15,8 @@ class FallingShape:
     Curvature grows until the rate applied is its limit (the edge of stability, Cohen et al. 2021,
     arXiv 2103.00065). Under a shape that falls, a limit between that rate and the peak has come
     down with the rate: taken for the peak's, it would let the rate fall twice. There only a limit
-    below the rate applied lowers the peak, to where the rate is the limit. It says nothing of what
+    below the rate applied lowers the peak, to where the rate is the limit (shares of the peak are
+    meant as shares of their crest, 1 as a rule). It says nothing of what
     a rate that rises again will find, so that for good behind the first rise every limit counts
     (measured, both: docs/log.md).
     """
@@ -29,7 +32,7 @@ class FallingShape:
         Returns:
             Whether it rises for the first time after it had fallen.
         """
-        rises = not self.risen and self.share < min(share, self.crest)
+        rises = not self.risen and self.share * (1 + _ROUNDING) < min(share, self.crest)
         self.risen = self.risen or rises
         self.share, self.crest = share, max(self.crest, share)
         return rises

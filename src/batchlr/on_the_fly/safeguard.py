@@ -49,10 +49,9 @@ class Safeguard:
     step four fifths of a leap, if that is more.) As the gradient grows, curvature does (Zhang et
     al. 2020, arXiv 1905.11881): the ceiling is lowered in proportion as the gradient exceeds that
     of the first look, but not for Adam and RMSprop, whose steps do not grow with the gradient. When
-    the loss has come down by a tenth curvature is worth measuring, as if the run began anew. The
-    first limit measured there is the ceiling, or that of the plateau where it is lower, lowered as
-    the gradient exceeds that of the measurement; when it has come down to stay there is none any
-    more.
+    the loss has come down by a tenth curvature is worth measuring, as if the run began anew, but no
+    higher than the plateau's ceiling. Each limit measured there is the ceiling, lowered as the
+    gradient exceeds that of the measurement; when it has come down to stay there is none any more.
 
     Keeps two snapshots, also in its state: twice the memory of weights, buffers and optimizer state
     (four times the weights with SGD's momentum, six times with Adam). Until something is learnt
@@ -87,7 +86,7 @@ class Safeguard:
         self.leaving = False  # the plateau was left, by what may not last
         self.early = True  # the snapshots are of the start
         self.quiet = 0  # looks since the last attempt
-        self.shaken = False  # a loss that had settled has jumped, or the network was lost
+        self.shaken = False  # a jump or a return, once the loss had settled if that is known
         self.level = math.nan  # loss of the snapshot gone back to
         self.losses = [math.nan, math.nan]  # at the two snapshots
 
@@ -160,9 +159,10 @@ class Safeguard:
         self.ceiling *= factor
 
     def agree(self, same: Same) -> None:
-        """Take over the rates of the first of several processes, and the gradient they are for."""
+        """Take over what the first of several processes has: rates, their gradient, a jump seen."""
         for name in ("free", "held", "top", "ceiling", "norm"):
             setattr(self, name, same(getattr(self, name)))
+        self.shaken = bool(same(float(self.shaken)))
 
     def observe(self, loss: Tensor, same: Same | None = None) -> Event | None:
         """Take note of a step just made; what was done about it, or about one shortly before.
@@ -284,12 +284,12 @@ class Safeguard:
         """The ceiling of the next attempt on the plateau.
 
         Steps of Adam and RMSprop are as long as the rate says, the first one longest, so that one
-        that leapt under a ceiling tells by how much to lower it.
+        that leapt under a ceiling tells by how much to lower the rate it was made at.
         """
         if self.held == math.inf:
             return _CUT * self.free
         if leap and not self._scales:
-            return max(_CUT, _SHORT / leap) * self.held
+            return max(_CUT, _SHORT / leap) * min(self.held, self.free)
         return _CUT * self.held
 
     def state_dict(self) -> dict[str, Any]:

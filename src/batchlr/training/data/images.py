@@ -16,6 +16,7 @@ from batchlr.training.data.transforms import CropAndFlip, Normalization
 
 Batch = tuple[Tensor, Tensor]
 CPU = torch.device("cpu")
+_GRACE = 10  # assumed: seconds that a worker goes on after SIGTERM
 UNREADABLE = (OSError, SyntaxError, ValueError)  # what Pillow raises on bad files
 
 
@@ -162,10 +163,20 @@ def _collated(samples: list[tuple[Tensor, int] | DataError]) -> Any:
     return next(errors, None) or default_collate(samples)
 
 
+def _end_later(number: int, frame: object) -> None:
+    signal.alarm(_GRACE)
+
+
 def _leave_signals(worker: int) -> None:
-    """In a worker: who asks all processes of a run to stop asks the one that saves it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """In a worker: who asks all processes of a run to stop asks the one that saves it.
+
+    It ends some seconds after SIGTERM, all the same, for a process that exits with its workers
+    alive sends that, and waits for them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # whose signal ends a process
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, _end_later)
 
 
 @dataclass(frozen=True, eq=False)
